@@ -1,0 +1,127 @@
+"""What goes into an engine and what comes out: plain values, shared by prefill, decode and router."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.nouns import Epoch, LeaseId, NamespaceId, PinnedBlock, Quality, ShardId
+
+
+class FinishReason(enum.Enum):
+    """Why a sequence ended; the value is OpenAI's `finish_reason` where there is one."""
+
+    STOP = "stop"  # eos, a stop token or a stop string
+    LENGTH = "length"  # max_tokens or the model's context
+    ABORT = "abort"  # the client went away or asked
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is drawn. `temperature` 0 is greedy. Noise is a function of (seed, position)
+    alone, so a sequence goes on identically wherever it goes on."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One attempt at one request. `output_ids` are tokens that were already generated (and streamed)."""
+
+    request_id: str
+    attempt: int
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    output_ids: tuple[int, ...] = ()
+    tenant: str = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One generated token. `index` counts output tokens from 0 over all attempts."""
+
+    request_id: str
+    attempt: int
+    index: int
+    token_id: int
+    finish: FinishReason | None = None
+    error: str | None = None  # what happened, when finish is ERROR (token_id is then -1)
+
+
+@dataclass(frozen=True, slots=True)
+class CompletedBlock:
+    """A block that became full in a step, copied out of the pool in the frame's layout:
+    uint8 of `KVLayout.block_nbytes`, `[layer][k,v][token][kv_head][head_dim]`."""
+
+    request_id: str
+    attempt: int
+    chain_index: int
+    payload: npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class TailKV:
+    """KV of the tokens after the last full block: uint8, `[layer][k,v][token][kv_head][head_dim]`."""
+
+    tokens: int
+    payload: npt.NDArray[np.uint8]
+    checksum: int  # xxh3_64 of the payload
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step of the engine produced, over all its sequences."""
+
+    events: tuple[TokenEvent, ...] = ()
+    blocks: tuple[CompletedBlock, ...] = ()
+    tokens_computed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillStats:
+    """Where a prompt's KV came from, and what it cost. Seconds are of one worker's monotonic clock."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    cached_by_tier: dict[str, int] = field(default_factory=dict)  # tier name -> tokens
+    misses: dict[str, int] = field(default_factory=dict)  # MissReason value -> blocks
+    epochs: tuple[int, ...] = ()  # epoch numbers of everything the sequence attended to
+    lookup_s: float = 0.0
+    load_s: float = 0.0
+    compute_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    """What prefill answers as soon as it can: the router streams it at once."""
+
+    event: TokenEvent
+    stats: PrefillStats
+
+
+@dataclass(frozen=True, slots=True)
+class Handoff:
+    """All that decode needs to go on where prefill stopped. One owner at a time: whoever holds it must
+    release `leases` (or let them expire). `blocks` are the chain's first blocks without a gap; tokens
+    they and `tail` do not cover are recomputed."""
+
+    request: GenerationRequest  # output_ids includes the first token
+    namespace: NamespaceId
+    epoch: Epoch
+    floor: Quality
+    foreign: bool  # attended to KV of another epoch: decode publishes nothing
+    blocks: tuple[PinnedBlock, ...]
+    leases: tuple[tuple[ShardId, LeaseId], ...]
+    tail: TailKV | None  # None unless `blocks` cover every full block of the prompt
+    next_position: int  # of the token to be computed next: the sampler's counter

@@ -1,0 +1,104 @@
+"""Every error the store raises, one tree, each mapped onto one gRPC status.
+
+    KVStrataError
+    +-- ConfigError            INVALID_ARGUMENT     a setting is wrong: the message names it and the cure
+    +-- CorruptBlock           DATA_LOSS            bytes that are not the frame they claim to be
+    +-- NotFound               NOT_FOUND            a namespace, txn or lease that is not (any more) there
+    +-- EpochUnknown           FAILED_PRECONDITION  the epoch was never registered on this shard
+    +-- EpochConflict          ALREADY_EXISTS       an epoch number is bound to other weights
+    +-- LeaseExpired           ABORTED              the owner did not renew in time; its work is gone
+    +-- NotOwner               FAILED_PRECONDITION  another shard owns the key: refresh the topology
+    +-- OverLimit              RESOURCE_EXHAUSTED   a queue, message, lease or slot bound was reached
+    +-- WireVersionMismatch    UNIMPLEMENTED        the peers share no wire version
+    +-- Unauthenticated        UNAUTHENTICATED      no token, or not a valid one
+    +-- Unavailable            UNAVAILABLE          the shard is down, draining or unreachable
+    +-- DeadlineExceeded       DEADLINE_EXCEEDED    no answer within the caller's bound
+
+A *miss* is not an error: it is an ordinary answer with a `MissReason`. Messages say what happened, to
+what, and what to do next.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Final
+
+from kvstore.nouns import MissReason
+
+
+class KVStrataError(Exception):
+    """Root of the tree. `status` is the name of the gRPC status code the error travels as."""
+
+    status: ClassVar[str] = "INTERNAL"
+
+
+class ConfigError(KVStrataError):
+    status = "INVALID_ARGUMENT"
+
+
+class CorruptBlock(KVStrataError):
+    """Bytes that are not the frame they claim to be. `reason` is the miss a reader counts."""
+
+    status = "DATA_LOSS"
+
+    def __init__(self, reason: MissReason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class NotFound(KVStrataError):
+    status = "NOT_FOUND"
+
+
+class EpochUnknown(KVStrataError):
+    status = "FAILED_PRECONDITION"
+
+
+class EpochConflict(KVStrataError):
+    status = "ALREADY_EXISTS"
+
+
+class LeaseExpired(KVStrataError):
+    status = "ABORTED"
+
+
+class NotOwner(KVStrataError):
+    status = "FAILED_PRECONDITION"
+
+
+class OverLimit(KVStrataError):
+    status = "RESOURCE_EXHAUSTED"
+
+
+class WireVersionMismatch(KVStrataError):
+    status = "UNIMPLEMENTED"
+
+
+class Unauthenticated(KVStrataError):
+    status = "UNAUTHENTICATED"
+
+
+class Unavailable(KVStrataError):
+    status = "UNAVAILABLE"
+
+
+class DeadlineExceeded(KVStrataError):
+    status = "DEADLINE_EXCEEDED"
+
+
+ERRORS: Final[dict[str, type[KVStrataError]]] = {
+    kind.__name__: kind
+    for kind in (
+        ConfigError,
+        DeadlineExceeded,
+        EpochConflict,
+        EpochUnknown,
+        LeaseExpired,
+        NotFound,
+        NotOwner,
+        OverLimit,
+        Unauthenticated,
+        Unavailable,
+        WireVersionMismatch,
+    )
+}
+"""The errors that travel over the wire by name (`kvstrata-error` in the trailing metadata)."""
