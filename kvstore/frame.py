@@ -94,12 +94,12 @@ def decode_header(data: bytes | memoryview) -> Frame:
     fields = _BODY.unpack(body)
     magic, version, codec, quality, zero, chain_index, codec_digest = fields[:7]
     if magic != MAGIC or version not in READABLE_VERSIONS:
-        raise CorruptBlock(MissReason.BAD_HEADER, f"magic {magic!r} version {version}: not a frame we read")
+        raise CorruptBlock(MissReason.BAD_HEADER, f"magic {magic!r} version {version}: not our frame")
     if xxhash.xxh3_64_intdigest(body) != checksum:
         raise CorruptBlock(MissReason.CHECKSUM, "header checksum does not match")
     namespace, key, parent, placement, number, digest, fingerprint, nbytes, payload_xxh3 = fields[7:]
     if zero or nbytes > PAYLOAD_NBYTES_MAX or quality not in Quality:
-        raise CorruptBlock(MissReason.BAD_HEADER, f"quality {quality}, reserved {zero}, payload {nbytes} bytes")
+        raise CorruptBlock(MissReason.BAD_HEADER, f"quality {quality}, reserved {zero}, payload {nbytes}")
     meta = BlockMeta(
         namespace=NamespaceId(namespace),
         key=BlockKey(key),
@@ -120,10 +120,11 @@ def decode_frame(data: bytes | memoryview) -> tuple[Frame, memoryview]:
     payload = view[HEADER_NBYTES:]
     if payload.nbytes != frame.payload_nbytes:
         raise CorruptBlock(
-            MissReason.BAD_HEADER, f"payload has {payload.nbytes} bytes, the header says {frame.payload_nbytes}"
+            MissReason.BAD_HEADER,
+            f"payload has {payload.nbytes} bytes of {frame.payload_nbytes}",
         )
     if payload_checksum(payload) != frame.payload_xxh3:
-        raise CorruptBlock(MissReason.CHECKSUM, f"payload of block {frame.meta.key.hex()[:12]} does not match")
+        raise CorruptBlock(MissReason.CHECKSUM, f"payload of {frame.meta.key.hex()[:12]} does not match")
     return frame, payload
 
 
