@@ -1,0 +1,72 @@
+"""What can go wrong with a model, its folder, its tokenizer or its template. One branch of the tree.
+
+    KVStrataError (kvstore/errors.py)
+    +-- ModelError             FAILED_PRECONDITION  anything below
+        +-- ModelNotFound      NOT_FOUND            no such folder, file, registry name or hub id
+        +-- ModelCorrupt       DATA_LOSS            truncated, wrong sha256, at odds with its config
+        +-- ModelUnsupported   UNIMPLEMENTED        an architecture, rope scaling, dtype or file we do not run
+        +-- ModelFetchFailed   UNAVAILABLE          no network, no pip, an index that does not have it
+        +-- ModelBusy          ABORTED              another process is making the same folder and does not end
+        +-- DiskFull           RESOURCE_EXHAUSTED   there is no room for it
+        +-- ChatTemplateError  INVALID_ARGUMENT     the template is missing, wrong, or refuses the messages
+
+Every one says what happened (`problem`) and what to do next (`cure`); str() gives both. Both are plain
+strings in `args`, so that the errors travel between Ray actors unharmed.
+"""
+
+from __future__ import annotations
+
+from kvstore.errors import KVStrataError
+
+__all__ = [
+    "ChatTemplateError",
+    "DiskFull",
+    "ModelBusy",
+    "ModelCorrupt",
+    "ModelError",
+    "ModelFetchFailed",
+    "ModelNotFound",
+    "ModelUnsupported",
+]
+
+
+class ModelError(KVStrataError):
+    """`problem`: what happened, to what. `cure`: what to do next. No full stop at the end of either."""
+
+    status = "FAILED_PRECONDITION"
+
+    def __init__(self, problem: str, cure: str) -> None:
+        super().__init__(problem, cure)
+        self.problem = problem
+        self.cure = cure
+
+    def __str__(self) -> str:
+        return f"{self.problem}. {self.cure}"
+
+
+class ModelNotFound(ModelError):
+    status = "NOT_FOUND"
+
+
+class ModelCorrupt(ModelError):
+    status = "DATA_LOSS"
+
+
+class ModelUnsupported(ModelError):
+    status = "UNIMPLEMENTED"
+
+
+class ModelFetchFailed(ModelError):
+    status = "UNAVAILABLE"
+
+
+class ModelBusy(ModelError):
+    status = "ABORTED"
+
+
+class DiskFull(ModelError):
+    status = "RESOURCE_EXHAUSTED"
+
+
+class ChatTemplateError(ModelError):
+    status = "INVALID_ARGUMENT"
