@@ -206,6 +206,7 @@ class Refusal(enum.Enum):
 
     EXISTS = "exists"  # an equal or better version of the same epoch is visible: pinned instead
     STAGED = "staged"  # another transaction is writing it
+    UNWRITTEN = "unwritten"  # granted, but its bytes never arrived before the commit
     NO_SPACE = "no_space"  # every slot is pinned or staged
     EPOCH = "epoch"  # the epoch was never registered, or is retired
     CHECKSUM = "checksum"  # the bytes that arrived are not the bytes that were framed

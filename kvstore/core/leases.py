@@ -1,0 +1,99 @@
+"""Leases: everything held for somebody has an owner and an end, on monotonic time.
+
+The table never looks at a clock: callers pass `now`. Expiry is a heap with lazy deletion, O(log n) a
+grant or renewal; ending a lease is the caller's business (`expired` names them, the shard frees what they
+held). A gap between two sightings of the clock longer than `pause_s` means the shard itself stood still
+(SIGSTOP, a long collector pause): nobody could renew, so every lease is extended by the gap, in O(1).
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+from kvstore.errors import OverLimit
+from kvstore.nouns import LeaseId
+
+
+@dataclass(slots=True)
+class Lease:
+    id: LeaseId
+    owner: str
+    expires: float  # on the table's own time, which leaves out pauses
+    granted: float
+
+
+class LeaseTable:
+    def __init__(self, first_id: int, leases_max: int, lease_s_max: float, pause_s: float) -> None:
+        self._leases: dict[LeaseId, Lease] = {}
+        self._heap: list[tuple[float, LeaseId]] = []
+        self._next = first_id
+        self._max = leases_max
+        self._lease_s_max = lease_s_max
+        self._pause_s = pause_s
+        self._paused_s = 0.0  # sum of all pauses: subtracting it from `now` gives the table's time
+        self._last_seen: float | None = None
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    def __contains__(self, lease: LeaseId) -> bool:
+        return lease in self._leases
+
+    def ids(self) -> frozenset[LeaseId]:
+        return frozenset(self._leases)
+
+    def grant(self, owner: str, duration_s: float, now: float) -> LeaseId:
+        """A new lease. Raises OverLimit beyond the bound on leases."""
+        if len(self._leases) >= self._max:
+            raise OverLimit(f"{self._max} leases are held on this shard: release some, or raise leases_max")
+        lease = Lease(LeaseId(self._next), owner, self._end(duration_s, now), self._time(now))
+        self._next += 1
+        self._leases[lease.id] = lease
+        heapq.heappush(self._heap, (lease.expires, lease.id))
+        return lease.id
+
+    def renew(self, lease_id: LeaseId, duration_s: float, now: float) -> bool:
+        """Extend to `duration_s` from now, never shorten. False when the lease is gone or past its end."""
+        lease = self._leases.get(lease_id)
+        if lease is None or lease.expires <= self._time(now):
+            return False
+        lease.expires = max(lease.expires, self._end(duration_s, now))
+        heapq.heappush(self._heap, (lease.expires, lease_id))
+        return True
+
+    def is_live(self, lease_id: LeaseId, now: float) -> bool:
+        lease = self._leases.get(lease_id)
+        return lease is not None and lease.expires > self._time(now)
+
+    def end(self, lease_id: LeaseId) -> bool:
+        """Forget a lease. False when it is not there: ending twice is no error."""
+        return self._leases.pop(lease_id, None) is not None
+
+    def observe(self, now: float) -> None:
+        """Account for a pause. Called before anything else that looks at the time, traffic or tick."""
+        if self._last_seen is not None and now - self._last_seen > self._pause_s:
+            self._paused_s += now - self._last_seen
+        self._last_seen = now
+
+    def past_end(self, now: float) -> list[LeaseId]:
+        """The leases past their end. They stay until `end`: the caller frees what they held first."""
+        past = []
+        while self._heap and self._heap[0][0] <= self._time(now):
+            expires, lease_id = heapq.heappop(self._heap)
+            lease = self._leases.get(lease_id)
+            if lease is not None and lease.expires == expires:
+                past.append(lease_id)
+        return past
+
+    def oldest_s(self, now: float) -> float:
+        """Age of the oldest lease, pauses left out; 0.0 when there is none."""
+        if not self._leases:
+            return 0.0
+        return self._time(now) - min(lease.granted for lease in self._leases.values())
+
+    def _time(self, now: float) -> float:
+        return now - self._paused_s
+
+    def _end(self, duration_s: float, now: float) -> float:
+        return self._time(now) + min(max(duration_s, 0.0), self._lease_s_max)

@@ -1,0 +1,103 @@
+"""What a shard's core is told at start, and the plain values it answers with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvstore.core.chain import Version
+from kvstore.nouns import (
+    BlockKey,
+    BlockRef,
+    Epoch,
+    Incarnation,
+    LayoutFingerprint,
+    LeaseId,
+    MissReason,
+    NamespaceId,
+    Quality,
+    Refusal,
+    ShardId,
+    TxnId,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CoreLimits:
+    """Every bound of one shard. Beyond one, the caller gets OverLimit or an explicit refusal."""
+
+    slots_max: int = 65_536
+    leases_max: int = 16_384
+    txns_max: int = 1_024
+    keys_max: int = 8_192  # of one match
+    offers_max: int = 1_024  # of one transaction
+    namespaces_max: int = 4_096
+    epochs_max: int = 1_024  # registered, of one model
+    lease_s_max: float = 600.0
+    pause_s: float = 2.0  # a longer silence of the clock is the shard's own pause
+    answers_max: int = 1_024  # commits remembered, so that a retried one is answered again
+
+
+@dataclass(frozen=True, slots=True)
+class CoreConfig:
+    shard: ShardId
+    incarnation: Incarnation
+    capacity_nbytes: int
+    limits: CoreLimits = CoreLimits()
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    model_id: str
+    fingerprint: LayoutFingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """One block a writer offers; `nbytes` is the whole frame's."""
+
+    key: BlockKey
+    parent: BlockKey
+    chain_index: int
+    placement: BlockKey
+    nbytes: int
+
+
+@dataclass(slots=True)
+class Txn:
+    """Slots being written for one owner. `versions[i]` is offer i's own staged version or, where it was
+    refused as EXISTS, the version that exists (pinned under the txn's lease)."""
+
+    id: TxnId
+    owner: str
+    namespace: NamespaceId
+    epoch: Epoch
+    quality: Quality
+    lease: LeaseId
+    request_id: bytes
+    offers: tuple[Offer, ...]
+    refusals: list[Refusal | None] = field(default_factory=list)
+    versions: list[Version | None] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    versions: tuple[Version, ...]
+    lease: LeaseId | None
+    miss: MissReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    revision: int
+    blocks: tuple[BlockRef | Refusal, ...]
+    lease: LeaseId | None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Bytes by state, and what an independent walk could not find an owner for."""
+
+    live_nbytes: int
+    staged_nbytes: int
+    retired_nbytes: int
+    ownerless_nbytes: int
