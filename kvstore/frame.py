@@ -36,6 +36,7 @@ HEADER_NBYTES: Final = 256
 PAYLOAD_NBYTES_MAX: Final = 1 << 30
 LOSSLESS_CODEC: Final = 0
 
+_QUALITIES: Final = frozenset(int(q) for q in Quality)
 _BODY: Final = struct.Struct("<4sHHHHI16s16s32s32s32sQ16s16sQQ48x")
 _CHECKSUM: Final = struct.Struct("<Q")
 assert _BODY.size + _CHECKSUM.size == HEADER_NBYTES
@@ -98,7 +99,7 @@ def decode_header(data: bytes | memoryview) -> Frame:
     if xxhash.xxh3_64_intdigest(body) != checksum:
         raise CorruptBlock(MissReason.CHECKSUM, "header checksum does not match")
     namespace, key, parent, placement, number, digest, fingerprint, nbytes, payload_xxh3 = fields[7:]
-    if zero or nbytes > PAYLOAD_NBYTES_MAX or quality not in Quality:
+    if zero or nbytes > PAYLOAD_NBYTES_MAX or quality not in _QUALITIES:
         raise CorruptBlock(MissReason.BAD_HEADER, f"quality {quality}, reserved {zero}, payload {nbytes}")
     meta = BlockMeta(
         namespace=NamespaceId(namespace),
