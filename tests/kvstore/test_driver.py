@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
@@ -11,9 +12,11 @@ from kvstore.clock import ManualClock
 from kvstore.driver import DriverConfig, ShardDriver
 from kvstore.errors import EpochConflict, EpochUnknown, NotFound
 from kvstore.nouns import (
+    BlockKey,
     BlockRef,
     Incarnation,
     KVLayout,
+    LeaseId,
     MissReason,
     NamespaceSpec,
     Quality,
@@ -22,6 +25,7 @@ from kvstore.nouns import (
     Snapshot,
 )
 from kvstore.tiers.host import HostTier
+from kvstore.transport.base import MatchResult
 from tests.kvstore.oracle import (
     FRAME_NBYTES,
     LAYOUT,
@@ -65,7 +69,9 @@ class Shard:
     def snapshot(self, **changes: object) -> Snapshot:
         return Snapshot(**{"namespace": self.namespace, "epoch": E1} | changes)  # type: ignore[arg-type]
 
-    async def match(self, keys, snapshot=None, lease_s=10.0):  # type: ignore[no-untyped-def]
+    async def match(
+        self, keys: Sequence[BlockKey], snapshot: Snapshot | None = None, lease_s: float = 10.0
+    ) -> MatchResult:
         return await self.driver.match(
             snapshot or self.snapshot(), keys, "reader", lease_s, timeout_s=TIMEOUT
         )
@@ -79,8 +85,13 @@ class Shard:
         self.driver.check_integrity()
 
 
+def leases(matched: MatchResult) -> list[LeaseId]:
+    assert matched.lease is not None
+    return [matched.lease]
+
+
 @pytest.fixture
-async def shard():  # type: ignore[no-untyped-def]
+async def shard() -> AsyncIterator[Shard]:
     opened = await Shard().open()
     yield opened
     opened.driver.check_integrity()
@@ -132,9 +143,9 @@ async def test_staged_blocks_are_invisible_until_commit(shard: Shard) -> None:
 
 async def test_two_writers_of_one_key(shard: Shard) -> None:
     made = chain(shard.namespace, 1)
-    begin = [shard.namespace, E1, Quality.LOSSLESS, [offer(made, 0)]]
-    first = await shard.driver.begin(*begin, "a", 10.0, b"a", timeout_s=TIMEOUT)  # type: ignore[arg-type]
-    second = await shard.driver.begin(*begin, "b", 10.0, b"b", timeout_s=TIMEOUT)  # type: ignore[arg-type]
+    begin = (shard.namespace, E1, Quality.LOSSLESS, [offer(made, 0)])
+    first = await shard.driver.begin(*begin, "a", 10.0, b"a", timeout_s=TIMEOUT)
+    second = await shard.driver.begin(*begin, "b", 10.0, b"b", timeout_s=TIMEOUT)
     assert (first.outcomes, second.outcomes) == ((None,), (Refusal.STAGED,))
     await shard.driver.write(first.txn, [(0, *frame(made, 0, E1))], timeout_s=TIMEOUT)
     (ref,) = refs_of(await shard.driver.commit(first.txn, None, timeout_s=TIMEOUT))
@@ -221,7 +232,7 @@ async def test_pinned_blocks_are_not_evicted_and_refusals_are_explicit() -> None
         shard.namespace, E1, Quality.LOSSLESS, [offer(rival, 0)], "w", 10.0, b"r", timeout_s=TIMEOUT
     )
     assert opened.outcomes == (Refusal.NO_SPACE,)
-    await shard.driver.release([held.lease], timeout_s=TIMEOUT)
+    await shard.driver.release(leases(held), timeout_s=TIMEOUT)
     await put(shard.driver, rival, [0, 1], E1)
     left = await shard.match(made.keys)
     assert [h.ref.slot for h in left.hits] == [h.ref.slot for h in held.hits[:2]]  # the leaves went first
@@ -278,11 +289,11 @@ async def test_a_pin_holds_until_its_lease_ends() -> None:
     await put(shard.driver, made, [0], E1)
     matched = await shard.match(made.keys, lease_s=3.0)
     shard.later(2)
-    assert await shard.driver.renew([matched.lease], 3.0, timeout_s=TIMEOUT) == [True]
+    assert await shard.driver.renew(leases(matched), 3.0, timeout_s=TIMEOUT) == [True]
     shard.later(2)
     assert await get(shard.driver, [matched.hits[0].ref]) == [payload(made.keys[0], E1)]
     shard.later(2)
-    assert await shard.driver.renew([matched.lease], 3.0, timeout_s=TIMEOUT) == [False]
+    assert await shard.driver.renew(leases(matched), 3.0, timeout_s=TIMEOUT) == [False]
     await put(shard.driver, rival, [0], E1)
     assert await get(shard.driver, [matched.hits[0].ref]) == [MissReason.STALE_REFERENCE]
 
@@ -293,7 +304,7 @@ async def test_the_shards_own_pause_ends_no_lease(shard: Shard) -> None:
     matched = await shard.match(made.keys, lease_s=3.0)
     shard.clock.advance(60.0)  # stopped: nobody ticked, nobody could renew
     assert shard.driver.core.reap(shard.clock.now()) == 0
-    assert await shard.driver.renew([matched.lease], 3.0, timeout_s=TIMEOUT) == [True]
+    assert await shard.driver.renew(leases(matched), 3.0, timeout_s=TIMEOUT) == [True]
     shard.later(4)
     assert (await shard.driver.status(timeout_s=TIMEOUT)).leases == 0
 
@@ -340,9 +351,16 @@ async def test_the_reaper_runs_without_traffic() -> None:
     await shard.match(made.keys, lease_s=1.0)
     shard.clock.advance(1.5)
 
-    async def reaped() -> None:
-        while (await shard.driver.status(timeout_s=TIMEOUT)).leases:
-            await asyncio.sleep(0.001)
+    reaped = asyncio.Event()
+    core_reap = shard.driver.core.reap
 
-    await asyncio.wait_for(reaped(), TIMEOUT)
+    def reap(now: float) -> int:
+        expired = core_reap(now)
+        if expired:
+            reaped.set()
+        return expired
+
+    shard.driver.core.reap = reap  # type: ignore[method-assign]
+    await asyncio.wait_for(reaped.wait(), TIMEOUT)
+    assert (await shard.driver.status(timeout_s=TIMEOUT)).leases == 0
     await shard.driver.close()
