@@ -28,7 +28,7 @@ from engine.folder import read_json_object
 from engine.models.config import ModelConfig
 from kvstore.nouns import WEIGHTS_DIGEST_NBYTES, WeightsDigest
 
-__all__ = ["DTYPES", "EMBEDDING", "LM_HEAD", "Weights", "expected_shapes", "load_weights"]
+__all__ = ["DTYPES", "EMBEDDING", "LM_HEAD", "Weights", "expected_shapes", "load_weights", "open_weights"]
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
     "float32": torch.float32,
@@ -62,13 +62,22 @@ def load_weights(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Weigh
     Raises ModelNotFound if there are no safetensors, ModelCorrupt for a truncated file or a tensor that is
     missing or of another shape (named), ModelUnsupported for tensors the runner would ignore.
     """
-    stored = _open_all(folder)
-    _check(stored, expected_shapes(config), folder, config)
+    stored = open_weights(folder, config)
     digest = _digest(stored, config, dtype)
     tensors = {name: tensor.to(dtype) for name, tensor in stored.items()}
     if config.tie_word_embeddings:
         tensors[LM_HEAD] = tensors[EMBEDDING]
     return Weights(tensors, digest)
+
+
+def open_weights(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
+    """The mapped tensors as stored, checked against the config. Milliseconds: no weight is read.
+
+    Raises what `load_weights` raises, so a folder can be judged before anything is started on it.
+    """
+    stored = _open_all(folder)
+    _check(stored, expected_shapes(config), folder, config)
+    return stored
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -101,7 +110,7 @@ def _open_all(folder: Path) -> dict[str, torch.Tensor]:
     for file in _files(folder):
         try:
             with safe_open(file, framework="pt", device="cpu") as handle:
-                stored.update((name, handle.get_tensor(name)) for name in handle.keys())  # noqa: SIM118
+                stored |= {name: handle.get_tensor(name) for name in sorted(handle.keys())}
         except FileNotFoundError:
             raise ModelNotFound(
                 f"{file.name} is missing from {folder} though its index names it", "Fetch the model again"

@@ -67,12 +67,12 @@ def check_rope_scaling(rope: Mapping[str, Any], context: int, where: str) -> dic
 def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
     """float32 [head_dim / 2] on the CPU. Angle of pair i at position p is p * result[i]."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    frequencies: torch.Tensor = 1.0 / (config.rope_theta**exponents)
+    frequencies = torch.reciprocal(torch.pow(config.rope_theta, exponents))
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
     if scaling["rope_type"] == "linear":
-        return frequencies / scaling["factor"]
+        return torch.div(frequencies, float(scaling["factor"]))
     return _llama3(frequencies, **{name: scaling[name] for name in _FACTORS["llama3"]})
 
 
