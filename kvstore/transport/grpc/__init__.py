@@ -1,0 +1,1 @@
+"""The gRPC transport: control calls and bulk streams, on channels of their own."""

@@ -1,0 +1,263 @@
+"""One shard over gRPC, as a `ShardTransport`. Control and bulk travel on two connections.
+
+Every call has a deadline; every failure comes out as one of `errors.py`'s. Frames arrive in chunks of
+about 1 MiB and are put together in a buffer the reader owns; a stream that breaks raises, and what was
+yielded before stands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from kvstore import failpoints
+from kvstore.errors import Unavailable, WireVersionMismatch
+from kvstore.frame import HEADER_NBYTES, PAYLOAD_NBYTES_MAX
+from kvstore.nouns import (
+    BlockKey,
+    BlockRef,
+    Epoch,
+    Incarnation,
+    LeaseId,
+    MissReason,
+    NamespaceId,
+    NamespaceSpec,
+    Quality,
+    Refusal,
+    Revision,
+    ShardId,
+    Snapshot,
+    TxnId,
+)
+from kvstore.topology import Topology
+from kvstore.transport.base import (
+    CHUNK_NBYTES,
+    WIRE_VERSIONS_READ,
+    BlockOffer,
+    CommitResult,
+    MatchResult,
+    ReadItem,
+    ShardHello,
+    ShardStatus,
+    TxnOpened,
+)
+from kvstore.transport.grpc import methods, wire
+from kvstore.transport.grpc.methods import Answer, Asked, Method
+from kvstore.transport.grpc.options import channel_options
+from kvstore.v1 import blocks_pb2 as blocks
+from kvstore.v1 import control_pb2 as control
+from kvstore.v1 import topology_pb2 as topology
+
+Value = TypeVar("Value")
+
+
+class GrpcTransport:
+    """Lazy: nothing is sent before the first call. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        shard: ShardId,
+        address: str,
+        token: str | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        self._shard = shard
+        self.address = address
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._control = _channel(address, "control", credentials)
+        self._bulk = _channel(address, "bulk", credentials)
+
+    @property
+    def shard(self) -> ShardId:
+        return self._shard
+
+    async def hello(self, *, timeout_s: float) -> ShardHello:
+        asked = control.HelloRequest(wire_versions=sorted(WIRE_VERSIONS_READ, reverse=True), client="python")
+        answer = await self._call(methods.HELLO, asked, timeout_s)
+        if answer.wire_version not in WIRE_VERSIONS_READ:
+            raise WireVersionMismatch(f"shard {self.shard} speaks wire version {answer.wire_version}")
+        if answer.shard != self.shard:
+            raise Unavailable(
+                f"{self.address} is shard {answer.shard}, not {self.shard}: refresh the topology"
+            )
+        return ShardHello(
+            self.shard, Incarnation(answer.incarnation), answer.wire_version, answer.disk_version
+        )
+
+    async def open_namespace(self, spec: NamespaceSpec, tenant: str, *, timeout_s: float) -> NamespaceId:
+        answer = await self._call(methods.OPEN_NAMESPACE, wire.spec_out(spec, tenant), timeout_s)
+        return wire.namespace_in(answer.namespace_id)
+
+    async def register_epoch(self, model_id: str, epoch: Epoch, *, timeout_s: float) -> None:
+        asked = control.RegisterEpochRequest(model_id=model_id, epoch=wire.epoch_out(epoch))
+        await self._call(methods.REGISTER_EPOCH, asked, timeout_s)
+
+    async def advance_epoch(self, model_id: str, number: int, *, timeout_s: float) -> Revision:
+        asked = control.AdvanceEpochRequest(model_id=model_id, number=number)
+        return wire.revision_in((await self._call(methods.ADVANCE_EPOCH, asked, timeout_s)).revision)
+
+    async def match(
+        self, snapshot: Snapshot, keys: Sequence[BlockKey], owner: str, lease_s: float, *, timeout_s: float
+    ) -> MatchResult:
+        await failpoints.hit("transport.match")
+        asked = wire.match_out(snapshot, keys, owner, lease_s)
+        return wire.match_result_in(self.shard, await self._call(methods.MATCH, asked, timeout_s))
+
+    async def read(self, refs: Sequence[BlockRef], *, timeout_s: float) -> AsyncIterator[ReadItem]:
+        for run_start, run in _runs_of_one_incarnation(refs):
+            asked = blocks.ReadRequest(
+                incarnation=run[0].incarnation,
+                slots=[ref.slot for ref in run],
+                generations=[ref.generation for ref in run],
+            )
+            call = self._bulk.unary_stream(methods.READ.path, **methods.READ.codec())
+            stream = call(asked, timeout=timeout_s, metadata=self._metadata)
+            try:
+                async for item in _items(stream):
+                    await failpoints.hit("transport.read")
+                    yield ReadItem(run_start + item.index, item.frame, item.miss)
+            except grpc.aio.AioRpcError as error:
+                raise wire.error_in(error, self.shard) from None
+            finally:
+                stream.cancel()
+
+    async def renew(self, leases: Sequence[LeaseId], lease_s: float, *, timeout_s: float) -> list[bool]:
+        asked = control.RenewRequest(leases=leases, lease_ms=round(lease_s * 1000))
+        return list((await self._call(methods.RENEW, asked, timeout_s)).held)
+
+    async def release(self, leases: Sequence[LeaseId], *, timeout_s: float) -> None:
+        await failpoints.hit("transport.release")
+        await self._call(methods.RELEASE, control.ReleaseRequest(leases=leases), timeout_s)
+
+    async def begin(
+        self,
+        namespace: NamespaceId,
+        epoch: Epoch,
+        quality: Quality,
+        offers: Sequence[BlockOffer],
+        owner: str,
+        lease_s: float,
+        request_id: bytes,
+        *,
+        timeout_s: float,
+    ) -> TxnOpened:
+        await failpoints.hit("transport.begin")
+        asked = control.BeginRequest(
+            namespace_id=namespace,
+            epoch=wire.epoch_out(epoch),
+            quality=int(quality),
+            keys=b"".join(o.key for o in offers),
+            parents=b"".join(o.parent for o in offers),
+            placements=b"".join(o.placement for o in offers),
+            chain_indexes=[o.chain_index for o in offers],
+            nbytes=[o.nbytes for o in offers],
+            owner=owner,
+            lease_ms=round(lease_s * 1000),
+            request_id=request_id,
+        )
+        answer = await self._call(methods.BEGIN, asked, timeout_s)
+        return TxnOpened(TxnId(answer.txn), wire.refusals_in(answer.refusals))
+
+    async def write(
+        self, txn: TxnId, frames: Sequence[tuple[int, bytes, memoryview]], *, timeout_s: float
+    ) -> list[Refusal | None]:
+        await failpoints.hit("transport.write")
+        call = self._bulk.stream_unary(methods.WRITE.path, **methods.WRITE.codec())
+        stream = call(_chunks(txn, frames), timeout=timeout_s, metadata=self._metadata)
+        answer = await self._answered(stream)
+        outcomes = dict(zip(answer.indexes, wire.refusals_in(answer.refusals), strict=True))
+        return [outcomes.get(index, Refusal.UNWRITTEN) for index, _, _ in frames]
+
+    async def commit(self, txn: TxnId, pin_for_s: float | None, *, timeout_s: float) -> CommitResult:
+        await failpoints.hit("transport.commit")
+        asked = control.CommitRequest(txn=txn, pin_for_ms=round((pin_for_s or 0) * 1000))
+        return wire.commit_in(self.shard, await self._call(methods.COMMIT, asked, timeout_s))
+
+    async def abort(self, txn: TxnId, *, timeout_s: float) -> None:
+        await self._call(methods.ABORT, control.AbortRequest(txn=txn), timeout_s)
+
+    async def report(self, refs: Sequence[BlockRef], *, timeout_s: float) -> int:
+        retired = 0
+        for _, run in _runs_of_one_incarnation(refs):
+            asked = control.ReportRequest(
+                incarnation=run[0].incarnation,
+                slots=[ref.slot for ref in run],
+                generations=[ref.generation for ref in run],
+            )
+            retired += (await self._call(methods.REPORT, asked, timeout_s)).retired
+        return retired
+
+    async def status(self, *, timeout_s: float) -> ShardStatus:
+        return wire.status_in(await self._call(methods.STATUS, control.StatusRequest(), timeout_s))
+
+    async def topology(self, *, timeout_s: float) -> Topology:
+        answer = await self._call(methods.GET_TOPOLOGY, topology.GetTopologyRequest(), timeout_s)
+        return wire.topology_in(answer.topology)
+
+    async def close(self) -> None:
+        await asyncio.gather(self._control.close(), self._bulk.close())
+
+    async def _call(self, method: Method[Asked, Answer], asked: Asked, timeout_s: float) -> Answer:
+        call = self._control.unary_unary(method.path, **method.codec())
+        return await self._answered(call(asked, timeout=timeout_s, metadata=self._metadata))
+
+    async def _answered(self, call: Awaitable[Value]) -> Value:
+        try:
+            return await call
+        except grpc.aio.AioRpcError as error:
+            raise wire.error_in(error, self.shard) from None
+
+
+def _channel(address: str, traffic: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+    options = channel_options(traffic)
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, credentials, options=options)
+
+
+def _runs_of_one_incarnation(refs: Sequence[BlockRef]) -> Iterator[tuple[int, Sequence[BlockRef]]]:
+    """References in runs that one request can carry; almost always all of them."""
+    start = 0
+    for end in range(1, len(refs) + 1):
+        if end == len(refs) or refs[end].incarnation != refs[start].incarnation:
+            yield start, refs[start:end]
+            start = end
+
+
+async def _items(stream: Any) -> AsyncIterator[ReadItem]:
+    """Whole frames from the chunks of a stream. Raises Unavailable when the peer breaks the framing."""
+    frame, filled = bytearray(), 0
+    async for chunk in stream:
+        if chunk.miss:
+            yield ReadItem(chunk.index, None, MissReason(chunk.miss))
+            continue
+        if not filled:
+            if not 0 < chunk.frame_nbytes <= PAYLOAD_NBYTES_MAX + HEADER_NBYTES:
+                raise Unavailable(
+                    f"a frame of {chunk.frame_nbytes} bytes: the peer does not speak our framing"
+                )
+            frame = bytearray(chunk.frame_nbytes)
+        end = filled + len(chunk.data)
+        if end > len(frame) or not chunk.data:
+            raise Unavailable("chunks run past their frame: the peer does not speak our framing")
+        frame[filled:end] = chunk.data
+        filled = end
+        if filled == len(frame):
+            yield ReadItem(chunk.index, memoryview(frame), None)
+            filled = 0
+
+
+def _chunks(txn: TxnId, frames: Sequence[tuple[int, bytes, memoryview]]) -> Iterator[Message]:
+    """The first chunk of a frame carries its header and the payload's start; none exceeds CHUNK_NBYTES."""
+    for index, header, payload in frames:
+        nbytes = len(header) + payload.nbytes
+        first = CHUNK_NBYTES - len(header)
+        data = header + bytes(payload[:first])
+        yield blocks.WriteRequest(txn=txn, index=index, frame_nbytes=nbytes, data=data)
+        for start in range(first, payload.nbytes, CHUNK_NBYTES):
+            data = bytes(payload[start : start + CHUNK_NBYTES])
+            yield blocks.WriteRequest(txn=txn, index=index, frame_nbytes=nbytes, data=data)

@@ -1,0 +1,263 @@
+"""Nouns to messages and back, and errors to statuses and back. Total on what comes in.
+
+A message that does not parse into a noun (a key column of odd length, an unknown quality) raises
+ConfigError on the server, hence INVALID_ARGUMENT: bytes from a peer never raise anything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import grpc
+
+from kvstore.errors import ERRORS, ConfigError, DeadlineExceeded, KVStrataError, Unavailable
+from kvstore.nouns import (
+    KEY_NBYTES,
+    NAMESPACE_ID_NBYTES,
+    WEIGHTS_DIGEST_NBYTES,
+    BlockKey,
+    BlockRef,
+    Epoch,
+    Incarnation,
+    KVLayout,
+    LeaseId,
+    MissReason,
+    NamespaceId,
+    NamespaceSpec,
+    Quality,
+    Refusal,
+    Revision,
+    ShardId,
+    Snapshot,
+    Tier,
+    WeightsDigest,
+)
+from kvstore.topology import ShardEntry, Topology
+from kvstore.transport.base import BlockOffer, CommitResult, MatchHit, MatchResult, ShardStatus
+from kvstore.v1 import control_pb2 as control
+from kvstore.v1 import topology_pb2 as topology
+
+ERROR_METADATA: Final = "kvstrata-error"
+_DIGEST: Final = WEIGHTS_DIGEST_NBYTES
+
+
+def fixed(data: bytes, nbytes: int, what: str) -> bytes:
+    """A field of known length. Raises ConfigError, naming the field."""
+    if len(data) != nbytes:
+        raise ConfigError(f"{what} has {len(data)} bytes: it must have {nbytes}")
+    return data
+
+
+def split_keys(data: bytes) -> list[BlockKey]:
+    if len(data) % KEY_NBYTES:
+        raise ConfigError(f"a key column of {len(data)} bytes is not a multiple of {KEY_NBYTES}")
+    return [BlockKey(data[i : i + KEY_NBYTES]) for i in range(0, len(data), KEY_NBYTES)]
+
+
+def namespace_in(data: bytes) -> NamespaceId:
+    return NamespaceId(fixed(data, NAMESPACE_ID_NBYTES, "namespace_id"))
+
+
+def quality_in(value: int) -> Quality:
+    try:
+        return Quality(value)
+    except ValueError:
+        raise ConfigError(
+            f"quality {value} is unknown: this shard knows {[int(q) for q in Quality]}"
+        ) from None
+
+
+def epoch_out(epoch: Epoch) -> control.Epoch:
+    return control.Epoch(number=epoch.number, weights_digest=epoch.weights_digest)
+
+
+def epoch_in(message: control.Epoch) -> Epoch:
+    digest = fixed(message.weights_digest, WEIGHTS_DIGEST_NBYTES, "weights_digest")
+    return Epoch(message.number, WeightsDigest(digest))
+
+
+def revision_out(revision: Revision) -> control.Revision:
+    return control.Revision(incarnation=revision.incarnation, counter=revision.counter)
+
+
+def revision_in(message: control.Revision) -> Revision:
+    return Revision(Incarnation(message.incarnation), message.counter)
+
+
+def spec_out(spec: NamespaceSpec, tenant: str) -> control.OpenNamespaceRequest:
+    layout = spec.layout
+    return control.OpenNamespaceRequest(
+        model_id=spec.model_id,
+        layout=control.Layout(
+            layers=layout.layers,
+            head_begin=layout.head_begin,
+            head_end=layout.head_end,
+            head_dim=layout.head_dim,
+            block_tokens=layout.block_tokens,
+            dtype=layout.dtype,
+        ),
+        tokenizer_digest=spec.tokenizer_digest,
+        adapter_digest=spec.adapter_digest,
+        tenant=tenant,
+    )
+
+
+def spec_in(message: control.OpenNamespaceRequest) -> NamespaceSpec:
+    layout = message.layout
+    try:
+        shape = KVLayout(
+            layout.layers,
+            layout.head_begin,
+            layout.head_end,
+            layout.head_dim,
+            layout.dtype,
+            layout.block_tokens,
+        )
+    except ValueError as error:
+        raise ConfigError(f"layout: {error}") from None
+    return NamespaceSpec(
+        message.model_id,
+        shape,
+        fixed(message.tokenizer_digest, _DIGEST, "tokenizer_digest"),
+        fixed(message.adapter_digest, _DIGEST, "adapter_digest"),
+    )
+
+
+def match_out(
+    snapshot: Snapshot, keys: Sequence[BlockKey], owner: str, lease_s: float
+) -> control.MatchRequest:
+    revision = None if snapshot.revision is None else revision_out(snapshot.revision)
+    return control.MatchRequest(
+        namespace_id=snapshot.namespace,
+        epoch=epoch_out(snapshot.epoch),
+        min_quality=int(snapshot.min_quality),
+        stale_lag_max=snapshot.stale_lag_max,
+        revision=revision,
+        keys=b"".join(keys),
+        owner=owner,
+        lease_ms=round(lease_s * 1000),
+    )
+
+
+def snapshot_in(message: control.MatchRequest) -> Snapshot:
+    return Snapshot(
+        namespace_in(message.namespace_id),
+        epoch_in(message.epoch),
+        quality_in(message.min_quality),
+        message.stale_lag_max,
+        revision_in(message.revision) if message.HasField("revision") else None,
+    )
+
+
+def match_result_out(result: MatchResult) -> control.MatchResponse:
+    hits = result.hits
+    return control.MatchResponse(
+        slots=[h.ref.slot for h in hits],
+        generations=[h.ref.generation for h in hits],
+        epoch_numbers=[h.epoch.number for h in hits],
+        weights_digests=b"".join(h.epoch.weights_digest for h in hits),
+        qualities=[int(h.quality) for h in hits],
+        tiers=[int(h.tier) for h in hits],
+        nbytes=[h.nbytes for h in hits],
+        lease=result.lease or 0,
+        miss=result.miss.value if result.miss else "",
+        revision=revision_out(result.revision),
+    )
+
+
+def match_result_in(shard: ShardId, message: control.MatchResponse) -> MatchResult:
+    revision = revision_in(message.revision)
+    columns = zip(
+        message.slots,
+        message.generations,
+        message.epoch_numbers,
+        message.qualities,
+        message.tiers,
+        message.nbytes,
+        strict=True,
+    )
+    digests = message.weights_digests
+    hits = tuple(
+        MatchHit(
+            BlockRef(shard, revision.incarnation, slot, generation),
+            Epoch(number, WeightsDigest(digests[i * _DIGEST : (i + 1) * _DIGEST])),
+            Quality(quality),
+            Tier(tier),
+            nbytes,
+        )
+        for i, (slot, generation, number, quality, tier, nbytes) in enumerate(columns)
+    )
+    lease = LeaseId(message.lease) if message.lease else None
+    return MatchResult(hits, lease, MissReason(message.miss) if message.miss else None, revision)
+
+
+def offers_in(message: control.BeginRequest) -> list[BlockOffer]:
+    keys, parents = split_keys(message.keys), split_keys(message.parents)
+    placements = split_keys(message.placements)
+    lengths = {len(keys), len(parents), len(placements), len(message.chain_indexes), len(message.nbytes)}
+    if len(lengths) != 1:
+        raise ConfigError(f"the columns of an offer have different lengths: {sorted(lengths)}")
+    columns = zip(keys, parents, message.chain_indexes, placements, message.nbytes, strict=True)
+    return [BlockOffer(*row) for row in columns]
+
+
+def refusals_in(names: Sequence[str]) -> tuple[Refusal | None, ...]:
+    return tuple(Refusal(name) if name else None for name in names)
+
+
+def refusals_out(refusals: Sequence[Refusal | None]) -> list[str]:
+    return [refusal.value if refusal else "" for refusal in refusals]
+
+
+def commit_out(result: CommitResult) -> control.CommitResponse:
+    blocks = result.blocks
+    return control.CommitResponse(
+        revision=revision_out(result.revision),
+        refusals=[b.value if isinstance(b, Refusal) else "" for b in blocks],
+        slots=[0 if isinstance(b, Refusal) else b.slot for b in blocks],
+        generations=[0 if isinstance(b, Refusal) else b.generation for b in blocks],
+        lease=result.lease or 0,
+    )
+
+
+def commit_in(shard: ShardId, message: control.CommitResponse) -> CommitResult:
+    revision = revision_in(message.revision)
+    rows = zip(message.refusals, message.slots, message.generations, strict=True)
+    blocks = tuple(
+        Refusal(refusal) if refusal else BlockRef(shard, revision.incarnation, slot, generation)
+        for refusal, slot, generation in rows
+    )
+    return CommitResult(revision, blocks, LeaseId(message.lease) if message.lease else None)
+
+
+def status_out(status: ShardStatus) -> control.StatusResponse:
+    fields = {name: getattr(status, name) for name in control.StatusResponse.DESCRIPTOR.fields_by_name}
+    return control.StatusResponse(**fields)
+
+
+def status_in(message: control.StatusResponse) -> ShardStatus:
+    fields = {name: getattr(message, name) for name in control.StatusResponse.DESCRIPTOR.fields_by_name}
+    return ShardStatus(**fields | {"counters": dict(message.counters)})
+
+
+def topology_out(value: Topology) -> topology.Topology:
+    shards = [topology.ShardEntry(shard=e.shard, address=e.address, weight=e.weight) for e in value.shards]
+    return topology.Topology(version=value.version, shards=shards)
+
+
+def topology_in(message: topology.Topology) -> Topology:
+    shards = (ShardEntry(ShardId(e.shard), e.address, e.weight) for e in message.shards)
+    return Topology(message.version, tuple(shards))
+
+
+def error_in(error: grpc.aio.AioRpcError, shard: str) -> KVStrataError:
+    """The error the server raised, or what the transport itself says of the peer."""
+    named = dict(error.trailing_metadata() or ()).get(ERROR_METADATA, "")
+    detail = error.details() or error.code().name
+    kind = ERRORS.get(str(named))
+    if kind is not None:
+        return kind(detail)
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineExceeded(f"shard {shard} did not answer in time")
+    return Unavailable(f"shard {shard}: {detail}")
