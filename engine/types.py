@@ -8,7 +8,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.nouns import Epoch, LeaseId, NamespaceId, PinnedBlock, Quality, ShardId
+from kvstore.nouns import (
+    Epoch,
+    KVLayout,
+    LeaseId,
+    NamespaceId,
+    PinnedBlock,
+    Quality,
+    ShardId,
+    WeightsDigest,
+)
 
 
 class FinishReason(enum.Enum):
@@ -125,3 +134,27 @@ class Handoff:
     leases: tuple[tuple[ShardId, LeaseId], ...]
     tail: TailKV | None  # None unless `blocks` cover every full block of the prompt
     next_position: int  # of the token to be computed next: the sampler's counter
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """Who a prefill or decode worker is, once its model is loaded: the router pairs equal weights and layouts."""
+
+    worker_id: str
+    model_id: str
+    weights_digest: WeightsDigest
+    layout: KVLayout
+    max_model_len: int
+    pid: int
+    node_id: str  # of the cluster's node it runs on; empty outside a cluster
+
+
+@dataclass(frozen=True, slots=True)
+class PollResult:
+    """Tokens of all of a decode worker's sequences since a cursor, in the order they were generated.
+
+    `cursor` is what the next poll passes. The log behind it is bounded: a poller that fell too far behind
+    sees a gap in some request's `index`, and resumes that request from the tokens it has."""
+
+    cursor: int
+    events: tuple[TokenEvent, ...]
