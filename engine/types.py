@@ -138,7 +138,7 @@ class Handoff:
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """Who a prefill or decode worker is, once its model is loaded: the router pairs equal weights and layouts."""
+    """Who a worker is, once its model is loaded: the router pairs workers of equal weights and layouts."""
 
     worker_id: str
     model_id: str
