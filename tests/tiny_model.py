@@ -2,7 +2,8 @@
 
 `make_tiny_model(path)` writes config.json, model.safetensors, tokenizer.json and tokenizer_config.json, in
 the form the Hugging Face hub has them: about 0.3 MB, 10 ms. Equal arguments give equal bytes. The weights
-are drawn wide enough (standard deviation 1 / sqrt(fan in)) that every part of the model moves the logits.
+are drawn so wide (standard deviation 1 / sqrt(fan in), embeddings a quarter and not tied) that every part
+of the model moves the logits and greedy output is not one token over and over.
 The tokenizer is byte-level without merges: one token a byte, three special tokens, ChatML template.
 """
 
@@ -45,7 +46,7 @@ def tiny_config(**overrides: Any) -> dict[str, Any]:
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "rope_scaling": None,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": False,
         "max_position_embeddings": 2048,
         "attention_bias": False,
         "mlp_bias": False,
@@ -83,7 +84,8 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Ten
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     query = config["num_attention_heads"] * config["head_dim"]
     key = config["num_key_value_heads"] * config["head_dim"]
-    tensors = {"model.embed_tokens.weight": torch.randn(config["vocab_size"], hidden, generator=generator)}
+    embedding = torch.randn(config["vocab_size"], hidden, generator=generator) / 4
+    tensors = {"model.embed_tokens.weight": embedding}
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         tensors[prefix + "input_layernorm.weight"] = norm()

@@ -1,0 +1,200 @@
+"""Batch-invariant attention: the context is cut at fixed absolute positions, whatever the chunk.
+
+A query's result must not depend, to the bit, on how many queries come with it, on which other sequences
+are in the step, on how the prompt was chunked, or on how much room stands behind it. So:
+
+    context   0        256       512    600        tiles of 256 tokens at absolute positions
+              [ tile 0 ][ tile 1 ][ tile 2 ....]   the last one padded with zeros to its full width
+    queries   [ up to 128 positions x heads of the group, padded to 16 rows ]
+
+    scores_t  = q k_t^T           one product of fixed shape a tile, masked to -inf after the query
+    m         = max over all      exact in any order
+    p_t       = 2 ** (scores_t - m)      scores carry a factor log2(e): exp2 costs half of exp
+    l         = ((sum p_0 + sum p_1) + sum p_2) ...      in the order of positions
+    o         = ((p_0 v_0 + p_1 v_1) + p_2 v_2) ... / l
+
+A tile wholly behind a query adds exact zeros, so it does not matter whether it is computed or skipped.
+Row counts only take the kernels that engine/linear.py shows to be invariant. Scores, sums and products are
+float32 whatever the pool's dtype. Source of the idea: fixed split-KV (Flash-Decoding, and He et al. 2025,
+"Defeating nondeterminism in LLM inference").
+
+Full tiles whose slots are adjacent in the pool are read in place, others are gathered: reading in place
+saves a copy of the whole context a layer. Time against torch's own kernel: docs/design.md section 8.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from engine.attention.base import Segment
+from engine.linear import ROWS_MULTIPLE
+from engine.pool import KVPool
+
+__all__ = ["FixedSplitAttention"]
+
+_LOG2_E: Final = math.log2(math.e)
+TILE_TOKENS: Final = 256
+QUERY_BLOCK: Final = 128
+"""Positions whose scores are held at once: bounds memory to heads * 128 * context floats."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """Where a tile's tokens lie in the pool (a slice when adjacent), and how many they are."""
+
+    tokens: int
+    where: torch.Tensor | slice
+
+
+@dataclass(frozen=True, slots=True)
+class _QueryBlock:
+    """Rows of the step that are computed together, over the first `tiles` tiles."""
+
+    row: int
+    rows: int
+    padded: int  # rows * group, padded
+    tiles: int
+    visible: int  # tokens of the last tile that a block of one position sees
+    masks: tuple[tuple[int, torch.Tensor], ...]  # else: (tile, bool [padded, width]: not visible)
+
+
+@dataclass(frozen=True, slots=True)
+class _SegmentPlan:
+    tiles: tuple[_Tile, ...]
+    blocks: tuple[_QueryBlock, ...]
+
+
+class FixedSplitAttention:
+    """See the module. `heads` is the model's; KV heads and head_dim are the pool's."""
+
+    def __init__(self, heads: int) -> None:
+        self._heads = heads
+
+    def plan(self, segments: Sequence[Segment], pool: KVPool) -> FixedSplitPlan:
+        width = _tile_width(pool.layout.block_tokens)
+        group = self._heads // pool.layout.kv_heads
+        plans = [
+            _SegmentPlan(tuple(_tiles(segment, pool, width)), tuple(_query_blocks(segment, group, width)))
+            for segment in segments
+        ]
+        return FixedSplitPlan(plans, pool, group, width)
+
+
+class FixedSplitPlan:
+    """Holds the step's scratch memory too: fresh pages for every layer cost more than the products."""
+
+    def __init__(self, plans: list[_SegmentPlan], pool: KVPool, group: int, width: int) -> None:
+        self._plans = plans
+        self._pool = pool
+        self._group = group
+        self._width = width
+        kv_heads, head_dim = pool.layout.kv_heads, pool.layout.head_dim
+        scores = max(block.tiles * block.padded for plan in plans for block in plan.blocks)
+        self._weights = torch.empty(scores * kv_heads * width)
+        dtype = pool.keys(0).dtype
+        # A zero behind every sequence's last token; rows before it are overwritten layer by layer.
+        self._last_tiles = torch.zeros(len(plans), 2, width, kv_heads, head_dim, dtype=dtype)
+
+    def attend(self, layer: int, queries: torch.Tensor, out: torch.Tensor) -> None:
+        flat_keys, flat_values = self._pool.keys(layer), self._pool.values(layer)
+        for plan, (last_keys, last_values) in zip(self._plans, self._last_tiles, strict=True):
+            keys = [self._load(tile, flat_keys, last_keys) for tile in plan.tiles]
+            values = [self._load(tile, flat_values, last_values) for tile in plan.tiles]
+            for block in plan.blocks:
+                self._attend_block(block, queries, keys, values, out)
+
+    def _load(self, tile: _Tile, flat: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """float32 [kv_heads, tile, head_dim]: a view of the pool where that is possible."""
+        tokens = flat[tile.where]
+        if tile.tokens < self._width:
+            # Fixed shape. Not the pool's own bytes: behind the last token may lie anything, NaN included.
+            last[: tile.tokens] = tokens
+            tokens = last
+        return tokens.permute(1, 0, 2).float()
+
+    def _attend_block(
+        self,
+        block: _QueryBlock,
+        queries: torch.Tensor,
+        keys: list[torch.Tensor],
+        values: list[torch.Tensor],
+        out: torch.Tensor,
+    ) -> None:
+        query = self._group_queries(block, queries)
+        shape = (block.tiles, query.shape[0], block.padded, self._width)
+        weights = self._weights[: math.prod(shape)].view(shape)
+        for tile in range(block.tiles):
+            torch.bmm(query, keys[tile].transpose(1, 2), out=weights[tile])
+        if block.rows == 1:
+            weights[-1, :, :, block.visible :] = -math.inf
+        for tile, hidden in block.masks:
+            weights[tile].masked_fill_(hidden, -math.inf)
+        highest = weights.amax(-1).amax(0)
+        weights.sub_(highest.unsqueeze(-1)).exp2_()
+        sums = weights.sum(-1)
+        total = sums[0]
+        result = torch.bmm(weights[0], values[0])
+        for tile in range(1, block.tiles):
+            total = total + sums[tile]
+            result.baddbmm_(weights[tile], values[tile])
+        result.div_(total.unsqueeze(-1))
+        self._ungroup(block, result, out)
+
+    def _group_queries(self, block: _QueryBlock, queries: torch.Tensor) -> torch.Tensor:
+        """float32 [kv_heads, padded, head_dim], scaled: a KV head's queries as rows, padded with zeros."""
+        head_dim = queries.shape[-1]
+        taken = queries[block.row : block.row + block.rows]
+        grouped = taken.view(block.rows, -1, self._group, head_dim).permute(1, 0, 2, 3)
+        rows = grouped.reshape(grouped.shape[0], -1, head_dim).float()
+        padded = rows.new_zeros(rows.shape[0], block.padded, head_dim)
+        padded[:, : rows.shape[1]] = rows
+        return padded.mul_(_LOG2_E * head_dim**-0.5)
+
+    def _ungroup(self, block: _QueryBlock, result: torch.Tensor, out: torch.Tensor) -> None:
+        head_dim = result.shape[-1]
+        rows = result[:, : block.rows * self._group]
+        by_position = rows.view(-1, block.rows, self._group, head_dim).permute(1, 0, 2, 3)
+        out[block.row : block.row + block.rows].view(by_position.shape).copy_(by_position)
+
+
+def _tile_width(block_tokens: int) -> int:
+    """Whole blocks, as near to TILE_TOKENS as they come."""
+    return block_tokens * max(1, TILE_TOKENS // block_tokens)
+
+
+def _tiles(segment: Segment, pool: KVPool, width: int) -> list[_Tile]:
+    tiles = []
+    for begin in range(0, segment.context, width):
+        end = min(begin + width, segment.context)
+        tiles.append(_Tile(end - begin, pool.token_index(segment.slots, begin, end)))
+    return tiles
+
+
+def _query_blocks(segment: Segment, group: int, width: int) -> list[_QueryBlock]:
+    blocks = []
+    for offset in range(0, segment.rows, QUERY_BLOCK):
+        rows = min(QUERY_BLOCK, segment.rows - offset)
+        first = segment.start + offset
+        padded = -(-rows * group // ROWS_MULTIPLE) * ROWS_MULTIPLE
+        tiles = -(-(first + rows) // width)
+        masks = _masks(first, rows, group, padded, width, tiles) if rows > 1 else ()
+        visible = first + rows - (tiles - 1) * width
+        blocks.append(_QueryBlock(segment.row + offset, rows, padded, tiles, visible, masks))
+    return blocks
+
+
+def _masks(
+    first: int, rows: int, group: int, padded: int, width: int, tiles: int
+) -> tuple[tuple[int, torch.Tensor], ...]:
+    """For each tile that not every row sees whole: which of its tokens come after the row's position."""
+    # Padding rows take the last row's position: what they compute is finite and never read.
+    positions = (first + torch.arange(padded) // group).clamp_(max=first + rows - 1).unsqueeze(1)
+    return tuple(
+        (tile, torch.arange(tile * width, (tile + 1) * width) > positions)
+        for tile in range((first + 1) // width, tiles)
+    )

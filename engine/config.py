@@ -1,0 +1,65 @@
+"""Settings of one engine: what it computes in, how much it holds, how large its steps are.
+
+Checked once when read; everything after trusts them. The defaults fit SmolLM2-135M on a laptop.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from kvstore.nouns import BLOCK_TOKENS
+
+__all__ = ["EngineConfig"]
+
+
+class EngineConfig(BaseModel):
+    """`EngineConfig()` is a good start; every field says what it trades."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Compute and KV dtype. batch_invariant is promised for float32 only"
+    )
+    threads: int | None = Field(
+        None,
+        ge=1,
+        le=256,
+        description="Threads torch computes with, for the whole process. None: leave torch's own choice",
+    )
+    batch_invariant: bool = Field(
+        True,
+        description="Logits that do not depend, to the bit, on batch or chunk shapes. False is faster "
+        "(docs/design.md section 8) but output may then differ between one process and many",
+    )
+    block_tokens: int = Field(
+        BLOCK_TOKENS, ge=1, le=1024, description="Tokens of one KV block, in the pool and in the store"
+    )
+    pool_nbytes: int = Field(
+        1 << 30, ge=1, description="Memory for KV, in bytes. Touched only as blocks come into use"
+    )
+    pool_blocks: int | None = Field(
+        None, ge=1, description="Memory for KV, in blocks. When given, pool_nbytes is not used"
+    )
+    step_tokens_max: int = Field(
+        512,
+        ge=1,
+        description="Tokens one step computes: decode rows first, then prompts in chunks. Larger is better "
+        "for prompts, worse for the gap between the tokens of running sequences",
+    )
+    running_max: int = Field(
+        64, ge=1, description="Sequences that may run at once (parked ones do not count)"
+    )
+    max_model_len: int | None = Field(
+        None, ge=2, description="Longest prompt and output together. None: what the model was made for"
+    )
+
+    @model_validator(mode="after")
+    def _decode_rows_fit_a_step(self) -> EngineConfig:
+        if self.running_max > self.step_tokens_max:
+            raise ValueError(
+                f"running_max ({self.running_max}) is more than step_tokens_max ({self.step_tokens_max}): "
+                "a step must have room for one token of every running sequence; raise step_tokens_max"
+            )
+        return self

@@ -1,0 +1,325 @@
+"""The engine: sequences in, tokens and full blocks out, one step at a time. It knows nothing of stores.
+
+    admit(request, blocks, tail)   take all slots the request can ever need; copy in what others computed
+    step()                         one forward pass: a row of every decoding sequence, then chunks of
+                                   prompts within the token budget; draw tokens; copy out what became full
+    take_tail(id), release(id)     what a handoff takes along; give the slots back
+
+Slots are taken at admission for the worst case (prompt and max_tokens), so nothing is ever preempted and a
+sequence's blocks are adjacent where the pool allows: attention then reads them in place. A request that
+does not fit now is the caller's to keep; `can_admit` asks first.
+
+Synchronous and owned by one thread. A step's cost is docs/design.md section 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.attention.base import AttentionBackend, Segment
+from engine.attention.fixed_split import FixedSplitAttention
+from engine.attention.sdpa import SdpaAttention
+from engine.config import EngineConfig
+from engine.detokenizer import IncrementalDetokenizer
+from engine.linear import INVARIANT, PLAIN, check_row_invariance
+from engine.models.config import ModelConfig
+from engine.models.llama import LlamaModel, StepInput
+from engine.pool import KVPool
+from engine.sampler import NO_TOKEN, Sampler
+from engine.sequence import Sequence
+from engine.tokenizer import Tokenizer
+from engine.types import CompletedBlock, GenerationRequest, StepResult, TailKV, TokenEvent
+from engine.weights import DTYPES, Weights, load_weights
+from kvstore.core.slots import SlotTable
+from kvstore.errors import ConfigError, CorruptBlock, OverLimit
+from kvstore.frame import payload_checksum
+from kvstore.nouns import KVLayout, MissReason
+
+__all__ = ["Engine"]
+
+Payload = memoryview | npt.NDArray[np.uint8]
+
+
+class Engine:
+    """See the module. `layout`, `weights_digest` and `tokenizer` name what its KV is interchangeable with."""
+
+    def __init__(
+        self, config: EngineConfig, model_config: ModelConfig, weights: Weights, tokenizer: Tokenizer
+    ) -> None:
+        self.config = config
+        self.model_config = model_config
+        self.tokenizer = tokenizer
+        self.weights_digest = weights.digest
+        self.layout = KVLayout(
+            layers=model_config.layers,
+            head_begin=0,
+            head_end=model_config.kv_heads,
+            head_dim=model_config.head_dim,
+            dtype=config.dtype,
+            block_tokens=config.block_tokens,
+        )
+        n_slots = config.pool_blocks or config.pool_nbytes // self.layout.block_nbytes
+        self.max_model_len = _max_model_len(config, model_config, n_slots)
+        self._kernel = INVARIANT if config.batch_invariant else PLAIN
+        self._model = LlamaModel(model_config, weights.tensors, self._kernel, self.max_model_len)
+        if config.batch_invariant and config.dtype == "float32":
+            check_row_invariance(self._model.matrices())
+        self._attention: AttentionBackend = (
+            FixedSplitAttention(model_config.heads) if config.batch_invariant else SdpaAttention()
+        )
+        self._pool = KVPool(self.layout, n_slots)
+        self._slots = SlotTable(n_slots)
+        self._sequences: dict[str, Sequence] = {}  # in the order of admission
+
+    @classmethod
+    def load(cls, folder: Path, config: EngineConfig) -> Self:
+        """Read a Hugging Face style folder. Raises ModelError's kinds, ConfigError for settings that do not
+        fit the model or this machine. Sets torch's threads for the whole process if the config says so."""
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        model_config = ModelConfig.from_folder(folder)
+        weights = load_weights(folder, model_config, DTYPES[config.dtype])
+        return cls(config, model_config, weights, Tokenizer.from_folder(folder))
+
+    @property
+    def free_blocks(self) -> int:
+        return self._slots.n_free
+
+    @property
+    def running(self) -> int:
+        """Sequences that steps work on: admitted, and neither ended nor parked."""
+        return sum(not sequence.parked for sequence in self._sequences.values())
+
+    def has_work(self) -> bool:
+        """Would a step compute anything?"""
+        return self.running > 0
+
+    def can_ever_admit(self, request: GenerationRequest, *, hold: bool = False) -> bool:
+        """Would it fit an empty engine? If not, waiting does not help."""
+        tokens = len(request.prompt_ids) + len(request.output_ids)
+        return tokens < self.max_model_len and self._blocks_needed(request, hold) <= len(self._slots)
+
+    def can_admit(self, request: GenerationRequest, *, hold: bool = False) -> bool:
+        """Does it fit now? `admit` with the same arguments then does not raise OverLimit."""
+        return (
+            self.can_ever_admit(request, hold=hold)
+            and self.running < self.config.running_max
+            and self._slots.can_allocate(self._blocks_needed(request, hold))
+        )
+
+    def admit(
+        self,
+        request: GenerationRequest,
+        *,
+        blocks: Seq[Payload] = (),
+        tail: TailKV | None = None,
+        hold: bool = False,
+    ) -> None:
+        """Take a request in. Its prompt, and the output it may already have, are computed by the next steps
+        but for what is onboarded: `blocks` are verified payloads of chain index 0 and on, `tail` the KV
+        right behind them. With `hold` the sequence parks after its next token until `release`.
+
+        Raises OverLimit if it does not fit (nothing is taken), CorruptBlock for a tail that does not match
+        its checksum, ValueError for what no correct caller passes.
+        """
+        self._check_request(request, blocks, tail)
+        if not self.can_admit(request, hold=hold):
+            raise self._over_limit(request, hold)
+        slots = self._slots.allocate(self._blocks_needed(request, hold), request.request_id)
+        try:
+            sequence = self._new_sequence(request, tuple(slots), hold)
+            self._onboard(sequence, blocks, tail)
+        except BaseException:
+            self._slots.free(slots)
+            raise
+        self._sequences[request.request_id] = sequence
+
+    def step(self) -> StepResult:
+        """Compute one batch. Empty if there is no work. A sequence that ended has left the engine when its
+        last event is returned, unless it was admitted with `hold`."""
+        chunks = self._schedule()
+        if not chunks:
+            return StepResult()
+        with torch.inference_mode():
+            drawn = self._compute(chunks)
+        blocks = [block for sequence, rows in chunks for block in self._advance(sequence, rows)]
+        events = [self._take_token(sequence, token_id) for sequence, token_id in drawn]
+        return StepResult(tuple(events), tuple(blocks), sum(rows for _, rows in chunks))
+
+    def take_tail(self, request_id: str) -> TailKV | None:
+        """A copy of the KV behind the last full computed block. None if there is none, or no sequence."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None or sequence.computed % self.config.block_tokens == 0:
+            return None
+        block, tokens = divmod(sequence.computed, self.config.block_tokens)
+        payload = self._pool.read_tail(sequence.slots[block], tokens)
+        return TailKV(tokens, payload, payload_checksum(payload.data))
+
+    def release(self, request_id: str) -> None:
+        """Forget a sequence and free its slots, wherever it stands. Does nothing if it is not there."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None:
+            self._slots.free(sequence.slots)
+
+    def check_integrity(self) -> None:
+        """Independent walk: every slot is free or held by exactly the sequence that names it."""
+        self._slots.check_integrity()
+        for request_id, sequence in self._sequences.items():
+            assert self._slots.owned_by(request_id) == sorted(sequence.slots), request_id
+        held = sum(len(sequence.slots) for sequence in self._sequences.values())
+        assert self._slots.n_free + held == len(self._slots), "a slot has an owner that is not here"
+
+    # Admission
+
+    def _blocks_needed(self, request: GenerationRequest, hold: bool) -> int:
+        """The worst case. The last token of all is drawn but never computed."""
+        known = len(request.prompt_ids) + len(request.output_ids)
+        final = min(len(request.prompt_ids) + request.sampling.max_tokens, self.max_model_len)
+        tokens = known if hold else max(known, final - 1)
+        return -(-tokens // self.config.block_tokens)
+
+    def _check_request(self, request: GenerationRequest, blocks: Seq[Payload], tail: TailKV | None) -> None:
+        name, known = request.request_id, len(request.prompt_ids) + len(request.output_ids)
+        if name in self._sequences:
+            raise ValueError(f"request {name} is in this engine already: release it first")
+        if not request.prompt_ids:
+            raise ValueError(f"request {name} has no prompt tokens")
+        if len(request.output_ids) >= request.sampling.max_tokens:
+            raise ValueError(f"request {name} already has its {request.sampling.max_tokens} output tokens")
+        highest = max(*request.prompt_ids, *request.output_ids, 0)
+        lowest = min(*request.prompt_ids, *request.output_ids, 0)
+        if lowest < 0 or highest >= self.model_config.vocab_size:
+            raise ValueError(f"request {name} has token ids outside 0..{self.model_config.vocab_size - 1}")
+        onboarded = len(blocks) * self.config.block_tokens + (tail.tokens if tail else 0)
+        if onboarded > known or (tail and not 0 < tail.tokens < self.config.block_tokens):
+            raise ValueError(f"request {name} has {known} tokens, KV of {onboarded} was given")
+
+    def _over_limit(self, request: GenerationRequest, hold: bool) -> OverLimit:
+        known, needed = len(request.prompt_ids) + len(request.output_ids), self._blocks_needed(request, hold)
+        what = f"request {request.request_id} of {known} tokens"
+        if known >= self.max_model_len:
+            return OverLimit(f"{what} leaves no room for output: this engine takes {self.max_model_len}")
+        if needed > len(self._slots):
+            return OverLimit(
+                f"{what} needs {needed} KV blocks, the pool has {len(self._slots)}: "
+                "lower max_tokens or raise pool_nbytes"
+            )
+        return OverLimit(
+            f"{what} needs {needed} KV blocks of {self._slots.n_free} free and a place among "
+            f"{self.config.running_max} running sequences ({self.running} taken): wait for others to end"
+        )
+
+    def _new_sequence(self, request: GenerationRequest, slots: tuple[int, ...], hold: bool) -> Sequence:
+        sampling = request.sampling
+        return Sequence(
+            request,
+            slots=slots,
+            hold=hold,
+            tokens_max=min(len(request.prompt_ids) + sampling.max_tokens, self.max_model_len),
+            eos_token_ids=self.model_config.eos_token_ids,
+            detokenizer=IncrementalDetokenizer(self.tokenizer, sampling.stop) if sampling.stop else None,
+        )
+
+    def _onboard(self, sequence: Sequence, blocks: Seq[Payload], tail: TailKV | None) -> None:
+        for slot, payload in zip(sequence.slots, blocks, strict=False):
+            self._pool.write_block(slot, payload)
+        if tail is not None:
+            if payload_checksum(tail.payload.data) != tail.checksum:
+                name = sequence.request.request_id
+                raise CorruptBlock(MissReason.CHECKSUM, f"the tail of request {name} does not match")
+            self._pool.write_tail(sequence.slots[len(blocks)], tail.payload, tail.tokens)
+        tokens = len(blocks) * self.config.block_tokens + (tail.tokens if tail else 0)
+        sequence.onboard(len(blocks), tokens)
+
+    # One step
+
+    def _schedule(self) -> list[tuple[Sequence, int]]:
+        """Which sequences compute how many tokens: decode rows first, then prompts, oldest first."""
+        running = [sequence for sequence in self._sequences.values() if not sequence.parked]
+        chunks = [(sequence, 1) for sequence in running if sequence.pending == 1]
+        budget = self.config.step_tokens_max - len(chunks)
+        for sequence in running:
+            if sequence.pending > 1 and budget > 0:
+                rows = min(sequence.pending, budget)
+                chunks.append((sequence, rows))
+                budget -= rows
+        return chunks
+
+    def _compute(self, chunks: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
+        """The forward pass; a token for each sequence that has nothing left to compute before it."""
+        segments: list[Segment] = []
+        row = 0
+        for sequence, rows in chunks:
+            segments.append(Segment(row, rows, sequence.computed, sequence.slots))
+            row += rows
+        plan = self._attention.plan(segments, self._pool)
+        hidden = self._model.forward(self._step_input(chunks, row), self._pool, plan)
+        drawing = [
+            (sequence, segment.row + segment.rows - 1)
+            for (sequence, rows), segment in zip(chunks, segments, strict=True)
+            if sequence.pending == rows
+        ]
+        if not drawing:
+            return []
+        logits = self._model.logits(hidden, torch.tensor([last for _, last in drawing]))
+        tokens = Sampler.sample(
+            logits,
+            [sequence.request.sampling for sequence, _ in drawing],
+            [len(sequence.tokens) for sequence, _ in drawing],
+        )
+        return [(sequence, token_id) for (sequence, _), token_id in zip(drawing, tokens, strict=True)]
+
+    def _step_input(self, chunks: list[tuple[Sequence, int]], rows: int) -> StepInput:
+        size = self.config.block_tokens
+        token_ids, positions = torch.zeros(2, self._kernel.padded(rows), dtype=torch.int64)
+        pool_rows = torch.empty(rows, dtype=torch.int64)
+        row = 0
+        for sequence, count in chunks:
+            begin, end, taken = sequence.computed, sequence.computed + count, slice(row, row + count)
+            token_ids[taken] = torch.tensor(sequence.tokens[begin:end])
+            at = torch.arange(begin, end)
+            positions[taken] = at
+            pool_rows[taken] = torch.tensor(sequence.slots)[at // size] * size + at % size
+            row += count
+        return StepInput(rows, token_ids, positions, pool_rows)
+
+    def _advance(self, sequence: Sequence, rows: int) -> list[CompletedBlock]:
+        request = sequence.request
+        return [
+            CompletedBlock(
+                request.request_id, request.attempt, index, self._pool.read_block(sequence.slots[index])
+            )
+            for index in sequence.advance(rows, self.config.block_tokens)
+        ]
+
+    def _take_token(self, sequence: Sequence, token_id: int) -> TokenEvent:
+        if token_id == NO_TOKEN:
+            event = sequence.fail(
+                "the model's logits are not finite: its weights or onboarded KV are damaged"
+            )
+        else:
+            event = sequence.append(token_id)
+        if sequence.hold:
+            sequence.parked = True
+        elif event.finish is not None:
+            self.release(sequence.request.request_id)
+        return event
+
+
+def _max_model_len(config: EngineConfig, model_config: ModelConfig, n_slots: int) -> int:
+    made_for = model_config.max_position_embeddings
+    if n_slots < 1:
+        raise ConfigError("the KV pool holds not one block: raise pool_nbytes")
+    if config.max_model_len is None:
+        return min(made_for, n_slots * config.block_tokens)
+    if config.max_model_len > made_for:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len}, but the model was made for {made_for}: lower it"
+        )
+    return config.max_model_len

@@ -1,0 +1,79 @@
+"""The paged pool: where a running sequence's keys and values live, block by block.
+
+    data   [layer][k, v][slot][token][kv_head][head_dim]     one tensor, allocated once, touched as used
+    block  [layer][k, v]      [token][kv_head][head_dim]     the same bytes outside: the frame's payload
+
+Layer first, so that a layer's keys of adjacent slots are one piece of memory that attention reads in place.
+The last axes are those of a frame: a block leaves or enters by one strided copy (1.5 MB: about 0.3 ms) and
+no bit changes on the way. Who owns a slot is the SlotTable's matter, the same one the store's tiers use:
+an allocation yields (slot, generation) and freeing with an old generation is an error of ours, at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.weights import DTYPES
+from kvstore.nouns import KVLayout
+
+__all__ = ["KVPool"]
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class KVPool:
+    """KV of `n_slots` blocks. One thread's; slots are handed out by the engine."""
+
+    def __init__(self, layout: KVLayout, n_slots: int) -> None:
+        self.layout = layout
+        self.n_slots = n_slots
+        shape = (layout.layers, 2, n_slots, layout.block_tokens, layout.kv_heads, layout.head_dim)
+        data = torch.zeros(shape, dtype=DTYPES[layout.dtype])
+        self._flat = data.view(layout.layers, 2, n_slots * layout.block_tokens, *shape[-2:])
+        # The same memory as bytes: numpy neither knows bfloat16 nor minds a read-only source.
+        token_nbytes = layout.kv_heads * layout.head_dim * data.element_size()
+        self._bytes: Bytes = data.view(torch.uint8).numpy().reshape(*shape[:4], token_nbytes)
+
+    def keys(self, layer: int) -> torch.Tensor:
+        """View [slots * block_tokens, kv_heads, head_dim]: token t of slot s is row s * block_tokens + t."""
+        return self._flat[layer, 0]
+
+    def values(self, layer: int) -> torch.Tensor:
+        return self._flat[layer, 1]
+
+    def token_index(self, slots: Sequence[int], begin: int, end: int) -> torch.Tensor | slice:
+        """Rows of `keys` that hold positions begin .. end of the sequence in `slots`; a slice if adjacent."""
+        size = self.layout.block_tokens
+        first, taken = begin // size, slots[begin // size : -(-end // size)]
+        skip, count = begin - first * size, end - begin
+        if all(slot == taken[0] + i for i, slot in enumerate(taken)):
+            row = taken[0] * size + skip
+            return slice(row, row + count)
+        rows = torch.tensor(taken).unsqueeze(1) * size + torch.arange(size)
+        return rows.flatten()[skip : skip + count]
+
+    def read_block(self, slot: int) -> Bytes:
+        """A copy of one block in the frame's layout: uint8 [block_nbytes]."""
+        return self.read_tail(slot, self.layout.block_tokens)
+
+    def write_block(self, slot: int, payload: memoryview | Bytes) -> None:
+        """Fill a slot from a verified payload. ValueError unless it has exactly block_nbytes."""
+        self.write_tail(slot, payload, self.layout.block_tokens)
+
+    def read_tail(self, slot: int, tokens: int) -> Bytes:
+        """A copy of a slot's first `tokens` tokens, packed: uint8 [tokens * token_nbytes]."""
+        return self._bytes[:, :, slot, :tokens].reshape(-1).copy()
+
+    def write_tail(self, slot: int, payload: memoryview | Bytes, tokens: int) -> None:
+        nbytes = tokens * self.layout.token_nbytes
+        source = np.frombuffer(payload, dtype=np.uint8)
+        if source.nbytes != nbytes or not 0 < tokens <= self.layout.block_tokens:
+            raise ValueError(
+                f"KV of {tokens} tokens must have {nbytes} bytes in layout {self.layout}, got {source.nbytes}"
+            )
+        target = self._bytes[:, :, slot, :tokens]
+        target[...] = source.reshape(target.shape)
