@@ -110,12 +110,12 @@ class ShardServer:
             await self._health.set(name, status)
 
 
-class _TokenCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc.aio is untyped here
+class _TokenCheck(grpc.aio.ServerInterceptor):
     """Constant-time check of the bearer token; the health service answers anyone."""
 
     def __init__(self, token: str) -> None:
         self._expected = f"Bearer {token}".encode()
-        self._refuse = grpc.unary_unary_rpc_method_handler(_unauthenticated)
+        self._refuse: Any = grpc.unary_unary_rpc_method_handler(_unauthenticated)
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails

@@ -189,7 +189,7 @@ class ShardService:
         return answer
 
     def _admit_nbytes(self, nbytes: int) -> int:
-        """Take `nbytes` of the budget. Raises ConfigError for a nonsense size, OverLimit beyond the budget."""
+        """Take `nbytes` of the budget. Raises ConfigError for a nonsense size, OverLimit beyond it."""
         if nbytes <= HEADER_NBYTES:
             raise ConfigError(f"a frame of {nbytes} bytes has no room for a header and a payload")
         if self._inflight_nbytes + nbytes > self._inflight_nbytes_max:

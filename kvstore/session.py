@@ -1,0 +1,374 @@
+"""One namespace at one epoch over all shards: match, read, publish, and the leases in between.
+
+A shard that is down, slow or restarted is a miss with a reason, never an exception. After a restart the
+session opens its namespace and registers its epoch there again, once, and retries.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Final, TypeVar
+
+import structlog
+
+from kvstore.answers import BlockMiss, Match, PublishBlock, Published, VerifiedBlock
+from kvstore.errors import (
+    CorruptBlock,
+    EpochConflict,
+    EpochUnknown,
+    KVStrataError,
+    NotFound,
+    Unavailable,
+)
+from kvstore.frame import HEADER_NBYTES, decode_frame, encode_header, verify_identity
+from kvstore.hashing import placement_keys
+from kvstore.nouns import (
+    BlockKey,
+    BlockMeta,
+    BlockRef,
+    Epoch,
+    KVLayout,
+    LeaseId,
+    MissReason,
+    NamespaceId,
+    NamespaceSpec,
+    PinnedBlock,
+    Quality,
+    Refusal,
+    ShardId,
+    Snapshot,
+    Tier,
+    TxnId,
+)
+from kvstore.peers import Peers, miss_of, refusal_of
+from kvstore.placement import owner as owner_of
+from kvstore.transport.base import BlockOffer, MatchResult, ReadItem, ShardTransport
+
+log = structlog.get_logger(__name__)
+
+READ_AHEAD: Final = 4  # frames of one shard that wait for their turn, at most
+TXN_LEASE_S: Final = 30.0
+REGISTER_TIMEOUT_S: Final = 5.0
+
+Value = TypeVar("Value")
+
+
+class StoreSession:
+    def __init__(self, peers: Peers, spec: NamespaceSpec, tenant: str, snapshot: Snapshot) -> None:
+        self._peers = peers
+        self._spec = spec
+        self._tenant = tenant
+        self._snapshot = snapshot
+
+    @property
+    def namespace(self) -> NamespaceId:
+        return self._snapshot.namespace
+
+    @property
+    def layout(self) -> KVLayout:
+        return self._spec.layout
+
+    @property
+    def epoch(self) -> Epoch:
+        return self._snapshot.epoch
+
+    async def register(self, timeout_s: float) -> None:
+        """Register the epoch on every shard that answers. Raises EpochConflict."""
+
+        async def register(transport: ShardTransport) -> None:
+            try:
+                await transport.register_epoch(self._spec.model_id, self.epoch, timeout_s=timeout_s)
+            except EpochConflict:
+                raise
+            except KVStrataError as error:
+                log.warning("shard not opened yet", shard=transport.shard, error=str(error))
+
+        await asyncio.gather(*(register(t) for t in self._peers.transports.values()))
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    async def match(self, keys: Sequence[BlockKey], *, owner: str, lease_s: float, timeout_s: float) -> Match:
+        """The longest prefix run of `keys` (a chain from its first block on) over all shards, pinned."""
+        placed = self._place(placement_keys(keys))
+        if not placed:
+            return Match((), (), MissReason.SHARD_UNAVAILABLE if keys else None)
+        results = await asyncio.gather(
+            *(
+                self._match_on(shard, [keys[i] for i in mine], owner, lease_s, timeout_s)
+                for shard, mine in placed.items()
+            )
+        )
+        answers = dict(zip(placed, results, strict=True))
+        hits = {
+            i: hit
+            for shard, mine in placed.items()
+            if isinstance(answers[shard], MatchResult)
+            for i, hit in zip(mine, answers[shard].hits, strict=False)  # type: ignore[union-attr]
+        }
+        run = next((i for i in range(len(keys)) if i not in hits), len(keys))
+        blocks = tuple(
+            PinnedBlock(keys[i], hits[i].ref, hits[i].epoch, hits[i].quality, hits[i].tier)
+            for i in range(run)
+        )
+        used = {block.ref.shard for block in blocks}
+        leases = [
+            (shard, answer.lease)
+            for shard, answer in answers.items()
+            if isinstance(answer, MatchResult) and answer.lease is not None
+        ]
+        await self.release([lease for lease in leases if lease[0] not in used])
+        miss = None
+        if run < len(keys):
+            stopped = answers[next(shard for shard, mine in placed.items() if run in mine)]
+            miss = stopped if isinstance(stopped, MissReason) else stopped.miss or MissReason.ABSENT
+            self._peers.counters[f"miss:{miss.value}"] += 1
+        return Match(blocks, tuple(lease for lease in leases if lease[0] in used), miss)
+
+    async def read(
+        self, blocks: Sequence[PinnedBlock], *, timeout_s: float
+    ) -> AsyncIterator[VerifiedBlock | BlockMiss]:
+        """Every block once, in order: verified on our own copy, or the reason it is not served.
+
+        One stream a shard, all at once; at most READ_AHEAD frames of each wait for their turn.
+        """
+        by_shard: dict[ShardId, list[int]] = defaultdict(list)
+        for i, block in enumerate(blocks):
+            by_shard[block.ref.shard].append(i)
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        queues: dict[ShardId, asyncio.Queue[ReadItem | MissReason]] = {
+            shard: asyncio.Queue(READ_AHEAD) for shard in by_shard
+        }
+        tasks = [
+            asyncio.create_task(self._stream(shard, [blocks[i].ref for i in mine], queues[shard], timeout_s))
+            for shard, mine in by_shard.items()
+        ]
+        broken: dict[ShardId, MissReason] = {}
+        try:
+            for i, block in enumerate(blocks):
+                shard = block.ref.shard
+                if shard not in broken:
+                    item = await _next(queues[shard], deadline)
+                    if isinstance(item, MissReason):
+                        broken[shard] = item
+                    else:
+                        yield self._verify(i, block, item)
+                        continue
+                yield self._missed(i, block, broken[shard])
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    async def publish(
+        self,
+        blocks: Sequence[PublishBlock],
+        *,
+        quality: Quality,
+        owner: str,
+        pin_for_s: float | None,
+        timeout_s: float,
+    ) -> Published:
+        """Commit the blocks on their shards, one transaction a shard, in parallel."""
+        placed = self._place([block.placement for block in blocks])
+        answers: list[PinnedBlock | Refusal] = [Refusal.SHARD_UNAVAILABLE] * len(blocks)
+        leases: list[tuple[ShardId, LeaseId]] = []
+
+        async def publish_on(shard: ShardId, mine: list[int]) -> None:
+            chosen = [blocks[i] for i in mine]
+            try:
+                async with asyncio.timeout(timeout_s):
+                    found, lease = await self._retried(
+                        shard, lambda t: self._transact(t, chosen, quality, owner, pin_for_s, timeout_s)
+                    )
+            except (KVStrataError, TimeoutError) as error:
+                refusal = refusal_of(error)
+                found, lease = [refusal] * len(mine), None
+                log.warning("blocks not published", shard=shard, blocks=len(mine), error=str(error))
+            for i, answer in zip(mine, found, strict=True):
+                answers[i] = answer
+            if lease is not None:
+                leases.append((shard, lease))
+
+        await asyncio.gather(*(publish_on(shard, mine) for shard, mine in placed.items()))
+        for answer in answers:
+            if isinstance(answer, Refusal):
+                self._peers.counters[f"refused:{answer.value}"] += 1
+        return Published(tuple(answers), tuple(leases))
+
+    # -- leases ------------------------------------------------------------------------------------
+
+    async def renew(self, leases: Sequence[tuple[ShardId, LeaseId]], lease_s: float) -> bool:
+        """Extend all; False when one is gone or its shard does not answer."""
+        held = True
+        for shard, mine in _by_shard(leases).items():
+            try:
+                renewed = await self._peers.transport(shard).renew(
+                    mine, lease_s, timeout_s=REGISTER_TIMEOUT_S
+                )
+                held = held and all(renewed)
+            except KVStrataError:
+                self._peers.counters["renewals_failed"] += 1
+                held = False
+        return held
+
+    async def release(self, leases: Sequence[tuple[ShardId, LeaseId]]) -> None:
+        """Drop leases. One whose shard does not answer expires by itself, and is counted."""
+        for shard, mine in _by_shard(leases).items():
+            try:
+                await self._peers.transport(shard).release(mine, timeout_s=REGISTER_TIMEOUT_S)
+            except KVStrataError:
+                self._peers.counters["releases_failed"] += len(mine)
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _place(self, placements: Sequence[BlockKey]) -> dict[ShardId, list[int]]:
+        """Positions by the shard that owns them. Empty when there is no shard at all."""
+        placed: dict[ShardId, list[int]] = {}
+        if not self._peers.weights:
+            return placed
+        owners = {placement: owner_of(placement, self._peers.weights) for placement in set(placements)}
+        for i, placement in enumerate(placements):
+            placed.setdefault(owners[placement], []).append(i)
+        return placed
+
+    async def _match_on(
+        self, shard: ShardId, keys: list[BlockKey], owner: str, lease_s: float, timeout_s: float
+    ) -> MatchResult | MissReason:
+        try:
+            return await self._retried(
+                shard, lambda t: t.match(self._snapshot, keys, owner, lease_s, timeout_s=timeout_s)
+            )
+        except KVStrataError as error:
+            log.warning("match failed", shard=shard, error=str(error))
+            return miss_of(error)
+
+    async def _retried(self, shard: ShardId, call: Callable[[ShardTransport], Awaitable[Value]]) -> Value:
+        """Call; if the shard restarted and forgot us, introduce ourselves and call once more."""
+        transport = self._peers.transport(shard)
+        try:
+            return await call(transport)
+        except (NotFound, EpochUnknown):
+            self._peers.counters["reopened"] += 1
+            opened = await transport.open_namespace(self._spec, self._tenant, timeout_s=REGISTER_TIMEOUT_S)
+            if opened != self.namespace:
+                raise Unavailable(f"shard {shard} restarted with another cluster secret") from None
+            await transport.register_epoch(self._spec.model_id, self.epoch, timeout_s=REGISTER_TIMEOUT_S)
+            return await call(transport)
+
+    async def _stream(
+        self,
+        shard: ShardId,
+        refs: list[BlockRef],
+        queue: asyncio.Queue[ReadItem | MissReason],
+        timeout_s: float,
+    ) -> None:
+        try:
+            async for item in self._peers.transport(shard).read(refs, timeout_s=timeout_s):
+                await queue.put(item)
+            await queue.put(MissReason.SHARD_UNAVAILABLE)  # only seen if the stream ended too early
+        except KVStrataError as error:
+            log.warning("read broke off", shard=shard, error=str(error))
+            await queue.put(miss_of(error))
+
+    def _verify(self, i: int, block: PinnedBlock, item: ReadItem) -> VerifiedBlock | BlockMiss:
+        if item.frame is None:
+            return self._missed(i, block, item.miss or MissReason.ABSENT)
+        try:
+            frame, payload = decode_frame(item.frame)
+            reason = verify_identity(frame, self._snapshot, block.key, self.layout.fingerprint)
+        except CorruptBlock as error:
+            reason = error.reason
+        if reason is None and payload.nbytes != self.layout.block_nbytes:
+            reason = MissReason.OTHER_LAYOUT
+        if reason is not None:
+            self._peers.counters[f"rejected:{reason.value}"] += 1
+            self._peers.report(block.ref)
+            return self._missed(i, block, reason)
+        self._peers.counters["verified_blocks"] += 1
+        self._peers.counters["read_bytes"] += item.frame.nbytes
+        return VerifiedBlock(i, payload, frame.meta.epoch, frame.meta.quality)
+
+    def _missed(self, i: int, block: PinnedBlock, reason: MissReason) -> BlockMiss:
+        self._peers.counters[f"miss:{reason.value}"] += 1
+        return BlockMiss(i, block.key, reason)
+
+    async def _transact(
+        self,
+        transport: ShardTransport,
+        blocks: Sequence[PublishBlock],
+        quality: Quality,
+        owner: str,
+        pin_for_s: float | None,
+        timeout_s: float,
+    ) -> tuple[list[PinnedBlock | Refusal], LeaseId | None]:
+        offers = [
+            BlockOffer(b.key, b.parent, b.chain_index, b.placement, HEADER_NBYTES + b.payload.nbytes)
+            for b in blocks
+        ]
+        opened = await transport.begin(
+            self.namespace,
+            self.epoch,
+            quality,
+            offers,
+            owner,
+            TXN_LEASE_S,
+            secrets.token_bytes(16),
+            timeout_s=timeout_s,
+        )
+        try:
+            granted = [i for i, refusal in enumerate(opened.outcomes) if refusal is None]
+            if granted:
+                frames = [(i, self._header(blocks[i], quality), blocks[i].payload) for i in granted]
+                await transport.write(opened.txn, frames, timeout_s=timeout_s)
+                self._peers.counters["written_bytes"] += sum(offers[i].nbytes for i in granted)
+            result = await transport.commit(opened.txn, pin_for_s, timeout_s=timeout_s)
+        except BaseException:
+            await asyncio.shield(self._abandon(transport, opened.txn))
+            raise
+        answers: list[PinnedBlock | Refusal] = [
+            found
+            if isinstance(found, Refusal)
+            else PinnedBlock(block.key, found, self.epoch, quality, Tier.HOST)
+            for block, found in zip(blocks, result.blocks, strict=True)
+        ]
+        self._peers.counters["published_blocks"] += sum(not isinstance(a, Refusal) for a in answers)
+        return answers, result.lease
+
+    async def _abandon(self, transport: ShardTransport, txn: TxnId) -> None:
+        try:
+            await transport.abort(txn, timeout_s=REGISTER_TIMEOUT_S)
+        except KVStrataError:
+            self._peers.counters["aborts_failed"] += 1  # its lease ends it
+
+    def _header(self, block: PublishBlock, quality: Quality) -> bytes:
+        meta = BlockMeta(
+            self.namespace,
+            block.key,
+            block.parent,
+            block.chain_index,
+            block.placement,
+            self.epoch,
+            quality,
+            self.layout.fingerprint,
+        )
+        return encode_header(meta, block.payload)
+
+
+async def _next(queue: asyncio.Queue[ReadItem | MissReason], deadline: float) -> ReadItem | MissReason:
+    try:
+        async with asyncio.timeout_at(deadline):
+            return await queue.get()
+    except TimeoutError:
+        return MissReason.DEADLINE
+
+
+def _by_shard(leases: Sequence[tuple[ShardId, LeaseId]]) -> dict[ShardId, list[LeaseId]]:
+    grouped: dict[ShardId, list[LeaseId]] = {}
+    for shard, lease in leases:
+        grouped.setdefault(shard, []).append(lease)
+    return grouped
