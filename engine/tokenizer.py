@@ -20,10 +20,10 @@ from engine.chat import ChatTemplate
 from engine.errors import ChatTemplateError, ModelCorrupt, ModelError, ModelNotFound, ModelUnsupported
 from engine.folder import CONFIG_NBYTES_MAX, read_json_object
 
-__all__ = ["TOKENIZER_FILE", "Tokenizer"]
+__all__ = ["SETTINGS_FILE", "TOKENIZER_FILE", "Tokenizer"]
 
 TOKENIZER_FILE: Final = "tokenizer.json"
-_SETTINGS_FILE: Final = "tokenizer_config.json"
+SETTINGS_FILE: Final = "tokenizer_config.json"
 _TEMPLATE_FILE: Final = "chat_template.jinja"
 _SPECIAL_NAMES: Final = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 _DIGEST_TAG: Final = b"kvstrata.tokenizer.1\0"
@@ -56,7 +56,7 @@ class Tokenizer:
     def from_folder(cls, path: Path) -> Self:
         """Load from a Hugging Face style folder. Raises ModelNotFound without tokenizer.json, ModelCorrupt
         for one that does not parse, ChatTemplateError for a template that does not compile."""
-        settings = read_json_object(path / _SETTINGS_FILE) if (path / _SETTINGS_FILE).exists() else {}
+        settings = read_json_object(path / SETTINGS_FILE) if (path / SETTINGS_FILE).exists() else {}
         special = {
             name: text for name in _SPECIAL_NAMES if (text := _token_text(settings.get(name))) is not None
         }
@@ -136,7 +136,7 @@ def _template(path: Path, settings: Mapping[str, Any]) -> str | None:
         named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
         found = named.get("default")
     if found is not None and not isinstance(found, str):
-        raise ModelUnsupported(f"chat_template in {path / _SETTINGS_FILE} is not text", "Fetch it again")
+        raise ModelUnsupported(f"chat_template in {path / SETTINGS_FILE} is not text", "Fetch it again")
     return found
 
 

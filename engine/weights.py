@@ -28,7 +28,16 @@ from engine.folder import read_json_object
 from engine.models.config import ModelConfig
 from kvstore.nouns import WEIGHTS_DIGEST_NBYTES, WeightsDigest
 
-__all__ = ["DTYPES", "EMBEDDING", "LM_HEAD", "Weights", "expected_shapes", "load_weights", "open_weights"]
+__all__ = [
+    "DTYPES",
+    "EMBEDDING",
+    "LM_HEAD",
+    "SAFETENSORS_FILE",
+    "Weights",
+    "expected_shapes",
+    "load_weights",
+    "open_weights",
+]
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
     "float32": torch.float32,
