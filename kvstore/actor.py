@@ -1,0 +1,74 @@
+"""A home shard as a Ray actor: the driver, its host tier and its gRPC server in one process.
+
+The only file of the store that knows Ray. Blocks never travel through Ray's object store; actor calls carry
+control values of our own cluster only.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from kvstore.config import StoreConfig
+from kvstore.driver import ShardDriver
+from kvstore.nouns import ShardId
+from kvstore.server import ShardServer
+from kvstore.tiers.host import HostTier
+from kvstore.topology import Topology
+from kvstore.transport.base import ShardStatus
+
+try:
+    import ray
+except ImportError as error:
+    raise ImportError("a shard as an actor needs Ray: pip install 'kvstrata[serve]'") from error
+
+STATUS_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class ShardStart:
+    """What one shard is started with."""
+
+    shard: ShardId
+    store: StoreConfig
+    cluster_secret: bytes = field(repr=False)
+    token: str | None = field(default=None, repr=False)
+
+
+class KVShard:
+    """One home shard. Async: Ray runs its methods on one event loop, the driver's own."""
+
+    async def start(self, start: ShardStart) -> str:
+        """Serve; the address clients use. Raises ConfigError when it may not or cannot listen."""
+        self._driver = ShardDriver(start.store.driver(start.shard, start.cluster_secret), HostTier())
+        self._server = ShardServer(self._driver, start.store.server(start.token))
+        await self._driver.start()
+        return _advertised(await self._server.start())
+
+    async def set_topology(self, topology: Topology) -> None:
+        self._server.set_topology(topology)
+
+    async def status(self) -> ShardStatus:
+        return await self._driver.status(timeout_s=STATUS_TIMEOUT_S)
+
+    async def flip_stored_byte(self) -> str | None:
+        """Break one stored block on purpose; its key in hex. Raises ConfigError unless store.faults."""
+        key = self._driver.flip_stored_byte()
+        return key.hex() if key else None
+
+    async def drain(self, grace_s: float) -> None:
+        """Say NOT_SERVING, let running calls finish, stop listening."""
+        await self._server.stop(grace_s)
+        await self._driver.close()
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+
+def _advertised(address: str) -> str:
+    """A listener on all interfaces is reached by the node's own address."""
+    host, _, port = address.rpartition(":")
+    return f"{ray.util.get_node_ip_address()}:{port}" if host in ("0.0.0.0", "[::]") else address  # noqa: S104
+
+
+KVShardActor = ray.remote(num_cpus=0, max_concurrency=1000)(KVShard)

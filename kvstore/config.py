@@ -1,0 +1,148 @@
+"""Settings: one TOML file, environment variables over it, command-line flags over both.
+
+    # kvstrata.toml                 KVSTRATA_STORE__SHARDS=4 kvstrata up kvstrata.toml --prefill 2
+    [store]
+    capacity_nbytes = 4_294_967_296
+
+A section is a frozen pydantic model owned by the room it configures; the service's file is the model that
+holds them all (router/config.py). Unknown keys are refused, with the nearest known one in the message.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kvstore.core.state import CoreLimits
+from kvstore.driver import DriverConfig
+from kvstore.errors import ConfigError
+from kvstore.nouns import ShardId
+from kvstore.server import ServerConfig, TlsFiles
+
+ENV_PREFIX: Final = "KVSTRATA_"
+_NESTED: Final = "__"
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class StoreConfig(BaseModel):
+    """The `[store]` section: every shard of the service is started from it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shards: int = Field(2, ge=1, le=1024, description="Home shards the service starts")
+    capacity_nbytes: int = Field(1 << 30, ge=1 << 20, description="Host memory for frames, a shard")
+    policy: str = Field("lru", description="Replacement policy, by name")
+    host: str = Field(
+        "127.0.0.1", description="Address shards listen on; beyond loopback only with TLS or insecure"
+    )
+    insecure: bool = Field(False, description="Allow a listener beyond loopback without TLS")
+    tls_cert: Path | None = Field(None, description="PEM certificate of the shards")
+    tls_key: Path | None = Field(None, description="PEM key of the shards")
+    tls_ca: Path | None = Field(None, description="PEM root that clients' certificates must come from (mTLS)")
+    concurrent_calls_max: int = Field(256, ge=1, description="Calls a shard works on at once")
+    inflight_nbytes_max: int = Field(
+        512 << 20, ge=1 << 20, description="Bytes of writes a shard holds before storing"
+    )
+    leases_max: int = Field(16_384, ge=1, description="Leases a shard grants at once")
+    lease_s_max: float = Field(600.0, gt=0, description="Longest lease a shard grants, in seconds")
+    reap_interval_s: float = Field(0.5, gt=0, description="How often a shard frees what expired")
+    faults: bool = Field(False, description="Allow breaking blocks on purpose (the demo's negative control)")
+
+    def driver(self, shard: ShardId, cluster_secret: bytes) -> DriverConfig:
+        return DriverConfig(
+            shard=shard,
+            capacity_nbytes=self.capacity_nbytes,
+            cluster_secret=cluster_secret,
+            limits=CoreLimits(leases_max=self.leases_max, lease_s_max=self.lease_s_max),
+            policy=self.policy,
+            reap_interval_s=self.reap_interval_s,
+            faults=self.faults,
+        )
+
+    def server(self, token: str | None) -> ServerConfig:
+        """Raises ConfigError for a listener beyond loopback that is neither TLS nor `insecure`."""
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("TLS needs both store.tls_cert and store.tls_key")
+        tls = TlsFiles(self.tls_cert, self.tls_key, self.tls_ca) if self.tls_cert and self.tls_key else None
+        return ServerConfig(
+            host=self.host,
+            token=token,
+            tls=tls,
+            insecure=self.insecure,
+            concurrent_calls_max=self.concurrent_calls_max,
+            inflight_nbytes_max=self.inflight_nbytes_max,
+        )
+
+
+def load_config(
+    model: type[Model],
+    path: Path | None,
+    overrides: Mapping[str, Any] | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Model:
+    """The model filled from the file, then the environment, then `overrides` (dotted names; None: not given).
+
+    Raises ConfigError that names the file or variable, the key, and what to do.
+    """
+    tree = _read(path) if path is not None else {}
+    for name, value in sorted((os.environ if env is None else env).items()):
+        parts = name.removeprefix(ENV_PREFIX).lower().split(_NESTED)
+        if name.startswith(ENV_PREFIX) and len(parts) > 1:  # one word is not a setting: KVSTRATA_CACHE, say
+            _set(tree, parts, value)
+    for dotted, value in (overrides or {}).items():
+        if value is not None:
+            _set(tree, dotted.split("."), value)
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        where = f" in {path}" if path else ""
+        raise ConfigError(
+            f"settings{where}: " + "; ".join(_explain(model, e) for e in error.errors())
+        ) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path} does not exist: give the path of a TOML file, or none for the defaults"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+
+
+def _set(tree: dict[str, Any], parts: list[str], value: Any) -> None:
+    for part in parts[:-1]:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{'.'.join(parts)}: {part} is a value, not a section")
+    tree[parts[-1]] = value
+
+
+def _explain(model: type[BaseModel], error: Any) -> str:
+    place = ".".join(str(part) for part in error["loc"])
+    if error["type"] != "extra_forbidden":
+        return f"{place}: {error['msg']}"
+    near = difflib.get_close_matches(str(error["loc"][-1]), _names(model, error["loc"][:-1]), n=1)
+    return f"{place} is not a setting" + (f": did you mean {near[0]}?" if near else "")
+
+
+def _names(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
+    """Field names of the section at `path`."""
+    for part in path:
+        field = model.model_fields.get(str(part))
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        model = inner
+    return list(model.model_fields)
