@@ -1,0 +1,113 @@
+"""A worker's way to the store: one client, a session per tenant, both made when they are first needed.
+
+The store may be down when a worker starts, or go away later: `session` then answers None at once, the caller
+computes everything itself, and every `retry_s` (doubling up to `retry_s_max`) one caller tries again, within
+`connect_timeout_s`. Once open, a session outlives its shards: it turns their absence into misses by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+
+import structlog
+
+from engine.background import Background
+from kvstore.client import StoreClient
+from kvstore.clock import Clock
+from kvstore.errors import KVStrataError
+from kvstore.nouns import Epoch, LeaseId, NamespaceSpec, ShardId
+from kvstore.session import StoreSession
+from kvstore.topology import Topology
+
+__all__ = ["Connect", "Leases", "StoreLink"]
+
+Connect = Callable[[Topology], Awaitable[StoreClient]]
+Leases = Sequence[tuple[ShardId, LeaseId]]
+
+TENANTS_MAX = 256
+
+log = structlog.get_logger(__name__)
+
+
+class StoreLink:
+    """One event loop's. `counters` has "store:open_failed"; the client's own are in `client_counters`."""
+
+    def __init__(
+        self,
+        connect: Connect,
+        topology: Topology,
+        spec: NamespaceSpec,
+        epoch: Epoch,
+        background: Background,
+        clock: Clock,
+        *,
+        connect_timeout_s: float = 5.0,
+        retry_s: float = 1.0,
+        retry_s_max: float = 15.0,
+    ) -> None:
+        self.counters: Counter[str] = Counter()
+        self.spec = spec
+        self.epoch = epoch
+        self._connect = connect
+        self._topology = topology
+        self._background = background
+        self._clock = clock
+        self._connect_timeout_s = connect_timeout_s
+        self._retry_s, self._retry_s_max = retry_s, retry_s_max
+        self._delay_s = retry_s
+        self._not_before = clock.now()
+        self._opening = asyncio.Lock()
+        self._client: StoreClient | None = None
+        self._sessions: OrderedDict[str, StoreSession] = OrderedDict()
+
+    @property
+    def client_counters(self) -> Counter[str]:
+        return Counter() if self._client is None else self._client.counters
+
+    async def session(self, tenant: str) -> StoreSession | None:
+        """The tenant's session. None: the store is not reachable now. Bounded by `connect_timeout_s`."""
+        session = self._sessions.get(tenant)
+        if session is not None:
+            self._sessions.move_to_end(tenant)
+            return session
+        if self._opening.locked() or self._clock.now() < self._not_before:
+            return None  # somebody tries, or tried just now: do not queue up behind a dead store
+        async with self._opening:
+            return await self._open(tenant)
+
+    async def set_topology(self, topology: Topology) -> None:
+        """Move to a newer topology; and try at once again if the store was unreachable."""
+        if topology.version > self._topology.version:
+            self._topology = topology
+            self._not_before, self._delay_s = self._clock.now(), self._retry_s
+        if self._client is not None:
+            await self._client.update_topology(topology)
+
+    def release(self, session: StoreSession, leases: Leases) -> None:
+        """Drop leases in the background. Those of a shard that is away expire by themselves."""
+        if leases:
+            self._background.spawn(session.release(tuple(leases)), "release leases")
+
+    async def close(self) -> None:
+        if self._client is not None:
+            await self._client.close()
+
+    async def _open(self, tenant: str) -> StoreSession | None:
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                if self._client is None:
+                    self._client = await self._connect(self._topology)
+                session = await self._client.open(self.spec, self.epoch, tenant=tenant)
+        except (KVStrataError, OSError) as error:  # TimeoutError is an OSError
+            self.counters["store:open_failed"] += 1
+            self._not_before = self._clock.now() + self._delay_s
+            log.warning("the store is not reachable", retry_s=self._delay_s, error=str(error))
+            self._delay_s = min(2 * self._delay_s, self._retry_s_max)
+            return None
+        self._delay_s = self._retry_s
+        self._sessions[tenant] = session
+        if len(self._sessions) > TENANTS_MAX:
+            self._sessions.popitem(last=False)
+        return session
