@@ -18,45 +18,33 @@ class RoleLimits(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    requests_max: int = Field(
-        default=256, ge=1, description="Requests a worker holds in any state; more are refused"
-    )
-    waiting_max: int = Field(default=128, ge=1, description="Requests that wait for room in the engine")
-    admit_timeout_s: float = Field(default=30.0, gt=0, description="How long one of them waits")
-    match_timeout_s: float = Field(
-        default=1.0, gt=0, description="For the store to say what it has of a prompt"
-    )
+    requests_max: int = Field(256, ge=1, description="Requests a worker holds in any state; more are refused")
+    waiting_max: int = Field(128, ge=1, description="Requests that wait for room in the engine")
+    admit_timeout_s: float = Field(30.0, gt=0, description="How long one of them waits")
+    match_timeout_s: float = Field(1.0, gt=0, description="For the store to say what it has of a prompt")
     read_timeout_s: float = Field(
-        default=5.0, gt=0, description="For blocks to arrive; what did not arrive by then is recomputed"
+        5.0, gt=0, description="For blocks to arrive; what did not arrive by then is recomputed"
     )
-    compute_timeout_s: float = Field(
-        default=600.0, gt=0, description="From admission to a prompt's first token"
-    )
+    compute_timeout_s: float = Field(600.0, gt=0, description="From admission to a prompt's first token")
     handoff_timeout_s: float = Field(
-        default=5.0,
+        5.0,
         gt=0,
         description="For a handoff to wait for publications; decode recomputes what is missing",
     )
-    lease_s: float = Field(
-        default=60.0, gt=0, description="How long matched and published blocks stay pinned"
-    )
+    lease_s: float = Field(60.0, gt=0, description="How long matched and published blocks stay pinned")
     parked_s: float = Field(
-        default=30.0, gt=0, description="How long a computed prompt waits to be fetched before it is dropped"
+        30.0, gt=0, description="How long a computed prompt waits to be fetched before it is dropped"
     )
-    sweep_s: float = Field(default=1.0, gt=0, description="How often parked prompts are looked over")
+    sweep_s: float = Field(1.0, gt=0, description="How often parked prompts are looked over")
     publish_inflight_nbytes_max: int = Field(
         256 << 20,
         ge=0,
         description="Memory for blocks on their way to the store; beyond it they are dropped",
     )
-    publish_timeout_s: float = Field(default=10.0, gt=0, description="For one batch of blocks to be stored")
-    events_max: int = Field(
-        default=65_536, ge=1, description="Tokens a decode worker keeps for those who poll"
-    )
-    poll_timeout_s_max: float = Field(default=30.0, gt=0, description="The longest a poll waits")
-    connect_timeout_s: float = Field(
-        default=5.0, gt=0, description="For the store to answer when it is first needed"
-    )
+    publish_timeout_s: float = Field(10.0, gt=0, description="For one batch of blocks to be stored")
+    events_max: int = Field(65_536, ge=1, description="Tokens a decode worker keeps for those who poll")
+    poll_timeout_s_max: float = Field(30.0, gt=0, description="The longest a poll waits")
+    connect_timeout_s: float = Field(5.0, gt=0, description="For the store to answer when it is first needed")
 
 
 class WorkerConfig(BaseModel):
@@ -69,13 +57,11 @@ class WorkerConfig(BaseModel):
         min_length=1, description="A local Hugging Face folder, a GGUF file, a registry name or a hub id"
     )
     model_id: str | None = Field(
-        default=None,
+        None,
         description="The name KV is stored under; workers that share KV agree on it. None: from `model`",
     )
     engine: EngineConfig = Field(default_factory=EngineConfig)
     topology: Topology = Field(description="The store's shards. Newer ones come by set_topology")
-    token: str | None = Field(default=None, repr=False, description="What the shards ask a client for")
-    epoch_number: int = Field(
-        default=0, ge=0, description="Orders this set of weights among the model's others"
-    )
+    token: str | None = Field(None, repr=False, description="What the shards ask a client for")
+    epoch_number: int = Field(0, ge=0, description="Orders this set of weights among the model's others")
     limits: RoleLimits = Field(default_factory=RoleLimits)
