@@ -1,0 +1,196 @@
+"""The wire itself: errors by name, bounds, versions, health, and what a server refuses."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from kvstore.errors import (
+    ERRORS,
+    ConfigError,
+    DeadlineExceeded,
+    KVStrataError,
+    OverLimit,
+    Unavailable,
+    WireVersionMismatch,
+)
+from kvstore.frame import HEADER_NBYTES
+from kvstore.nouns import BlockRef, MissReason, Quality, Refusal, ShardId, Snapshot, TxnId
+from kvstore.server import ServerConfig, ShardServer, is_loopback
+from kvstore.topology import ShardEntry, Topology
+from kvstore.transport.base import CHUNK_NBYTES, ShardStatus
+from kvstore.transport.grpc import methods, wire
+from kvstore.transport.grpc.client import GrpcTransport, _chunks
+from kvstore.v1 import control_pb2 as control
+from tests.kvstore.conftest import TOKEN, Served
+from tests.kvstore.oracle import SPEC, TIMEOUT, chain, epoch, frame, new_driver, offer
+
+E1 = epoch(1)
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[Served]:
+    shard = await Served.start("shard-0")
+    yield shard
+    await shard.stop()
+
+
+@pytest.fixture
+async def transport(served: Served) -> AsyncIterator[GrpcTransport]:
+    made = GrpcTransport(ShardId("shard-0"), served.address, TOKEN)
+    yield made
+    await made.close()
+
+
+async def test_hello_names_the_shard_and_its_incarnation(served: Served, transport: GrpcTransport) -> None:
+    hello = await transport.hello(timeout_s=TIMEOUT)
+    assert (hello.shard, hello.incarnation) == ("shard-0", served.driver.config.incarnation)
+    impostor = GrpcTransport(ShardId("shard-9"), served.address, TOKEN)
+    with pytest.raises(Unavailable, match="refresh the topology"):
+        await impostor.hello(timeout_s=TIMEOUT)
+    await impostor.close()
+
+
+async def test_peers_without_a_common_wire_version_part(transport: GrpcTransport) -> None:
+    with pytest.raises(WireVersionMismatch, match=r"\[2, 3\].*upgrade"):
+        await transport._call(methods.HELLO, control.HelloRequest(wire_versions=[2, 3]), TIMEOUT)
+
+
+@pytest.mark.parametrize("kind", ERRORS.values())
+async def test_every_error_keeps_its_name_over_the_wire(
+    served: Served, transport: GrpcTransport, kind: type[KVStrataError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*, timeout_s: float) -> ShardStatus:
+        raise kind("what happened")
+
+    monkeypatch.setattr(served.driver, "status", fail)
+    with pytest.raises(kind, match="what happened") as raised:
+        await transport.status(timeout_s=TIMEOUT)
+    assert type(raised.value) is kind
+    assert kind.status in grpc.StatusCode.__members__
+
+
+async def test_a_bug_of_ours_is_internal_and_says_no_more(
+    served: Served, transport: GrpcTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*, timeout_s: float) -> ShardStatus:
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr(served.driver, "status", fail)
+    with pytest.raises(Unavailable, match="see its log") as raised:
+        await transport.status(timeout_s=TIMEOUT)
+    assert "secret" not in str(raised.value)
+
+
+async def test_a_server_that_does_not_answer_costs_the_deadline(
+    served: Served, transport: GrpcTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def stall(*, timeout_s: float) -> ShardStatus:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    monkeypatch.setattr(served.driver, "status", stall)
+    with pytest.raises(DeadlineExceeded):
+        await transport.status(timeout_s=0.2)
+
+
+async def test_nonsense_is_an_invalid_argument(transport: GrpcTransport) -> None:
+    await transport.open_namespace(SPEC, "t", timeout_s=TIMEOUT)
+    bad = [
+        (methods.MATCH, control.MatchRequest(namespace_id=b"short")),
+        (methods.MATCH, control.MatchRequest(namespace_id=bytes(16))),
+        (methods.OPEN_NAMESPACE, control.OpenNamespaceRequest(model_id="m")),
+        (methods.BEGIN, control.BeginRequest(namespace_id=bytes(16), keys=b"odd")),
+        (methods.REPORT, control.ReportRequest(slots=[1])),
+    ]
+    for method, asked in bad:
+        with pytest.raises(ConfigError):
+            await transport._call(method, asked, TIMEOUT)  # type: ignore[arg-type, misc]
+
+
+async def test_frames_larger_than_a_chunk_arrive_whole(served: Served, transport: GrpcTransport) -> None:
+    big = memoryview(bytes(range(256)) * 10_000)
+    pieces = list(_chunks(TxnId(1), [(0, b"h" * HEADER_NBYTES, big)]))
+    assert len(pieces) == 3
+    assert max(len(p.data) for p in pieces) == CHUNK_NBYTES
+    assert b"".join(p.data for p in pieces) == b"h" * HEADER_NBYTES + big
+    assert {p.frame_nbytes for p in pieces} == {HEADER_NBYTES + big.nbytes}
+
+
+async def test_writes_beyond_the_budget_in_flight_are_refused() -> None:
+    server = ShardServer(new_driver(), ServerConfig(inflight_nbytes_max=1000))
+    transport = GrpcTransport(ShardId("shard-0"), await server.start())
+    with pytest.raises(OverLimit, match="in flight"):
+        frame_ = (0, b"h" * HEADER_NBYTES, memoryview(bytes(800)))
+        await transport.write(TxnId(1), [frame_], timeout_s=TIMEOUT)
+    await transport.close()
+    await server.stop(0)
+
+
+async def test_a_torn_write_is_refused_and_leaves_nothing(served: Served, transport: GrpcTransport) -> None:
+    namespace = await transport.open_namespace(SPEC, "t", timeout_s=TIMEOUT)
+    await transport.register_epoch(SPEC.model_id, E1, timeout_s=TIMEOUT)
+    made = chain(namespace, 1)
+    begun = await transport.begin(
+        namespace, E1, Quality.LOSSLESS, [offer(made, 0)], "w", 5.0, b"r", timeout_s=TIMEOUT
+    )
+    header, body = frame(made, 0, E1)
+    torn = memoryview(b"\xff" + bytes(body[1:]))
+    assert await transport.write(begun.txn, [(0, header, torn)], timeout_s=TIMEOUT) == [Refusal.CHECKSUM]
+    assert (await transport.commit(begun.txn, 1.0, timeout_s=TIMEOUT)).blocks == (Refusal.CHECKSUM,)
+    found = await transport.match(Snapshot(namespace, E1), made.keys, "r", 1.0, timeout_s=TIMEOUT)
+    assert (found.hits, found.lease, found.miss) == ((), None, MissReason.ABSENT)
+
+
+async def test_a_miss_travels_in_the_stream(transport: GrpcTransport) -> None:
+    hello = await transport.hello(timeout_s=TIMEOUT)
+    refs = [BlockRef(hello.shard, hello.incarnation, slot, 0) for slot in (3, 4)]
+    items = [item async for item in transport.read(refs, timeout_s=TIMEOUT)]
+    assert [(i.index, i.frame, i.miss) for i in items] == [
+        (0, None, MissReason.STALE_REFERENCE),
+        (1, None, MissReason.STALE_REFERENCE),
+    ]
+
+
+async def test_any_shard_tells_the_newest_topology(served: Served, transport: GrpcTransport) -> None:
+    entry = ShardEntry(ShardId("shard-0"), served.address, 2.0)
+    for version in (2, 1):
+        served.server.set_topology(Topology(version, (entry,)))
+    assert await transport.topology(timeout_s=TIMEOUT) == Topology(2, (entry,))
+
+
+async def test_health_is_told_without_a_token(served: Served) -> None:
+    async with grpc.aio.insecure_channel(served.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        for service in ("", methods.CONTROL, methods.BLOCKS):
+            answer = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=TIMEOUT)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_a_taken_port_is_an_error_not_a_share(served: Served) -> None:
+    port = int(served.address.rpartition(":")[2])
+    server = ShardServer(new_driver(), ServerConfig(port=port))
+    with pytest.raises(ConfigError, match="choose another port"):
+        await server.start()
+
+
+def test_only_loopback_without_tls_or_a_word() -> None:
+    assert [is_loopback(h) for h in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "db.example")] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
+    with pytest.raises(ConfigError, match="configure TLS"):
+        ServerConfig(host="0.0.0.0")
+
+
+async def test_status_survives_the_wire(served: Served, transport: GrpcTransport) -> None:
+    own = await served.driver.status(timeout_s=TIMEOUT)
+    assert wire.status_in(wire.status_out(own)) == own
+    assert (await transport.status(timeout_s=TIMEOUT)).capacity_nbytes == own.capacity_nbytes
