@@ -1,0 +1,126 @@
+"""What the routes stand on: one served model, the orchestrator, and the service around them.
+
+Everything a route needs is reached through a `Backend`, so that tests put a scripted fleet behind the same
+routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from engine.tokenizer import Tokenizer
+from engine.types import SamplingParams
+from kvstore.clock import Clock
+from router.api.schemas import ChatBody, ChatMessage, CompletionBody, GenerationBody
+from router.attempts import Job
+from router.errors import BadRequest, ModelUnknown
+from router.metrics import RouterMetrics
+from router.orchestrator import Orchestrator
+
+__all__ = ["Backend", "Operations"]
+
+_COMPLETION_TOKENS: Final = 16
+"""What OpenAI's text completions generate when they are not told."""
+_SEED_BITS: Final = 64
+
+
+class Operations(Protocol):
+    """The service around the workers: who runs them, and what is known of them."""
+
+    def not_ready(self) -> str | None:
+        """Why requests cannot be served now; None when they can."""
+        ...
+
+    async def gather(self) -> None:
+        """Bring the metrics' totals up to date with workers and shards. Bounded; who is late is left out."""
+        ...
+
+    async def status(self) -> dict[str, Any]:
+        """For `kvstrata status`: plain JSON."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    model: str  # the name it is served under
+    created: int  # Unix seconds
+    tokenizer: Tokenizer
+    orchestrator: Orchestrator
+    metrics: RouterMetrics
+    operations: Operations
+    clock: Clock
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ModelUnknown. Null is allowed where OpenAI's surface has no model field."""
+        if name is not None and name != self.model:
+            raise ModelUnknown(
+                f"The model `{name}` does not exist. This service has `{self.model}`",
+                param="model",
+                code="model_not_found",
+            )
+
+    @property
+    def max_model_len(self) -> int:
+        return self.orchestrator.fleet.max_model_len
+
+    async def chat_ids(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """The rendered chat's ids, computed beside the event loop: a long prompt takes milliseconds."""
+        rendered = [message.for_template() for message in messages]
+        return await asyncio.to_thread(self.tokenizer.encode_chat, rendered)
+
+    async def text_ids(self, text: str, *, add_special: bool = True) -> list[int]:
+        return await asyncio.to_thread(self.tokenizer.encode, text, add_special=add_special)
+
+    async def chat_job(self, body: ChatBody) -> Job:
+        """Raises RequestError for an unknown model or too long a prompt."""
+        self.check_model(body.model)
+        return self._job("chatcmpl", await self.chat_ids(body.messages), body, None, "messages")
+
+    async def completion_jobs(self, body: CompletionBody) -> list[Job]:
+        self.check_model(body.model)
+        jobs = []
+        for prompt in body.prompt:
+            ids = await self.text_ids(prompt) if isinstance(prompt, str) else prompt
+            if any(token >= self.tokenizer.vocab_size for token in ids):
+                raise BadRequest(
+                    f"prompt: token ids of this model are below {self.tokenizer.vocab_size}", param="prompt"
+                )
+            jobs.append(self._job("cmpl", ids, body, _COMPLETION_TOKENS, "prompt"))
+        return jobs
+
+    def _job(
+        self, prefix: str, ids: Sequence[int], body: GenerationBody, tokens_default: int | None, field: str
+    ) -> Job:
+        room = self._room(ids, body, field)
+        tokens = body.tokens_max or min(tokens_default or room, room)
+        sampling = SamplingParams(
+            max_tokens=tokens,
+            temperature=1.0 if body.temperature is None else body.temperature,
+            top_p=1.0 if body.top_p is None else body.top_p,
+            top_k=body.top_k or 0,
+            seed=secrets.randbits(_SEED_BITS) if body.seed is None else body.seed % (1 << _SEED_BITS),
+            stop=tuple(body.stop or ()),
+            stop_token_ids=tuple(body.stop_token_ids or ()),
+            ignore_eos=bool(body.ignore_eos),
+        )
+        return Job(f"{prefix}-{secrets.token_hex(12)}", tuple(ids), sampling)
+
+    def _room(self, ids: Sequence[int], body: GenerationBody, field: str) -> int:
+        """Tokens that may be generated after the prompt."""
+        if not ids:
+            raise BadRequest(f"{field}: the prompt has no tokens: send some text", param=field)
+        limit = self.max_model_len
+        wanted = body.tokens_max or 1
+        if len(ids) + wanted > limit:
+            asked = f" and {wanted} to generate" if body.tokens_max else ""
+            raise BadRequest(
+                f"This model's context is {limit} tokens; the request has {len(ids)} in {field}{asked}. "
+                f"Shorten {field}" + (" or ask for fewer tokens" if body.tokens_max else ""),
+                param=field,
+                code="context_length_exceeded",
+            )
+        return limit - len(ids)

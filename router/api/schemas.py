@@ -1,0 +1,203 @@
+"""The bodies of requests, as OpenAI's clients send them: strict types, ranges, and a clear no.
+
+Fields nobody here knows are ignored, as OpenAI does. Fields we know and do not serve are refused unless
+they hold the value that changes nothing: an answer that silently lacks what was asked for is worse than an
+error.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+__all__ = [
+    "STOP_STRINGS_MAX",
+    "ChatBody",
+    "ChatMessage",
+    "CompletionBody",
+    "DetokenizeBody",
+    "GenerationBody",
+    "StreamOptions",
+    "TokenizeBody",
+]
+
+STOP_STRINGS_MAX: Final = 4
+_STOP_CHARS_MAX: Final = 1024
+_PROMPTS_MAX: Final = 32
+_SEED_MIN, _SEED_MAX = -(1 << 63), (1 << 63) - 1
+_TOKEN_ID_MAX: Final = (1 << 31) - 1
+
+
+def _only(*neutral: object) -> AfterValidator:
+    """A field that is not served: any other value than these (or null) is refused."""
+
+    def check(value: object) -> object:
+        if value is None or any(type(value) is type(n) and value == n for n in neutral):
+            return value
+        raise ValueError(
+            f"is not supported here: leave it out{f' or send {neutral[0]!r}' if neutral else ''}"
+        )
+
+    return AfterValidator(check)
+
+
+def _listed(value: object) -> object:
+    """`stop` may be one string or a list of them."""
+    return [value] if isinstance(value, str) else value
+
+
+def _not_empty(value: list[str]) -> list[str]:
+    if "" in value:
+        raise ValueError("an empty stop string would stop before the first token: leave it out")
+    return value
+
+
+def _text_of(content: object) -> object:
+    """A message's content: a string, null, or a list of text parts (joined)."""
+    if not isinstance(content, list):
+        return content
+    texts = [
+        part["text"]
+        for part in content
+        if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    ]
+    if len(texts) != len(content):
+        raise ValueError('only parts of {"type": "text", "text": "..."} are served')
+    return "".join(texts)
+
+
+def _prompts(prompt: object) -> object:
+    """A prompt is a string, a list of strings, a list of token ids, or a list of such lists: to the last form
+    or to strings, always as a list of prompts."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt, list) and prompt and all(type(item) is int for item in prompt):
+        return [prompt]
+    if isinstance(prompt, list) and 0 < len(prompt) <= _PROMPTS_MAX and all(map(_is_prompt, prompt)):
+        return prompt
+    raise ValueError(
+        f"must be a string, a list of token ids (0 and up), or a list of 1 to {_PROMPTS_MAX} such prompts"
+    )
+
+
+def _is_prompt(item: object) -> bool:
+    is_ids = isinstance(item, list) and bool(item) and all(type(i) is int for i in item)
+    return isinstance(item, str) or is_ids
+
+
+def _ids_in_range(prompts: list[str | list[int]]) -> list[str | list[int]]:
+    for prompt in prompts:
+        if not isinstance(prompt, str) and not all(0 <= token <= _TOKEN_ID_MAX for token in prompt):
+            raise ValueError("token ids are numbers from 0 on")
+    return prompts
+
+
+TokenIdField = Annotated[int, Field(ge=0, le=_TOKEN_ID_MAX)]
+Prompts = Annotated[
+    list[Annotated[str | list[int], Field(union_mode="left_to_right")]],
+    BeforeValidator(_prompts),
+    AfterValidator(_ids_in_range),
+]
+StopStrings = Annotated[
+    list[Annotated[str, Field(max_length=_STOP_CHARS_MAX)]],
+    Field(max_length=STOP_STRINGS_MAX),
+    AfterValidator(_not_empty),
+]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class StreamOptions(_Body):
+    include_usage: bool | None = None
+
+
+class GenerationBody(_Body):
+    """What chat and text completions share."""
+
+    model: Annotated[str, Field(max_length=512)]
+    max_tokens: Annotated[int | None, Field(ge=1)] = None
+    temperature: Annotated[float | None, Field(ge=0, le=2)] = None
+    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
+    top_k: Annotated[int | None, Field(ge=0, le=_TOKEN_ID_MAX)] = None
+    seed: Annotated[int | None, Field(ge=_SEED_MIN, le=_SEED_MAX)] = None
+    stop: Annotated[StopStrings | None, BeforeValidator(_listed)] = None
+    stop_token_ids: Annotated[list[TokenIdField] | None, Field(max_length=64)] = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+
+    n: Annotated[Any, _only(1)] = None
+    best_of: Annotated[Any, _only(1)] = None
+    frequency_penalty: Annotated[Any, _only(0, 0.0)] = None
+    presence_penalty: Annotated[Any, _only(0, 0.0)] = None
+    repetition_penalty: Annotated[Any, _only(1.0, 1)] = None
+    min_p: Annotated[Any, _only(0.0, 0)] = None
+    min_tokens: Annotated[Any, _only(0)] = None
+    logit_bias: Annotated[Any, _only({})] = None
+
+    @property
+    def tokens_max(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+Role = Literal["system", "developer", "user", "assistant"]
+
+
+class ChatMessage(_Body):
+    role: Role
+    content: Annotated[str | None, BeforeValidator(_text_of)] = None
+    tool_calls: Annotated[Any, _only([])] = None
+    function_call: Annotated[Any, _only()] = None
+
+    def for_template(self) -> dict[str, str]:
+        """`developer` is OpenAI's newer word for `system`; templates know the older one."""
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": self.content or ""}
+
+
+class ChatBody(GenerationBody):
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
+
+    logprobs: Annotated[Any, _only(False)] = None
+    top_logprobs: Annotated[Any, _only(0)] = None
+    tools: Annotated[Any, _only([])] = None
+    functions: Annotated[Any, _only([])] = None
+    tool_choice: Annotated[Any, _only("none", "auto")] = None
+    response_format: Annotated[Any, _only({"type": "text"})] = None
+    modalities: Annotated[Any, _only(["text"])] = None
+
+    @property
+    def tokens_max(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+
+class CompletionBody(GenerationBody):
+    prompt: Prompts
+
+    logprobs: Annotated[Any, _only()] = None
+    echo: Annotated[Any, _only(False)] = None
+    suffix: Annotated[Any, _only("")] = None
+
+
+class TokenizeBody(_Body):
+    """Either a prompt, or messages that the model's chat template renders."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage] | None, Field(min_length=1)] = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeBody(_Body):
+    model: str | None = None
+    tokens: list[TokenIdField]

@@ -1,0 +1,76 @@
+"""What an answer adds up to while its pieces pass: text, tokens, usage, and where the KV came from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from engine.types import FinishReason
+from kvstore.clock import Clock
+from router.attempts import Job
+from router.orchestrator import Piece
+
+__all__ = ["Choice", "Tally", "finish_word"]
+
+_FINISH: Final = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
+
+
+def finish_word(reason: FinishReason | None) -> str | None:
+    """OpenAI's word for the reason."""
+    return None if reason is None else _FINISH[reason]
+
+
+@dataclass(slots=True)
+class Choice:
+    text: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    finish: FinishReason | None = None
+
+
+class Tally:
+    """Of one HTTP request, which may have several prompts."""
+
+    def __init__(self, jobs: Sequence[Job], clock: Clock) -> None:
+        self.jobs = jobs
+        self.choices = [Choice() for _ in jobs]
+        self._clock = clock
+        self._began = clock.now()
+        self._ttft_s: float | None = None
+        self._cached = 0
+        self._by_tier: Counter[str] = Counter()
+        self._misses: Counter[str] = Counter()
+        self._epochs: set[int] = set()
+
+    def add(self, index: int, piece: Piece) -> None:
+        if self._ttft_s is None:
+            self._ttft_s = self._clock.now() - self._began
+        choice = self.choices[index]
+        choice.text.append(piece.text)
+        choice.token_ids.append(piece.token_id)
+        choice.finish = piece.finish
+        if piece.stats is not None:
+            self._cached += piece.stats.cached_tokens
+            self._by_tier.update(piece.stats.cached_by_tier)
+            self._misses.update(piece.stats.misses)
+            self._epochs.update(piece.stats.epochs)
+
+    def usage(self) -> dict[str, Any]:
+        prompt = sum(len(job.prompt_ids) for job in self.jobs)
+        completion = sum(len(choice.token_ids) for choice in self.choices)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": self._cached},
+        }
+
+    def provenance(self) -> dict[str, Any]:
+        """The extra field `kvstrata`: what this answer cost and which epochs' KV it used."""
+        return {
+            "ttft_ms": None if self._ttft_s is None else round(self._ttft_s * 1000, 3),
+            "cached_by_tier": dict(self._by_tier),
+            "misses": dict(self._misses),
+            "epochs": sorted(self._epochs),
+        }

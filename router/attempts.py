@@ -1,0 +1,212 @@
+"""One request's way over the workers: prefill, handoff, decode; and again elsewhere when one of them fails.
+
+    attempt 1   prefill(prompt)            -> token 0, streamed at once -> handoff -> decode.start -> 1 2 3 x
+    attempt 2   prefill(prompt + 0 1 2 3)  -> token 4                   -> handoff -> decode.start -> 5 6 ...
+
+A later attempt goes on from the tokens already accepted: sampling noise is a function of (seed, position),
+so the client sees one answer. It stays within the epoch of the first token: KV and text of two sets of
+weights in one answer would be neither's. Every wait is bounded; at the end, however it ends, the workers
+are told to free what they hold.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import structlog
+
+from engine.types import GenerationRequest, Handoff, PrefillStats, SamplingParams
+from kvstore.errors import KVStrataError
+from kvstore.nouns import Epoch
+from router.errors import (
+    BadRequest,
+    GenerationFailed,
+    NotReady,
+    RequestError,
+    WorkerError,
+    WorkerFailed,
+    WorkerGone,
+    WorkerSlow,
+)
+from router.fleet import Fleet, Member, Pair
+from router.handles import DecodeHandle, PrefillHandle, WorkerHandle
+from router.pump import DecodePump
+from router.streams import TokenStream
+
+__all__ = ["AttemptLimits", "Attempts", "Job"]
+
+T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One prompt to complete. `request_id` is this router's own: no client chooses it."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    tenant: str = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptLimits:
+    """The bounds of every wait. Seconds."""
+
+    attempts_max: int = 3
+    prefill_s: float = 120.0
+    call_s: float = 30.0  # handoff, decode.start
+    stall_s: float = 60.0  # between two tokens
+    recovery_s: float = 45.0  # for a worker to come back, when none is left
+    abort_s: float = 5.0
+
+
+class Attempts:
+    """Drives one job into its stream. `run` is a task's body; it never raises but to be cancelled."""
+
+    def __init__(
+        self,
+        job: Job,
+        stream: TokenStream,
+        fleet: Fleet,
+        pumps: Mapping[str, DecodePump],
+        limits: AttemptLimits,
+        failed: Callable[[WorkerError], None],
+    ) -> None:
+        self.stats: PrefillStats | None = None
+        """Of the first attempt that answered."""
+        self._job = job
+        self._stream = stream
+        self._fleet = fleet
+        self._pumps = pumps
+        self._limits = limits
+        self._failed = failed
+        self._epoch: Epoch | None = None
+        self._avoid: set[str] = set()
+        self._at = ""
+        self._holders: list[tuple[str, WorkerHandle, int]] = []
+
+    async def run(self) -> None:
+        """Until the stream has its last token or is closed with the error the client gets."""
+        try:
+            await self._try_until_done()
+        except RequestError as error:
+            self._stream.close(error)
+        except Exception as error:
+            log.exception("request failed", request=self._job.request_id)
+            self._stream.close(
+                GenerationFailed(f"the router failed on this request ({type(error).__name__})")
+            )
+
+    async def free(self) -> None:
+        """Tell every worker that may still hold something of this job. Bounded; a dead one holds nothing."""
+        holders, self._holders = self._holders, []
+        for worker_id, handle, attempt in holders:
+            try:
+                async with asyncio.timeout(self._limits.abort_s):
+                    await handle.abort(self._job.request_id, attempt)
+            except Exception as error:  # whatever it says, its leases expire by themselves
+                log.info("abort was not answered", worker=worker_id, error=str(error))
+
+    async def _try_until_done(self) -> None:
+        reasons: list[str] = []
+        for _ in range(self._limits.attempts_max):
+            pair = await self._pick()
+            try:
+                await self._attempt(pair, self._stream.begin_attempt())
+                return
+            except WorkerError as error:
+                log.warning("attempt failed", request=self._job.request_id, error=str(error))
+                self._failed(error)
+                reasons.append(str(error))
+                self._avoid.add(self._at)
+                await self.free()
+        raise GenerationFailed(
+            f"{len(reasons)} attempts failed, the last one because: {reasons[-1]}. Retry; if it stays, see "
+            "`kvstrata status` and the workers' logs"
+        )
+
+    async def _pick(self) -> Pair:
+        first = self._stream.attempt == 0
+        pair = self._fleet.choose(self._avoid, self._epoch)
+        if pair is None and not first:
+            pair = await self._fleet.choose_within(self._limits.recovery_s, self._avoid, self._epoch)
+        if pair is not None:
+            return pair
+        if self._epoch is not None and self._fleet.epochs():
+            raise GenerationFailed(
+                f"the answer began under epoch {self._epoch.number} and no worker of those weights is left "
+                "to go on with it. Send the request again: it will run under the new weights",
+                code="epoch_gone",
+            )
+        raise NotReady("no pair of prefill and decode workers is ready. Retry in a few seconds")
+
+    async def _attempt(self, pair: Pair, attempt: int) -> None:
+        request = GenerationRequest(
+            self._job.request_id,
+            attempt,
+            self._job.prompt_ids,
+            self._job.sampling,
+            tuple(self._stream.accepted),
+            self._job.tenant,
+        )
+        handoff = await self._prefill(pair.prefill, request, pair.epoch)
+        if handoff is not None:
+            await self._decode(pair.decode, handoff)
+            self._holders.clear()
+
+    async def _prefill(
+        self, member: Member[PrefillHandle], request: GenerationRequest, epoch: Epoch
+    ) -> Handoff | None:
+        """The first token is streamed before the handoff is asked for. None: it was also the last."""
+        self._now_at(member, request.attempt)
+        with member.carrying(len(request.prompt_ids) + len(request.output_ids)):
+            first = await self._bounded("prefill", member.handle.prefill(request), self._limits.prefill_s)
+            self._epoch = epoch
+            self.stats = self.stats or first.stats
+            self._stream.offer(first.event)
+            if self._stream.finished:
+                return None
+            handing = member.handle.handoff(request.request_id, request.attempt)
+            handoff = await self._bounded("handoff", handing, self._limits.call_s)
+        if handoff is None:
+            raise WorkerFailed(f"prefill worker {member.facts.worker_id} has nothing to hand off")
+        return handoff
+
+    async def _decode(self, member: Member[DecodeHandle], handoff: Handoff) -> None:
+        self._now_at(member, handoff.request.attempt)
+        pump = self._pumps.get(member.facts.worker_id)
+        if pump is None:
+            raise WorkerGone(f"decode worker {member.facts.worker_id} left before it was asked")
+        pump.attach(self._stream)
+        try:
+            with member.carrying(handoff.next_position):
+                await self._bounded("start", member.handle.start(handoff), self._limits.call_s)
+                await self._stream.attempt_over(self._limits.stall_s)
+        finally:
+            pump.detach(self._job.request_id)
+
+    def _now_at(self, member: Member[PrefillHandle] | Member[DecodeHandle], attempt: int) -> None:
+        """If the attempt fails now, it is this worker's doing; and it may hold something of the job."""
+        self._at = member.facts.worker_id
+        self._holders.append((member.facts.worker_id, member.handle, attempt))
+
+    async def _bounded(self, what: str, call: Awaitable[T], limit_s: float) -> T:
+        """A worker's answer. What it raises is a WorkerError, but for what every worker would say."""
+        try:
+            async with asyncio.timeout(limit_s):
+                return await call
+        except TimeoutError:
+            raise WorkerSlow(f"{what} on worker {self._at} took more than {limit_s:.0f} s") from None
+        except WorkerError:
+            raise
+        except KVStrataError as error:
+            if error.status == "INVALID_ARGUMENT":
+                raise BadRequest(str(error)) from error
+            raise WorkerFailed(f"{what} on worker {self._at}: {error}") from error
+        except Exception as error:
+            raise WorkerFailed(f"{what} on worker {self._at}: {type(error).__name__}: {error}") from error

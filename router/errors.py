@@ -1,0 +1,100 @@
+"""What can go wrong between an HTTP request and its tokens. One branch of the tree.
+
+KVStrataError (kvstore/errors.py)
++-- RequestError                          answered over HTTP: knows its status, type, param and code
+|   +-- BadRequest            400         the request is wrong: `param` names the field
+|   +-- ModelUnknown          404         this service serves another model
+|   +-- Overloaded            429         as many requests run as may; the client may retry
+|   +-- NotReady              503         starting, draining, or no worker of one epoch is alive
+|   +-- GenerationFailed      500         every attempt failed; the last one's reason is told
++-- WorkerError                           one attempt is over; another worker may do it
+|   +-- WorkerGone                        the worker is dead or unreachable
+|   +-- WorkerSlow                        no answer, or no token, within the bound
+|   +-- WorkerFailed                      it answered that it could not, or broke the protocol
++-- StartFailed                           the service could not be brought up
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from kvstore.errors import KVStrataError
+
+__all__ = [
+    "BadRequest",
+    "GenerationFailed",
+    "ModelUnknown",
+    "NotReady",
+    "Overloaded",
+    "RequestError",
+    "StartFailed",
+    "WorkerError",
+    "WorkerFailed",
+    "WorkerGone",
+    "WorkerSlow",
+]
+
+
+class RequestError(KVStrataError):
+    """`param` is the field at fault, `code` OpenAI's machine-readable name of the error."""
+
+    http_status: ClassVar[int] = 500
+    kind: ClassVar[str] = "internal_error"
+    retry_after_s: ClassVar[int | None] = None
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class BadRequest(RequestError):
+    status = "INVALID_ARGUMENT"
+    http_status = 400
+    kind = "invalid_request_error"
+
+
+class ModelUnknown(RequestError):
+    status = "NOT_FOUND"
+    http_status = 404
+    kind = "invalid_request_error"
+
+
+class Overloaded(RequestError):
+    status = "RESOURCE_EXHAUSTED"
+    http_status = 429
+    kind = "rate_limit_error"
+    retry_after_s = 1
+
+
+class NotReady(RequestError):
+    status = "UNAVAILABLE"
+    http_status = 503
+    kind = "service_unavailable_error"
+    retry_after_s = 2
+
+
+class GenerationFailed(RequestError):
+    status = "INTERNAL"
+
+
+class WorkerError(KVStrataError):
+    """Ends an attempt, never a request by itself."""
+
+    status = "UNAVAILABLE"
+
+
+class WorkerGone(WorkerError):
+    pass
+
+
+class WorkerSlow(WorkerError):
+    status = "DEADLINE_EXCEEDED"
+
+
+class WorkerFailed(WorkerError):
+    status = "INTERNAL"
+
+
+class StartFailed(KVStrataError):
+    status = "UNAVAILABLE"

@@ -1,0 +1,69 @@
+"""The workers as the router sees them: what it calls, and what it knows of each.
+
+The methods are those of `prefill.role.PrefillRole` and `decode.role.DecodeRole`, so a role in the same
+process is a handle as it stands; `ray_handles.py` adapts actors. No method bounds its own wait: the caller
+does, and takes any exception for the end of the attempt. A handle raises WorkerGone when its process is
+dead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.types import FirstToken, GenerationRequest, Handoff, TokenEvent
+from kvstore.nouns import Epoch
+
+__all__ = ["DecodeHandle", "Polled", "PrefillHandle", "WorkerFacts", "WorkerHandle"]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFacts:
+    """One incarnation of a worker: a restarted one has another `worker_id`."""
+
+    worker_id: str
+    epoch: Epoch
+    max_model_len: int
+    pid: int
+    node_id: str = ""
+
+
+class Polled(Protocol):
+    """Events after the cursor that was asked for, in the order they happened, and where to ask next."""
+
+    @property
+    def cursor(self) -> int: ...
+
+    @property
+    def events(self) -> Sequence[TokenEvent]: ...
+
+
+class WorkerHandle(Protocol):
+    async def abort(self, request_id: str, attempt: int) -> None:
+        """Stop and free what the attempt holds. Idempotent."""
+        ...
+
+    async def counters(self) -> Mapping[str, float]:
+        """Counters since the worker began, gauges as they are. Also what liveness is asked by."""
+        ...
+
+
+class PrefillHandle(WorkerHandle, Protocol):
+    async def prefill(self, request: GenerationRequest) -> FirstToken:
+        """Compute (or onboard) the prompt and sample one token. Publishing goes on in the background."""
+        ...
+
+    async def handoff(self, request_id: str, attempt: int) -> Handoff | None:
+        """What decode goes on from; the caller owns its leases. None: there is nothing to hand off."""
+        ...
+
+
+class DecodeHandle(WorkerHandle, Protocol):
+    async def start(self, handoff: Handoff) -> None:
+        """Take the handoff over and generate; tokens come out of poll()."""
+        ...
+
+    async def poll(self, cursor: int, timeout_s: float) -> Polled:
+        """Wait up to `timeout_s` for events of any sequence after `cursor` (0: from the first it keeps)."""
+        ...

@@ -1,0 +1,170 @@
+"""From a prompt's ids to text, piece by piece: admission, attempts over the fleet, detokenisation.
+
+A request's life: `admit` (or Overloaded) -> `generate` -> pieces until one has a finish reason. Closing the
+generator early (the client left, a stop string came) frees what the workers hold. Cost on the event loop:
+one small task a request, and per token one detokenisation of about 10 us.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+from engine.detokenizer import IncrementalDetokenizer
+from engine.tokenizer import Tokenizer
+from engine.types import FinishReason, PrefillStats, TokenEvent
+from kvstore.clock import Clock, MonotonicClock
+from router.attempts import AttemptLimits, Attempts, Job
+from router.errors import Overloaded, WorkerError, WorkerGone
+from router.fleet import Fleet, Member
+from router.handles import DecodeHandle, PrefillHandle
+from router.metrics import RouterMetrics
+from router.pump import DecodePump
+from router.streams import TokenStream
+
+__all__ = ["Orchestrator", "Piece"]
+
+_POLL_S: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One token of an answer. `text` is what became safe to show with it, often "". The last has `finish`."""
+
+    token_id: int
+    text: str
+    finish: FinishReason | None
+    stats: PrefillStats | None = None  # on the first
+
+
+class Orchestrator:
+    """Lives on one event loop. Workers are added and removed by whoever runs them."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        metrics: RouterMetrics,
+        *,
+        running_max: int = 256,
+        limits: AttemptLimits | None = None,
+        clock: Clock | None = None,
+        gone: Callable[[str], None] = lambda _worker_id: None,
+    ) -> None:
+        self.fleet = Fleet()
+        self.running = 0
+        self._tokenizer = tokenizer
+        self._metrics = metrics
+        self._running_max = running_max
+        self._limits = limits or AttemptLimits()
+        self._clock = clock or MonotonicClock()
+        self._gone = gone
+        self._pumps: dict[str, DecodePump] = {}
+        self._dropped: Counter[str] = metrics.dropped_events
+        self._progress_at = self._clock.now()
+        self._background: set[asyncio.Task[None]] = set()
+
+    def add_prefill(self, member: Member[PrefillHandle]) -> None:
+        self.fleet.add_prefill(member)
+
+    def add_decode(self, member: Member[DecodeHandle]) -> None:
+        self._pumps[member.facts.worker_id] = DecodePump(
+            member, poll_s=_POLL_S, gone=self._lost, dropped=self._dropped
+        )
+        self.fleet.add_decode(member)
+
+    async def remove(self, worker_id: str, why: str) -> None:
+        """Take a worker out. Its attempts end and go on elsewhere. Idempotent."""
+        self.fleet.remove(worker_id)
+        pump = self._pumps.pop(worker_id, None)
+        if pump is not None:
+            await pump.stop(WorkerGone(f"worker {worker_id} was taken out: {why}"))
+
+    @contextmanager
+    def admit(self, requests: int = 1) -> Iterator[None]:
+        """Room for so many requests, or Overloaded."""
+        if self.running + requests > self._running_max:
+            raise Overloaded(
+                f"{self.running} requests run and at most {self._running_max} may. Retry in a moment, or "
+                "raise router.running_max"
+            )
+        if self.running == 0:
+            self._progress_at = self._clock.now()
+        self.running += requests
+        try:
+            yield
+        finally:
+            self.running -= requests
+
+    async def generate(self, job: Job) -> AsyncGenerator[Piece]:
+        """Pieces in order, the last with a finish reason. Raises RequestError, also after some pieces."""
+        stream = TokenStream(job.request_id, self._clock)
+        attempts = Attempts(job, stream, self.fleet, self._pumps, self._limits, self._metrics.attempt_failed)
+        driver = asyncio.create_task(attempts.run(), name=f"drive {job.request_id}")
+        record = self._metrics.request(len(job.prompt_ids), self._clock)
+        text = _Text(self._tokenizer, job)
+        try:
+            while (event := await stream.next()) is not None:
+                self._progress_at = self._clock.now()
+                first = record.token(attempts.stats)
+                piece = text.piece(event, attempts.stats if first else None)
+                if piece.finish is not None:
+                    record.finished(piece.finish)
+                yield piece
+                if piece.finish is not None:
+                    return
+        finally:
+            record.closed()
+            self._spawn(_wind_up(driver, attempts))
+
+    def stalled_s(self) -> float:
+        """Seconds since any running request got a token; 0 when none runs."""
+        return self._clock.now() - self._progress_at if self.running else 0.0
+
+    async def close(self) -> None:
+        """End the pumps, then what is left of requests. Bounded by the limits' `abort_s`."""
+        for worker_id in [*self.fleet.prefill, *self._pumps]:
+            await self.remove(worker_id, "the service ends")
+        if self._background:
+            await asyncio.wait(self._background, timeout=self._limits.abort_s)
+
+    def _lost(self, worker_id: str, error: WorkerError) -> None:
+        self.fleet.remove(worker_id)
+        self._pumps.pop(worker_id, None)
+        self._gone(worker_id)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+class _Text:
+    """A job's tokens to pieces: what stops it by text, and what never shows."""
+
+    def __init__(self, tokenizer: Tokenizer, job: Job) -> None:
+        self._detokenizer = IncrementalDetokenizer(tokenizer, job.sampling.stop)
+        self._hidden = frozenset(job.sampling.stop_token_ids)
+
+    def piece(self, event: TokenEvent, stats: PrefillStats | None) -> Piece:
+        stopped_by_id = event.finish is FinishReason.STOP and event.token_id in self._hidden
+        text = "" if stopped_by_id else self._detokenizer.push(event.token_id)
+        finish = event.finish
+        if self._detokenizer.finished_by_stop:
+            finish = FinishReason.STOP
+        elif finish is not None:
+            text += self._detokenizer.flush()
+            # The text held back may complete a stop string when it is let out.
+            finish = FinishReason.STOP if self._detokenizer.finished_by_stop else finish
+        return Piece(event.token_id, text, finish, stats)
+
+
+async def _wind_up(driver: asyncio.Task[None], attempts: Attempts) -> None:
+    driver.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await driver
+    await attempts.free()

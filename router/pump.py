@@ -1,0 +1,89 @@
+"""One task per decode worker: long-polls its events and hands each to the stream of its request.
+
+One message carries a whole engine step's tokens of all sequences, so the cost is per step, not per token. A
+worker whose poll breaks off or does not come back is reported gone, and every attempt that ran on it is
+over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+
+from router.errors import WorkerError, WorkerFailed, WorkerGone, WorkerSlow
+from router.fleet import Member
+from router.handles import DecodeHandle
+from router.streams import TokenStream
+
+__all__ = ["DecodePump"]
+
+_ANSWER_MARGIN_S: Final = 15.0
+"""A poll answers when its own time is up; this much later it is taken for dead."""
+
+log = structlog.get_logger(__name__)
+
+
+class DecodePump:
+    """Lives as long as its worker. `gone` is told once, with the worker's id and why."""
+
+    def __init__(
+        self,
+        member: Member[DecodeHandle],
+        *,
+        poll_s: float,
+        gone: Callable[[str, WorkerError], None],
+        dropped: Counter[str],
+    ) -> None:
+        self._member = member
+        self._poll_s = poll_s
+        self._gone = gone
+        self._dropped = dropped
+        self._streams: dict[str, TokenStream] = {}
+        self._task = asyncio.create_task(self._run(), name=f"pump {member.facts.worker_id}")
+
+    def attach(self, stream: TokenStream) -> None:
+        """Before the worker is told to start: its first event may come at once."""
+        self._streams[stream.request_id] = stream
+
+    def detach(self, request_id: str) -> None:
+        self._streams.pop(request_id, None)
+
+    async def stop(self, reason: WorkerError) -> None:
+        """Idempotent. Attempts still on this worker are over."""
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+        self._end_attempts(reason)
+
+    async def _run(self) -> None:
+        cursor = 0
+        worker_id = self._member.facts.worker_id
+        try:
+            while True:
+                async with asyncio.timeout(self._poll_s + _ANSWER_MARGIN_S):
+                    polled = await self._member.handle.poll(cursor, self._poll_s)
+                cursor = polled.cursor
+                for event in polled.events:
+                    stream = self._streams.get(event.request_id)
+                    drop = "unknown_request" if stream is None else stream.offer(event)
+                    if drop is not None:
+                        self._dropped[drop] += 1
+        except WorkerGone as error:
+            failure: WorkerError = error
+        except TimeoutError:
+            failure = WorkerSlow(f"decode worker {worker_id} does not answer polls")
+        except Exception as error:
+            log.exception("poll failed", worker=worker_id)
+            failure = WorkerFailed(f"decode worker {worker_id}: {error}")
+        self._end_attempts(failure)
+        self._gone(worker_id, failure)
+
+    def _end_attempts(self, reason: WorkerError) -> None:
+        for stream in self._streams.values():
+            stream.fail(reason)
+        self._streams.clear()

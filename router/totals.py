@@ -1,0 +1,100 @@
+"""Counters of all workers and shards, joined into totals that only grow.
+
+A worker that comes back counts from zero; what its former self had counted is kept here, so that no scrape
+sees a counter go back. Shards' gauges are shown as they were last seen.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from kvstore.transport.base import ShardStatus
+
+__all__ = ["FleetTotals"]
+
+_LABELLED: Final = {"miss": "misses", "rejected": "rejected_blocks", "refused": "refused_blocks"}
+"""What stands before the colon of a store client's counter -> the metric; after it is the reason."""
+_ALWAYS: Final = ("verified_blocks", "read_bytes", "written_bytes")
+_SHARD_GAUGES: Final = {
+    "capacity_nbytes": "store_capacity_bytes",
+    "live_nbytes": "store_live_bytes",
+    "staged_nbytes": "store_staged_bytes",
+    "retired_nbytes": "store_retired_bytes",
+    "versions": "store_versions",
+    "leases": "store_leases",
+    "oldest_pin_s": "store_oldest_pin_seconds",
+}
+
+
+class FleetTotals(Collector):
+    def __init__(self) -> None:
+        self.workers: defaultdict[str, float] = defaultdict(float)
+        self.shards: tuple[ShardStatus, ...] = ()
+        self.dropped_events: Counter[str] = Counter()
+        self._last: dict[str, dict[str, float]] = {}
+
+    def fold(self, worker_id: str, counters: Mapping[str, float]) -> None:
+        """Add what a worker counted since it was last asked."""
+        last = self._last.setdefault(worker_id, {})
+        for name, value in counters.items():
+            self.workers[name] += max(0.0, value - last.get(name, 0.0))
+            last[name] = value
+
+    def forget(self, worker_id: str) -> None:
+        """The worker is no more; what it counted stays."""
+        self._last.pop(worker_id, None)
+
+    def saw_shards(self, statuses: Sequence[ShardStatus]) -> None:
+        self.shards = tuple(statuses)
+
+    @property
+    def ownerless_nbytes(self) -> int:
+        return sum(shard.ownerless_nbytes for shard in self.shards)
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._of_workers()
+        yield from self._of_shards()
+        dropped = CounterMetricFamily("kvstrata_dropped_events", "Token events not taken", labels=["reason"])
+        for reason, count in self.dropped_events.items():
+            dropped.add_metric([reason], count)
+        yield dropped
+
+    def _of_workers(self) -> Iterator[Metric]:
+        labelled = {
+            kind: CounterMetricFamily(f"kvstrata_{name}", f"Blocks: {kind}, by reason", labels=["reason"])
+            for kind, name in _LABELLED.items()
+        }
+        plain = dict.fromkeys(_ALWAYS, 0.0)
+        for name, value in self.workers.items():
+            kind, colon, reason = name.partition(":")
+            if colon and kind in labelled:
+                labelled[kind].add_metric([reason], value)
+            else:
+                plain[name.replace(":", "_")] = value
+        yield from labelled.values()
+        for name, value in plain.items():
+            yield CounterMetricFamily(f"kvstrata_{name}", "Summed over all workers", value=value)
+
+    def _of_shards(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily(
+            "kvstrata_ownerless_bytes",
+            "Bytes no owner claims: anything but 0 is a bug",
+            self.ownerless_nbytes,
+        )
+        for attribute, name in _SHARD_GAUGES.items():
+            gauge = GaugeMetricFamily(f"kvstrata_{name}", f"{attribute} of a shard", labels=["shard"])
+            for shard in self.shards:
+                gauge.add_metric([shard.shard], getattr(shard, attribute))
+            yield gauge
+        events = GaugeMetricFamily(
+            "kvstrata_shard_events", "Counters of a shard's present incarnation", labels=["shard", "event"]
+        )
+        for shard in self.shards:
+            for event, count in shard.counters.items():
+                events.add_metric([shard.shard, event], count)
+        yield events
