@@ -1,33 +1,45 @@
 """The asynchronous driver of one shard's core: it performs the I/O the core names and feeds it back.
 
 It is also the local transport: `ShardTransport` in process. All core calls happen on one event loop, so the
-core needs no lock; checksums and copies of frames run in threads (xxh3 and memcpy release the GIL) and
-their results are applied on the loop, after checking that what they were for is still there.
+core needs no lock; big checksums and copies run in threads, and their results are applied on the loop,
+after asking the core whether what they were for is still there. Calls that only ask the core never wait;
+the others end within `timeout_s`, in DeadlineExceeded if need be.
 
-A read is served from the buffer the slot held when the reference was checked. A slot that is reused gets
-another buffer, and its generation is checked again after the copy: stale is a miss, never other data.
+A frame that arrives is copied first and verified in the copy: what is stored is what was checked. A read is
+a copy too, and its reference is checked before and after: a slot that was reused meanwhile is a miss,
+never other data. After `close` every call raises Unavailable.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass, field
+from typing import Final, TypeVar
 
 import structlog
 
-from kvstore import failpoints
+from kvstore.arrival import copy_and_verify, is_intact
 from kvstore.clock import Clock, MonotonicClock
 from kvstore.core.chain import State, Version
 from kvstore.core.shard import ShardCore
-from kvstore.core.state import CoreConfig, CoreLimits, Namespace, Offer, Txn
-from kvstore.errors import ConfigError, CorruptBlock, NotFound
-from kvstore.frame import HEADER_NBYTES, decode_frame
+from kvstore.core.state import CoreConfig, CoreLimits, Namespace, Offer
+from kvstore.core.transactions import Txn
+from kvstore.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    KVStrataError,
+    OverLimit,
+    Unavailable,
+)
+from kvstore.frame import HEADER_NBYTES
 from kvstore.hashing import namespace_id, tenant_salt
 from kvstore.nouns import (
     BlockKey,
+    BlockMeta,
     BlockRef,
     Epoch,
     Incarnation,
@@ -43,7 +55,8 @@ from kvstore.nouns import (
     TxnId,
 )
 from kvstore.policies import POLICIES
-from kvstore.tiers.base import TierStorage
+from kvstore.tiers.base import Breakable, Place, TierStorage
+from kvstore.tiers.copying import beside_the_loop
 from kvstore.transport.base import (
     WIRE_VERSION,
     BlockOffer,
@@ -58,7 +71,9 @@ from kvstore.transport.base import (
 
 log = structlog.get_logger(__name__)
 
-DISK_VERSION = 1
+DISK_VERSION: Final = 1
+
+Answer = TypeVar("Answer")
 
 
 def new_incarnation() -> Incarnation:
@@ -91,6 +106,7 @@ class ShardDriver:
         self._storage = storage
         self._clock = clock or MonotonicClock()
         self._reaper: asyncio.Task[None] | None = None
+        self._closed = False
 
     @property
     def shard(self) -> ShardId:
@@ -102,6 +118,7 @@ class ShardDriver:
             self._reaper = asyncio.create_task(self._reap_forever(), name=f"reaper-{self.shard}")
 
     async def close(self) -> None:
+        self._closed = True
         if self._reaper is not None:
             self._reaper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -109,48 +126,53 @@ class ShardDriver:
             self._reaper = None
 
     def check_integrity(self) -> None:
-        """The core's conservation check, and that storage holds just what the core knows to be written."""
+        """The core's conservation check, and that storage holds just what the core knows to be written.
+
+        Raises AssertionError. Storage can only be compared while no write is on its way.
+        """
         self._discard_freed()
         self.core.check_integrity()
-        for version in self.core.index.versions():
-            stored = self._storage.read(version.slot)
-            assert (stored is not None) == version.written, f"slot {version.slot}: bytes and core disagree"
+        written = sum(version.nbytes for version in self.core.index.versions() if version.written)
+        assert self._storage.nbytes() == written, f"{self._storage.nbytes()} bytes stored, {written} written"
 
     # -- ShardTransport ----------------------------------------------------------------------------
 
     async def hello(self, *, timeout_s: float) -> ShardHello:
+        self._serving()
         return ShardHello(self.shard, self.config.incarnation, WIRE_VERSION, DISK_VERSION)
 
     async def open_namespace(self, spec: NamespaceSpec, tenant: str, *, timeout_s: float) -> NamespaceId:
         opened = namespace_id(tenant_salt(self.config.cluster_secret, tenant), spec)
-        self.core.open_namespace(opened, Namespace(spec.model_id, spec.layout.fingerprint))
+        self._serving().open_namespace(opened, Namespace(spec.model_id, spec.layout.fingerprint))
         return opened
 
     async def register_epoch(self, model_id: str, epoch: Epoch, *, timeout_s: float) -> None:
-        self.core.register_epoch(model_id, epoch)
+        self._serving().register_epoch(model_id, epoch)
 
     async def advance_epoch(self, model_id: str, number: int, *, timeout_s: float) -> Revision:
-        return self.core.advance_epoch(model_id, number)
+        return self._serving().advance_epoch(model_id, number)
 
     async def match(
         self, snapshot: Snapshot, keys: Sequence[BlockKey], owner: str, lease_s: float, *, timeout_s: float
     ) -> MatchResult:
-        matched = self.core.match(snapshot, keys, owner, lease_s, self._clock.now())
+        matched = self._serving().match(snapshot, keys, owner, lease_s, self._clock.now())
+        hits = tuple(MatchHit(v.ref, v.epoch, v.quality, v.tier, v.nbytes) for v in matched.versions)
         revision = Revision(self.config.incarnation, self.core.revision)
-        return MatchResult(tuple(map(self._hit, matched.versions)), matched.lease, matched.miss, revision)
+        return MatchResult(hits, matched.lease, matched.miss, revision)
 
     async def read(self, refs: Sequence[BlockRef], *, timeout_s: float) -> AsyncIterator[ReadItem]:
+        self._check_count(len(refs))
+        end = self._clock.now() + timeout_s
         for i, ref in enumerate(refs):
-            frame = await self._read_frame(ref)
+            frame = await self._within(self._read_frame(ref), end - self._clock.now(), "read")
             yield ReadItem(i, None, frame) if isinstance(frame, MissReason) else ReadItem(i, frame, None)
 
     async def renew(self, leases: Sequence[LeaseId], lease_s: float, *, timeout_s: float) -> list[bool]:
         now = self._clock.now()
-        return [self.core.renew(lease, lease_s, now) for lease in leases]
+        return [self._serving().renew(lease, lease_s, now) for lease in leases]
 
     async def release(self, leases: Sequence[LeaseId], *, timeout_s: float) -> None:
-        for lease in leases:
-            self.core.release(lease)
+        self._serving().release(leases)
         self._discard_freed()
 
     async def begin(
@@ -167,41 +189,31 @@ class ShardDriver:
     ) -> TxnOpened:
         asked = [Offer(o.key, o.parent, o.chain_index, o.placement, o.nbytes) for o in offers]
         now = self._clock.now()
-        txn = self.core.begin(namespace, epoch, quality, asked, owner, lease_s, request_id, now)
+        txn = self._serving().begin(namespace, epoch, quality, asked, owner, lease_s, request_id, now)
         self._discard_freed()
         return TxnOpened(txn.id, tuple(txn.refusals))
 
     async def write(
         self, txn: TxnId, frames: Sequence[tuple[int, bytes, memoryview]], *, timeout_s: float
     ) -> list[Refusal | None]:
-        return [await self._write_frame(txn, *frame) for frame in frames]
+        return await self._within(self._write_frames(txn, frames), timeout_s, "write")
 
     async def commit(self, txn: TxnId, pin_for_s: float | None, *, timeout_s: float) -> CommitResult:
-        answer = self.core.commit(txn, pin_for_s, self._clock.now())
+        answer = self._serving().commit(txn, pin_for_s, self._clock.now())
         self._discard_freed()
         return CommitResult(Revision(self.config.incarnation, answer.revision), answer.blocks, answer.lease)
 
     async def abort(self, txn: TxnId, *, timeout_s: float) -> None:
-        self.core.abort(txn)
+        self._serving().abort(txn)
         self._discard_freed()
 
     async def report(self, refs: Sequence[BlockRef], *, timeout_s: float) -> int:
         """Check our own copy of what a reader found corrupt; retire what really is."""
-        retired = 0
-        for ref in refs:
-            version = self.core.resolve(ref)
-            if isinstance(version, MissReason) or version.state is not State.LIVE:
-                continue
-            intact = await asyncio.to_thread(self._is_intact, version)
-            current = self.core.resolve(ref)
-            if not intact and current is version:
-                self.core.report(version)
-                retired += 1
-        self._discard_freed()
-        return retired
+        self._check_count(len(refs))
+        return await self._within(self._retire_corrupt(refs), timeout_s, "report")
 
     async def status(self, *, timeout_s: float) -> ShardStatus:
-        usage = self.core.usage()
+        usage = self._serving().usage()
         return ShardStatus(
             shard=self.shard,
             incarnation=self.config.incarnation,
@@ -221,95 +233,120 @@ class ShardDriver:
 
     def flip_stored_byte(self) -> BlockKey | None:
         """Flip one payload byte of a live block, the head of a chain if there is one. None: store empty."""
-        if not self.config.faults:
+        if not self.config.faults or not isinstance(self._storage, Breakable):
             raise ConfigError("faults are off on this shard: set store.faults = true to break blocks")
         live = [v for v in self.core.index.versions() if v.state is State.LIVE]
-        if not live:
+        victim = min(live, key=lambda v: v.chain_index, default=None)
+        if victim is None:
             return None
-        victim = min(live, key=lambda v: v.chain_index)
-        stored = self._storage.read(victim.slot)
-        if stored is None:
-            return None
-        stored[HEADER_NBYTES + (victim.nbytes - HEADER_NBYTES) // 2] ^= 0x01
-        return victim.key
+        middle = (HEADER_NBYTES + victim.nbytes) // 2
+        return victim.key if self._storage.flip_byte(_place(victim.ref), middle) else None
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _hit(self, version: Version) -> MatchHit:
-        ref = self.core.ref(version)
-        return MatchHit(ref, version.epoch, version.quality, version.tier, version.nbytes)
+    def _serving(self) -> ShardCore:
+        if self._closed:
+            raise Unavailable(f"shard {self.shard} is closed: ask the topology who took over")
+        return self.core
+
+    def _check_count(self, refs: int) -> None:
+        if refs > self.config.limits.keys_max:
+            raise OverLimit(f"{refs} references in one call: at most {self.config.limits.keys_max}")
+
+    async def _within(self, work: Awaitable[Answer], timeout_s: float, what: str) -> Answer:
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await work
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"{what} on {self.shard} took longer than {timeout_s:.3f} s: ask for less, or wait longer"
+            ) from None
 
     async def _read_frame(self, ref: BlockRef) -> memoryview | MissReason:
-        version = self.core.resolve(ref)
+        version = self._serving().resolve(ref)
         if isinstance(version, MissReason):
             return version
-        stored = self._storage.read(version.slot)
-        if stored is None:
-            return MissReason.STALE_REFERENCE
-        await failpoints.hit("storage.read")
-        copy = await asyncio.to_thread(bytearray, stored)
-        if isinstance(self.core.resolve(ref), MissReason):
-            return MissReason.STALE_REFERENCE
-        return memoryview(copy)
+        try:
+            copy = await self._storage.read(_place(ref))
+        except OSError as error:
+            self._count_fault("read", error)
+            return MissReason.SHARD_UNAVAILABLE
+        again = self.core.resolve(ref)
+        if isinstance(again, MissReason):
+            return again
+        return MissReason.STALE_REFERENCE if copy is None else copy
+
+    async def _write_frames(
+        self, txn_id: TxnId, frames: Sequence[tuple[int, bytes, memoryview]]
+    ) -> list[Refusal | None]:
+        return [await self._write_frame(txn_id, *frame) for frame in frames]
 
     async def _write_frame(
         self, txn_id: TxnId, index: int, header: bytes, payload: memoryview
     ) -> Refusal | None:
-        txn = self.core.txn(txn_id, self._clock.now())
-        version = txn.versions[index] if index < len(txn.versions) else None
+        txn = self._serving().txn(txn_id, self._clock.now())
+        if not 0 <= index < len(txn.versions):
+            return Refusal.MISMATCH
+        version = txn.versions[index]
         if version is None or version.state is not State.STAGED or version.written:
-            raise NotFound(f"offer {index} of transaction {txn_id} is not waiting for bytes")
-        await failpoints.hit("storage.write")
-        frame, refusal = await asyncio.to_thread(self._verified_copy, txn, version, header, payload)
-        # The transaction may have expired while the thread copied: ask again before touching anything.
-        txn = self.core.txn(txn_id, self._clock.now())
-        self.core.written(txn, index, refusal)
-        if refusal is None:
-            self._storage.write(version.slot, frame)
+            return txn.refusals[index]  # why it was not granted; None for a frame that is here already
+        refusal, frame = await self._verified_copy(txn, version, header, payload)
+        place = _place(version.ref)
+        try:
+            if refusal is None:
+                await self._storage.write(place, frame)
+            # The transaction may have expired while we copied: ask again before believing anything.
+            self.core.written(self.core.txn(txn_id, self._clock.now()), index, refusal, self._clock.now())
+        except OSError as error:
+            self._count_fault("write", error)
+            raise Unavailable(f"shard {self.shard} could not store the frame: {error}; try again") from error
+        except KVStrataError:
+            self._storage.discard(place)  # nobody waits for these bytes any more
+            raise
         self._discard_freed()
         return refusal
 
-    def _verified_copy(
+    async def _verified_copy(
         self, txn: Txn, version: Version, header: bytes, payload: memoryview
-    ) -> tuple[bytearray, Refusal | None]:
-        """Copy first, verify the copy: what is stored is what was checked."""
-        copy = bytearray(header)
-        copy += payload
-        if len(copy) != version.nbytes:
-            return copy, Refusal.MISMATCH
-        try:
-            frame, _ = decode_frame(memoryview(copy))
-        except CorruptBlock as error:
-            corrupt = error.reason is MissReason.CHECKSUM
-            return copy, Refusal.CHECKSUM if corrupt else Refusal.BAD_HEADER
-        meta = frame.meta
-        claimed = (meta.key, meta.parent, meta.chain_index, meta.placement, meta.epoch, meta.quality)
-        promised = (
-            version.key,
-            version.parent,
-            version.chain_index,
-            version.placement,
-            version.epoch,
-            version.quality,
+    ) -> tuple[Refusal | None, memoryview]:
+        nbytes = len(header) + payload.nbytes
+        if nbytes != version.nbytes:
+            return Refusal.MISMATCH, payload
+        fingerprint = self.core.namespace(txn.namespace).fingerprint
+        expected = BlockMeta(
+            namespace=txn.namespace,
+            key=version.key,
+            parent=version.parent,
+            chain_index=version.chain_index,
+            placement=version.placement,
+            epoch=version.epoch,
+            quality=version.quality,
+            fingerprint=fingerprint,
         )
-        namespace = self.core.namespace(txn.namespace)
-        same = claimed == promised and meta.namespace == txn.namespace
-        return copy, None if same and meta.fingerprint == namespace.fingerprint else Refusal.MISMATCH
+        return await beside_the_loop(nbytes, lambda: copy_and_verify(header, payload, expected))
 
-    def _is_intact(self, version: Version) -> bool:
-        stored = self._storage.read(version.slot)
-        if stored is None:
-            return False
-        try:
-            frame, _ = decode_frame(stored)
-        except CorruptBlock:
-            return False
-        return frame.meta.key == version.key
+    async def _retire_corrupt(self, refs: Sequence[BlockRef]) -> int:
+        retired = 0
+        for ref in refs:
+            version = self._serving().resolve(ref)
+            copy = await self._read_frame(ref)
+            if isinstance(version, MissReason) or isinstance(copy, MissReason):
+                continue  # already counted: reused since, or storage could not tell
+            intact = await beside_the_loop(copy.nbytes, functools.partial(is_intact, copy))
+            if not intact and version.state is State.LIVE:
+                self.core.report(version)
+                retired += 1
+        self._discard_freed()
+        return retired
+
+    def _count_fault(self, what: str, error: OSError) -> None:
+        self.core.counters[f"storage_error:{what}"] += 1
+        log.warning("storage failed", shard=self.shard, what=what, error=str(error))
 
     def _discard_freed(self) -> None:
-        """Runs in the same loop step as the freeing, so no later write of the slot can be lost to it."""
-        for slot in self.core.index.freed:
-            self._storage.discard(slot)
+        """Runs in the same loop step as the freeing, so that nothing of a freed slot is left behind."""
+        for ref in self.core.index.freed:
+            self._storage.discard(_place(ref))
         self.core.index.freed.clear()
 
     async def _reap_forever(self) -> None:
@@ -319,3 +356,7 @@ class ShardDriver:
             self._discard_freed()
             if expired:
                 log.info("leases expired", shard=self.shard, leases=expired)
+
+
+def _place(ref: BlockRef) -> Place:
+    return Place(ref.slot, ref.generation)

@@ -2,13 +2,16 @@
 
     failpoints.arm("storage.read", failpoints.Fail(OSError("EIO")), times=2)
 
-Unarmed, a point costs one dictionary look-up. Points: `storage.read`, `storage.write`, `transport.match`,
-`transport.read`, `transport.write`, `transport.begin`, `transport.commit`, `transport.release`.
+Unarmed, a point costs one look at an empty dictionary. Points: `storage.read`, `storage.write`,
+`transport.match`, `transport.read`, `transport.write`, `transport.begin`, `transport.commit`,
+`transport.release`. All can fail and delay; `storage.write` can lose the bytes (DROP), `storage.read` can
+find none (DROP) or break them (CORRUPT). The table is the process's own: tests disarm what they arm.
 """
 
 from __future__ import annotations
 
 import asyncio
+import enum
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +32,14 @@ class Delay:
     event: asyncio.Event
 
 
-Action = Fail | Delay
+class Effect(enum.Enum):
+    """What the point itself must do: `hit` returns it."""
+
+    DROP = "drop"
+    CORRUPT = "corrupt"
+
+
+Action = Fail | Delay | Effect
 
 
 @dataclass(slots=True)
@@ -61,14 +71,16 @@ def armed(name: str, action: Action, *, times: int = 1, after: int = 0) -> Itera
         disarm(name)
 
 
-async def hit(name: str) -> None:
-    """Called at the point. Raises or waits as armed."""
-    if _armed:
-        action = _take(name)
-        if isinstance(action, Fail):
-            raise action.error
-        if isinstance(action, Delay):
-            await action.event.wait()
+async def hit(name: str) -> Effect | None:
+    """Called at the point. Raises or waits as armed; an effect is the caller's to carry out."""
+    if not _armed:
+        return None
+    action = _take(name)
+    if isinstance(action, Fail):
+        raise action.error
+    if isinstance(action, Delay):
+        await action.event.wait()
+    return action if isinstance(action, Effect) else None
 
 
 def _take(name: str) -> Action | None:

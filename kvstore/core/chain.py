@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Final
 
-from kvstore.nouns import BlockKey, Epoch, LeaseId, MissReason, Quality, Snapshot, Tier
+from kvstore.nouns import BlockKey, BlockRef, Epoch, MissReason, NamespaceId, Quality, Snapshot, Tier
 
 
 class State(enum.Enum):
     STAGED = "staged"  # being written by one transaction, invisible to all others
     LIVE = "live"  # committed
     RETIRED = "retired"  # no longer visible at latest; its bytes stay while it is pinned
+    CORRUPT = "corrupt"  # retired because its bytes are not what was stored: no snapshot sees it
 
 
 @dataclass(slots=True, eq=False)
@@ -26,8 +28,8 @@ class Version:
 
         revision 2: commit (e1, lossless)      A
         revision 5: commit (e2, int8)          B
-        revision 6: commit (e2, lossless)      C
-        revision 8: retire A
+        revision 6: commit (e2, lossless)      C   retires B, which a reader still pins
+        revision 8: retire A                       A is pinned too
         revision 9: commit (e3, lossless)      D
 
     What snapshots see (epoch, min_quality, stale_lag_max, revision):
@@ -41,8 +43,15 @@ class Version:
         e3 lossless 1 @8      ->  C                one epoch of lag allowed
         e4 lossless 0 latest  ->  -   OTHER_EPOCH  nothing of epoch 4
         e2 lossless 1 @7      ->  C                own epoch wins over the older A
+
+    When A's last pin goes, its bytes and A itself go, and the chain's horizon becomes 8:
+
+        e1 lossless 0 @7      ->  -   COMPACTED    what stood there then is not known any more
+        e2 int8     0 @5      ->  -   COMPACTED    better a miss than an answer that may have changed
+        e2 int8     0 @8      ->  C                nothing that stood at 8 was reclaimed
     """
 
+    namespace: NamespaceId
     key: BlockKey
     parent: BlockKey
     chain_index: int
@@ -50,15 +59,44 @@ class Version:
     model_id: str
     epoch: Epoch
     quality: Quality
-    slot: int
-    generation: int
+    ref: BlockRef
     nbytes: int
     tier: Tier = Tier.HOST
     state: State = State.STAGED
     created: int = 0  # revision counter of the commit
     retired: int | None = None
     written: bool = False  # the whole frame arrived and was verified
-    pins: set[LeaseId] = field(default_factory=set)
+    pins: int = 0  # by how many leases it is held
+    idle_since: int = 0  # count of the index's uses when it was last let go
+
+
+@dataclass(slots=True, eq=False)
+class Chain:
+    """All versions of one key. Below `horizon` something was reclaimed: no snapshot is answered there."""
+
+    versions: list[Version] = field(default_factory=list)
+    horizon: int = 0
+
+
+NO_CHAIN: Final = Chain()
+
+# Why a version is not seen, by the number of tests it passed; the best of a chain's versions names the miss.
+_MISSES: Final = (MissReason.ABSENT, MissReason.OTHER_EPOCH, MissReason.NOT_YET, MissReason.LOW_QUALITY)
+_SEEN: Final = len(_MISSES)
+
+
+def visible(chain: Chain, snapshot: Snapshot) -> Version | MissReason:
+    """The version the snapshot sees, or why it sees none. The worked example stands at `Version`."""
+    if snapshot.revision is not None and snapshot.revision.counter < chain.horizon:
+        return MissReason.COMPACTED
+    best: Version | None = None
+    furthest = 0
+    for version in chain.versions:
+        passed = _tests_passed(version, snapshot)
+        furthest = max(furthest, passed)
+        if passed == _SEEN and (best is None or _rank(version) > _rank(best)):
+            best = version
+    return _MISSES[furthest] if best is None else best
 
 
 def can_see(snapshot: Snapshot, epoch: Epoch) -> bool:
@@ -69,24 +107,20 @@ def can_see(snapshot: Snapshot, epoch: Epoch) -> bool:
     return 0 < lag <= snapshot.stale_lag_max
 
 
-def visible(chain: list[Version], snapshot: Snapshot) -> Version | MissReason:
-    """The version the snapshot sees, or why it sees none. The worked example stands at `Version`."""
-    latest = snapshot.revision is None
-    there = [v for v in chain if v.state is State.LIVE or (v.state is State.RETIRED and not latest)]
-    of_epoch = [v for v in there if can_see(snapshot, v.epoch)]
-    if not of_epoch:
-        return MissReason.OTHER_EPOCH if there else MissReason.ABSENT
-    in_time = [v for v in of_epoch if _stands_at(v, snapshot)]
-    if not in_time:
-        return MissReason.NOT_YET
-    good = [v for v in in_time if v.quality >= snapshot.min_quality]
-    if not good:
-        return MissReason.LOW_QUALITY
-    return max(good, key=lambda v: (v.epoch.number, v.quality))
+def _rank(version: Version) -> tuple[int, Quality]:
+    return version.epoch.number, version.quality
 
 
-def _stands_at(version: Version, snapshot: Snapshot) -> bool:
-    if snapshot.revision is None:
-        return True
-    at = snapshot.revision.counter
-    return version.created <= at and (version.retired is None or version.retired > at)
+def _tests_passed(version: Version, snapshot: Snapshot) -> int:
+    at = snapshot.revision
+    if version.state is not State.LIVE and (at is None or version.state is not State.RETIRED):
+        return 0
+    if not can_see(snapshot, version.epoch):
+        return 1
+    if at is not None and not _stands_at(version, at.counter):
+        return 2
+    return 3 if version.quality < snapshot.min_quality else _SEEN
+
+
+def _stands_at(version: Version, counter: int) -> bool:
+    return version.created <= counter and (version.retired is None or version.retired > counter)

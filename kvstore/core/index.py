@@ -1,39 +1,49 @@
 """The index of one shard: chains, the slots their bytes sit in, and what may be given up for new ones.
 
     free --stage--> STAGED --publish--> LIVE --retire--> RETIRED --last unpin--> free
-                      |                  |                  (unpinned: straight to free)
-                      +----- drop -------+---- evict (unpinned only) -----------> free
+                      |                  |    (CORRUPT)           (not pinned: straight to free)
+                      +----- drop -------+---- evict (only if not pinned) -----> free
 
-Bytes are budgeted, not slots: blocks of different layouts have different sizes. Cost of every step is
-O(chain) with a handful of versions a chain; making room is O(evicted).
+Bytes are budgeted, not slots: blocks of different layouts have different sizes. Chains live under their
+namespace: no key of one is ever seen from another. Every step costs O(chain), a handful of versions;
+making room is O(evicted). A version let go walks up its idle ancestors, so that at no time an idle block
+goes before an idle block that was built on it; who lets go of a whole chain does it from the tail, and
+then there is nothing to walk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from kvstore.core.chain import State, Version
+from kvstore.core.chain import NO_CHAIN, Chain, State, Version
+from kvstore.core.eviction import Evictables
 from kvstore.core.seams import ReplacementPolicy
 from kvstore.core.slots import SlotTable
-from kvstore.nouns import BlockKey, LeaseId
+from kvstore.nouns import BlockKey, BlockRef, NamespaceId
 
 
 class Index:
     def __init__(
-        self, capacity_nbytes: int, slots_max: int, make_policy: Callable[[], ReplacementPolicy]
+        self,
+        capacity_nbytes: int,
+        slots_max: int,
+        make_policy: Callable[[], ReplacementPolicy],
+        lag: Callable[[str, int], int],
     ) -> None:
         self.capacity_nbytes = capacity_nbytes
         self.used_nbytes = 0
-        self.freed: list[int] = []  # slots whose bytes the driver may discard; it drains the list
-        self._chains: dict[BlockKey, list[Version]] = {}
+        self.freed: list[BlockRef] = []  # whose bytes the driver is to discard; it drains the list
+        self._chains: dict[NamespaceId, dict[BlockKey, Chain]] = {}
         self._by_slot: dict[int, Version] = {}
         self._slots = SlotTable(slots_max)
-        self._make_policy = make_policy
-        self._evictable: dict[tuple[str, int], ReplacementPolicy] = {}
-        self._current: dict[str, int] = {}
+        self._evictable = Evictables(make_policy, lag, self._by_slot)
 
-    def chain(self, key: BlockKey) -> list[Version]:
-        return self._chains.get(key, [])
+    def chains(self, namespace: NamespaceId) -> dict[BlockKey, Chain]:
+        """The namespace's chains by key. Read only, and only until the next change of the index."""
+        return self._chains.get(namespace, {})
+
+    def chain(self, namespace: NamespaceId, key: BlockKey) -> Chain:
+        return self.chains(namespace).get(key, NO_CHAIN)
 
     def versions(self) -> Iterator[Version]:
         return iter(self._by_slot.values())
@@ -44,100 +54,104 @@ class Index:
     def at(self, slot: int, generation: int) -> Version | None:
         """The version a reference of this generation speaks of; None when the slot was reused since."""
         version = self._by_slot.get(slot)
-        return version if version is not None and version.generation == generation else None
+        return version if version is not None and version.ref.generation == generation else None
 
-    def set_current(self, model_id: str, epoch_number: int) -> None:
-        """Versions of the model's other epochs become the first victims. O(1)."""
-        self._current[model_id] = epoch_number
+    def can_make_room(self, nbytes: int) -> bool:
+        """Would a frame of `nbytes` fit if all that is idle went?"""
+        held_nbytes = self.used_nbytes - self._evictable.nbytes
+        has_slot = self._slots.can_allocate(1) or len(self._evictable) > 0
+        return has_slot and held_nbytes + nbytes <= self.capacity_nbytes
 
-    def make_room(self, nbytes: int, evicted: Callable[[Version], None]) -> bool:
-        """Evict until a frame of `nbytes` fits. False, after evicting what it could, when it cannot."""
-        while self.used_nbytes + nbytes > self.capacity_nbytes or not self._slots.can_allocate(1):
-            victim = self._victim()
-            if victim is None:
-                return False
-            evicted(victim)
-        return True
+    def next_victim(self, nbytes: int) -> Version | None:
+        """Whom to evict before a frame of `nbytes` fits; None when it fits now."""
+        fits = self.used_nbytes + nbytes <= self.capacity_nbytes and self._slots.can_allocate(1)
+        return None if fits else self._evictable.victim()
 
-    def stage(self, version: Version, owner: str) -> None:
-        """Give a new version a slot. `make_room` must have said yes."""
-        (version.slot,) = self._slots.allocate(1, owner)
-        version.generation = self._slots.generation(version.slot)
+    def take_slot(self, owner: str) -> tuple[int, int]:
+        """A free slot and its generation, for the version that is staged next."""
+        (slot,) = self._slots.allocate(1, owner)
+        return slot, self._slots.generation(slot)
+
+    def stage(self, version: Version) -> None:
         self.used_nbytes += version.nbytes
-        self._chains.setdefault(version.key, []).append(version)
-        self._by_slot[version.slot] = version
+        chains = self._chains.setdefault(version.namespace, {})
+        chains.setdefault(version.key, Chain()).versions.append(version)
+        self._by_slot[version.ref.slot] = version
 
     def publish(self, version: Version, revision: int) -> None:
+        """Make a staged version visible from `revision` on. It must be pinned: whoever lets go decides
+        what goes first."""
+        assert version.pins, "published without a pin"
         version.state = State.LIVE
         version.created = revision
-        self._offer_up(version)
 
-    def retire(self, version: Version, revision: int) -> None:
+    def retire(self, version: Version, revision: int, into: State = State.RETIRED) -> None:
         """Take a live version out of sight. Its bytes go now, or with its last pin."""
         if not version.pins:
-            self._policy(version).remove(version.slot)
-        version.state = State.RETIRED
+            self._evictable.remove(version)
+        version.state = into
         version.retired = revision
+        if into is State.CORRUPT:  # older snapshots lose it too, and must not see a lesser one instead
+            self.chain(version.namespace, version.key).horizon = revision
         if not version.pins:
             self.drop(version)
 
     def drop(self, version: Version) -> None:
-        """Free the slot and forget the version. It must not be in a policy."""
-        chain = self._chains[version.key]
-        chain.remove(version)
-        if not chain:
-            del self._chains[version.key]
-        del self._by_slot[version.slot]
-        self._slots.free([version.slot])
+        """Free the slot and forget the version. It must be staged, or retired and not pinned."""
+        chains = self._chains[version.namespace]
+        chain = chains[version.key]
+        chain.versions.remove(version)
+        chain.horizon = max(chain.horizon, version.retired or 0)
+        if not chain.versions:
+            del chains[version.key]
+        if not chains:
+            del self._chains[version.namespace]
+        del self._by_slot[version.ref.slot]
+        self._slots.free([version.ref.slot])
         self.used_nbytes -= version.nbytes
-        self.freed.append(version.slot)
+        self.freed.append(version.ref)
 
-    def pin(self, version: Version, lease: LeaseId) -> None:
+    def pin(self, version: Version) -> None:
         if version.state is State.LIVE and not version.pins:
-            self._policy(version).remove(version.slot)
-        version.pins.add(lease)
+            self._evictable.remove(version)
+        version.pins += 1
 
-    def unpin(self, version: Version, lease: LeaseId) -> None:
-        version.pins.discard(lease)
+    def unpin(self, version: Version) -> None:
+        version.pins -= 1
         if version.pins:
             return
         if version.state is State.LIVE:
-            self._offer_up(version)
-        elif version.state is State.RETIRED:
+            self._let_go(version)
+        elif version.state is not State.STAGED:
             self.drop(version)
 
     def check_integrity(self) -> None:
         """Independent walk over chains, slots, policies and bytes."""
-        walked = [version for chain in self._chains.values() for version in chain]
+        walked = [v for chains in self._chains.values() for chain in chains.values() for v in chain.versions]
         assert {id(v) for v in walked} == {id(v) for v in self._by_slot.values()}, "chains and slots disagree"
         assert sum(v.nbytes for v in walked) == self.used_nbytes, "bytes without a version"
         assert self.used_nbytes <= self.capacity_nbytes, "over capacity"
         self._slots.check_integrity()
         assert self._slots.n_free + len(walked) == len(self._slots), "slots without a version"
-        idle = sum(v.state is State.LIVE and not v.pins for v in walked)
-        assert idle == sum(len(p) for p in self._evictable.values()), (
-            "policies hold other slots than the idle ones"
-        )
+        for version in walked:
+            assert self._slots.is_current(version.ref.slot, version.ref.generation), (
+                "a version without its slot"
+            )
+        idle = [v for v in walked if v.state is State.LIVE and not v.pins]
+        assert len(idle) == len(self._evictable), "policies hold other slots than the idle ones"
+        assert sum(v.nbytes for v in idle) == self._evictable.nbytes, "idle bytes are miscounted"
 
-    def _offer_up(self, version: Version) -> None:
-        if not version.pins:
-            self._policy(version).insert(version.slot)
+    def _let_go(self, version: Version) -> None:
+        self._evictable.insert(version)
+        ancestor = self._idle_parent(version)
+        while ancestor is not None:  # ends: chain indexes fall
+            self._evictable.remove(ancestor)
+            self._evictable.insert(ancestor)
+            ancestor = self._idle_parent(ancestor)
 
-    def _policy(self, version: Version) -> ReplacementPolicy:
-        key = (version.model_id, version.epoch.number)
-        if key not in self._evictable:
-            self._evictable[key] = self._make_policy()
-        return self._evictable[key]
-
-    def _victim(self) -> Version | None:
-        """The next to go: versions of epochs that are not current first, oldest epoch first."""
-        held = [
-            (self._is_current(key), key[1], policy) for key, policy in self._evictable.items() if len(policy)
-        ]
-        if not held:
-            return None
-        slot = min(held, key=lambda entry: entry[:2])[2].victim()
-        return None if slot is None else self._by_slot[slot]
-
-    def _is_current(self, key: tuple[str, int]) -> bool:
-        return self._current.get(key[0], key[1]) == key[1]
+    def _idle_parent(self, version: Version) -> Version | None:
+        for parent in self.chain(version.namespace, version.parent).versions:
+            idle = parent.state is State.LIVE and not parent.pins
+            if idle and parent.epoch == version.epoch and parent.chain_index == version.chain_index - 1:
+                return parent
+        return None

@@ -1,24 +1,30 @@
 """Leases: everything held for somebody has an owner and an end, on monotonic time.
 
-The table never looks at a clock: callers pass `now`. Expiry is a heap with lazy deletion, O(log n) a
-grant or renewal; ending a lease is the caller's business (`expired` names them, the shard frees what they
-held). A gap between two sightings of the clock longer than `pause_s` means the shard itself stood still
-(SIGSTOP, a long collector pause): nobody could renew, so every lease is extended by the gap, in O(1).
+The table never looks at a clock: callers pass `now`. Expiry is a heap with one entry a lease, put right
+only when it comes up: O(log n) a grant, O(1) a renewal. Ending a lease is the caller's business
+(`past_end` names them, the shard frees what they held). A gap between two sightings of the clock longer
+than `pause_s` means the shard itself stood still (SIGSTOP, a long collector pause): nobody could renew, so
+every lease is extended by the gap, in O(1).
 """
 
 from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
+from typing import Final
 
 from kvstore.errors import OverLimit
 from kvstore.nouns import LeaseId
+
+_HEAP_SLACK: Final = 64
+"""Entries of leases that ended early are cleared away once they are more than the others and this."""
 
 
 @dataclass(slots=True)
 class Lease:
     id: LeaseId
     owner: str
+    duration_s: float
     expires: float  # on the table's own time, which leaves out pauses
     granted: float
 
@@ -47,7 +53,9 @@ class LeaseTable:
         """A new lease. Raises OverLimit beyond the bound on leases."""
         if len(self._leases) >= self._max:
             raise OverLimit(f"{self._max} leases are held on this shard: release some, or raise leases_max")
-        lease = Lease(LeaseId(self._next), owner, self._end(duration_s, now), self._time(now))
+        duration_s = self._bounded(duration_s)
+        time = self._time(now)
+        lease = Lease(LeaseId(self._next), owner, duration_s, time + duration_s, time)
         self._next += 1
         self._leases[lease.id] = lease
         heapq.heappush(self._heap, (lease.expires, lease.id))
@@ -58,9 +66,14 @@ class LeaseTable:
         lease = self._leases.get(lease_id)
         if lease is None or lease.expires <= self._time(now):
             return False
-        lease.expires = max(lease.expires, self._end(duration_s, now))
-        heapq.heappush(self._heap, (lease.expires, lease_id))
+        lease.expires = max(lease.expires, self._time(now) + self._bounded(duration_s))
         return True
+
+    def touch(self, lease_id: LeaseId, now: float) -> None:
+        """Its owner is at work: renew by the lease's own duration."""
+        lease = self._leases.get(lease_id)
+        if lease is not None:
+            self.renew(lease_id, lease.duration_s, now)
 
     def is_live(self, lease_id: LeaseId, now: float) -> bool:
         lease = self._leases.get(lease_id)
@@ -68,7 +81,11 @@ class LeaseTable:
 
     def end(self, lease_id: LeaseId) -> bool:
         """Forget a lease. False when it is not there: ending twice is no error."""
-        return self._leases.pop(lease_id, None) is not None
+        ended = self._leases.pop(lease_id, None) is not None
+        if len(self._heap) > 2 * len(self._leases) + _HEAP_SLACK:  # mostly released before their end
+            self._heap = [(lease.expires, lease.id) for lease in self._leases.values()]
+            heapq.heapify(self._heap)
+        return ended
 
     def observe(self, now: float) -> None:
         """Account for a pause. Called before anything else that looks at the time, traffic or tick."""
@@ -77,23 +94,28 @@ class LeaseTable:
         self._last_seen = now
 
     def past_end(self, now: float) -> list[LeaseId]:
-        """The leases past their end. They stay until `end`: the caller frees what they held first."""
+        """The leases past their end. The caller must `end` each, and free what it held."""
+        time = self._time(now)
         past = []
-        while self._heap and self._heap[0][0] <= self._time(now):
-            expires, lease_id = heapq.heappop(self._heap)
+        while self._heap and self._heap[0][0] <= time:
+            _, lease_id = heapq.heappop(self._heap)
             lease = self._leases.get(lease_id)
-            if lease is not None and lease.expires == expires:
+            if lease is None:  # released before its end
+                continue
+            if lease.expires > time:  # renewed since
+                heapq.heappush(self._heap, (lease.expires, lease_id))
+            else:
                 past.append(lease_id)
         return past
 
     def oldest_s(self, now: float) -> float:
         """Age of the oldest lease, pauses left out; 0.0 when there is none."""
-        if not self._leases:
-            return 0.0
-        return self._time(now) - min(lease.granted for lease in self._leases.values())
+        oldest = next(iter(self._leases.values()), None)
+        return 0.0 if oldest is None else self._time(now) - oldest.granted
 
     def _time(self, now: float) -> float:
         return now - self._paused_s
 
-    def _end(self, duration_s: float, now: float) -> float:
-        return self._time(now) + min(max(duration_s, 0.0), self._lease_s_max)
+    def _bounded(self, duration_s: float) -> float:
+        """What is asked for, within the bound; nothing for what is not a positive number."""
+        return min(duration_s, self._lease_s_max) if duration_s > 0 else 0.0

@@ -2,27 +2,33 @@
 
 Every method takes the time and answers at once; bytes are the driver's business. The driver writes and
 reads the slots the core names, tells it what arrived (`written`) and what turned out corrupt (`report`),
-and discards the slots in `index.freed`. All bounds are in `CoreLimits`.
+and discards what `index.freed` names. All bounds are in `CoreLimits`.
 
 What is held is always held by a lease: matches, transactions and commits that pin. `reap` frees what
-expired, without any traffic.
+expired, without any traffic. Lease and transaction ids start from the incarnation, so that one of an
+earlier life of the shard never names somebody else's.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 
-from kvstore.core.chain import State, Version, visible
+from kvstore.core import integrity
+from kvstore.core.chain import NO_CHAIN, State, Version, visible
+from kvstore.core.epochs import EpochTable
 from kvstore.core.index import Index
 from kvstore.core.leases import LeaseTable
 from kvstore.core.seams import ReplacementPolicy
-from kvstore.core.state import Committed, CoreConfig, Matched, Namespace, Offer, Txn, Usage
-from kvstore.errors import ConfigError, EpochConflict, EpochUnknown, NotFound, OverLimit
+from kvstore.core.state import Committed, CoreConfig, Matched, Namespace, Offer, Usage
+from kvstore.core.transactions import Txn, TxnTable
+from kvstore.errors import ConfigError, EpochUnknown, NotFound, OverLimit
 from kvstore.nouns import (
     BlockKey,
     BlockRef,
     Epoch,
+    Incarnation,
     LeaseId,
     MissReason,
     NamespaceId,
@@ -31,35 +37,32 @@ from kvstore.nouns import (
     Revision,
     Snapshot,
     TxnId,
-    WeightsDigest,
 )
+
+_MISS_LABEL = {reason: f"miss:{reason.value}" for reason in MissReason}
+_REFUSAL_LABEL = {reason: f"refusal:{reason.value}" for reason in Refusal}
 
 
 class ShardCore:
     def __init__(self, config: CoreConfig, make_policy: Callable[[], ReplacementPolicy]) -> None:
         limits = config.limits
+        first_id = _first_id(config.incarnation)
         self.config = config
-        self.index = Index(config.capacity_nbytes, limits.slots_max, make_policy)
+        self.epochs = EpochTable(limits.models_max, limits.epochs_max)
+        self.index = Index(config.capacity_nbytes, limits.slots_max, make_policy, self.epochs.lag)
         self.counters: Counter[str] = Counter()
         self.revision = 0
         self._namespaces: dict[NamespaceId, Namespace] = {}
-        self._epochs: dict[str, dict[int, WeightsDigest]] = {}
-        self._leases = LeaseTable(1, limits.leases_max, limits.lease_s_max, limits.pause_s)
-        self._held: dict[LeaseId, list[Version]] = {}  # what each lease pins, in chain order
-        self._txns: dict[TxnId, Txn] = {}
-        self._txn_of_lease: dict[LeaseId, TxnId] = {}
-        self._txn_of_request: dict[bytes, TxnId] = {}
-        self._answers: OrderedDict[TxnId, Committed] = OrderedDict()
-        self._next_txn = 1
+        self._leases = LeaseTable(first_id, limits.leases_max, limits.lease_s_max, limits.pause_s)
+        self._held: dict[LeaseId, list[Version]] = {}  # what each lease pins
+        self._txns = TxnTable(first_id, limits.txns_max, limits.answers_max)
 
     # -- namespaces and epochs ---------------------------------------------------------------------
 
     def open_namespace(self, namespace_id: NamespaceId, namespace: Namespace) -> None:
         """Make the namespace known. Idempotent."""
-        if (
-            namespace_id not in self._namespaces
-            and len(self._namespaces) >= self.config.limits.namespaces_max
-        ):
+        known = namespace_id in self._namespaces
+        if not known and len(self._namespaces) >= self.config.limits.namespaces_max:
             raise OverLimit(f"{len(self._namespaces)} namespaces are open: raise namespaces_max")
         self._namespaces[namespace_id] = namespace
 
@@ -74,30 +77,13 @@ class ShardCore:
 
     def register_epoch(self, model_id: str, epoch: Epoch) -> None:
         """Bind a number to weights, for ever. The first epoch of a model is its current one."""
-        known = self._epochs.setdefault(model_id, {})
-        bound = known.get(epoch.number)
-        if bound is not None and bound != epoch.weights_digest:
-            raise EpochConflict(
-                f"epoch {epoch.number} of {model_id} is bound to weights {bound.hex()}, not to "
-                f"{epoch.weights_digest.hex()}: take the next number for new weights"
-            )
-        if bound is None and len(known) >= self.config.limits.epochs_max:
-            raise OverLimit(f"{len(known)} epochs of {model_id} are registered: raise epochs_max")
-        known[epoch.number] = epoch.weights_digest
-        if len(known) == 1:
-            self.index.set_current(model_id, epoch.number)
+        self.epochs.register(model_id, epoch)
 
     def advance_epoch(self, model_id: str, number: int) -> Revision:
         """Make a registered epoch the current one. O(1): nothing is flushed, older versions go first."""
-        if number not in self._epochs.get(model_id, {}):
-            raise EpochUnknown(
-                f"epoch {number} of {model_id} is not registered: register it with its weights"
-            )
-        self.index.set_current(model_id, number)
-        return self._tick_revision()
-
-    def is_registered(self, model_id: str, epoch: Epoch) -> bool:
-        return self._epochs.get(model_id, {}).get(epoch.number) == epoch.weights_digest
+        if self.epochs.advance(model_id, number):
+            self.revision += 1
+        return Revision(self.config.incarnation, self.revision)
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -111,26 +97,27 @@ class ShardCore:
         self._leases.observe(now)
         run: list[Version] = []
         miss = self._cannot_read_at(snapshot)
+        chains = self.index.chains(snapshot.namespace)
         for key in keys if miss is None else ():
-            seen = visible(self.index.chain(key), snapshot)
+            seen = visible(chains.get(key, NO_CHAIN), snapshot)
             if isinstance(seen, MissReason):
                 miss = seen
                 break
             run.append(seen)
+        lease = self._grant(owner, lease_s, run, now) if run else None
         self.counters["match_keys"] += len(keys)
         self.counters["match_hits"] += len(run)
         if miss is not None:
-            self.counters[f"miss:{miss.value}"] += 1
-        lease = self._grant(owner, lease_s, run, now) if run else None
+            self.counters[_MISS_LABEL[miss]] += 1
         return Matched(tuple(run), lease, miss)
 
     def resolve(self, ref: BlockRef) -> Version | MissReason:
         """The version behind a reference, if its bytes are still the ones it was taken of."""
         version = None
-        if ref.incarnation == self.config.incarnation:
+        if (ref.shard, ref.incarnation) == (self.config.shard, self.config.incarnation):
             version = self.index.at(ref.slot, ref.generation)
         if version is None or version.state is State.STAGED:
-            self.counters[f"miss:{MissReason.STALE_REFERENCE.value}"] += 1
+            self.counters[_MISS_LABEL[MissReason.STALE_REFERENCE]] += 1
             return MissReason.STALE_REFERENCE
         return version
 
@@ -138,14 +125,20 @@ class ShardCore:
         self._leases.observe(now)
         return self._leases.renew(lease, lease_s, now)
 
-    def release(self, lease: LeaseId) -> None:
-        """Drop a lease with its pins, or abort the transaction it holds. Idempotent."""
-        if lease in self._txn_of_lease:
-            self.abort(self._txn_of_lease[lease])
-            return
-        if self._leases.end(lease):
-            for version in reversed(self._held.pop(lease)):  # tails first: they are to go first
-                self.index.unpin(version, lease)
+    def release(self, leases: Sequence[LeaseId]) -> None:
+        """Drop leases with their pins, or abort the transactions they hold. Idempotent.
+
+        However many leases a chain was held by, its tail is let go first: it is to go first.
+        """
+        let_go: list[Version] = []
+        for lease in leases:
+            txn = self._txns.of_lease(lease)
+            if txn is not None:
+                self._drop_staged(txn)
+                self._txns.end(txn, None)
+            if self._leases.end(lease):
+                let_go += self._held.pop(lease)
+        self._unpin(let_go)
 
     # -- writing -----------------------------------------------------------------------------------
 
@@ -162,89 +155,73 @@ class ShardCore:
     ) -> Txn:
         """Reserve a slot for each offer that may be written. The same request id answers the same txn."""
         self._leases.observe(now)
-        retried = self._txn_of_request.get(request_id)
+        retried = self._txns.of_request(request_id)
         if retried is not None:
-            return self._txns[retried]
-        limits = self.config.limits
-        if len(offers) > limits.offers_max or len(self._txns) >= limits.txns_max:
-            raise OverLimit(f"{len(offers)} offers, {len(self._txns)} open transactions: send less at a time")
+            return retried
+        if len(offers) > self.config.limits.offers_max:
+            raise OverLimit(
+                f"{len(offers)} offers in one transaction: at most {self.config.limits.offers_max}"
+            )
+        self._txns.check_room()
         model_id = self.namespace(namespace_id).model_id
-        if not self.is_registered(model_id, epoch):
+        if not self.epochs.is_registered(model_id, epoch):
             raise EpochUnknown(f"epoch {epoch.number} of {model_id} is not registered with these weights")
         lease = self._grant(owner, lease_s, [], now)
-        txn = Txn(
-            TxnId(self._next_txn), owner, namespace_id, epoch, quality, lease, request_id, tuple(offers)
-        )
-        self._next_txn += 1
-        self._txns[txn.id] = txn
-        self._txn_of_lease[lease] = txn.id
-        self._txn_of_request[request_id] = txn.id
-        for offer in offers:
-            refusal, version = self._reserve(txn, model_id, offer)
-            txn.refusals.append(refusal)
-            txn.versions.append(version)
-            if refusal is not None:
-                self.counters[f"refusal:{refusal.value}"] += 1
+        txn_id = self._txns.next_id()
+        txn = Txn(txn_id, owner, namespace_id, epoch, quality, lease, request_id, tuple(offers))
+        self._txns.add(txn)
+        self._reserve_all(txn, model_id)
         return txn
 
     def txn(self, txn_id: TxnId, now: float) -> Txn:
         """Raises NotFound when the transaction is over: committed, aborted, or its lease expired."""
         self._leases.observe(now)
         txn = self._txns.get(txn_id)
-        if txn is None or not self._leases.is_live(txn.lease, now):
+        if not self._txns.is_open(txn) or not self._leases.is_live(txn.lease, now):
             raise NotFound(f"transaction {txn_id} is over or its lease expired: begin another")
         return txn
 
-    def written(self, txn: Txn, index: int, refusal: Refusal | None) -> None:
-        """The frame of offer `index` was stored, or refused on arrival."""
-        version = txn.versions[index]
+    def written(self, txn: Txn, index: int, refusal: Refusal | None, now: float) -> None:
+        """The frame of offer `index` was stored, or refused on arrival. Renews the transaction's lease."""
+        version = txn.versions[index] if 0 <= index < len(txn.versions) else None
         if version is None or version.state is not State.STAGED:
             raise ConfigError(f"offer {index} of transaction {txn.id} was not granted: nothing to write")
+        self._leases.touch(txn.lease, now)
         if refusal is None:
             version.written = True
-            return
-        self.counters[f"refusal:{refusal.value}"] += 1
-        txn.refusals[index] = refusal
-        txn.versions[index] = None
-        self.index.drop(version)
+        elif not version.written:  # a second copy that arrived broken takes nothing from the first
+            self._refuse(txn, index, refusal)
 
     def commit(self, txn_id: TxnId, pin_for_s: float | None, now: float) -> Committed:
         """Make what was written visible at one revision. A retried commit gets the same answer."""
-        if txn_id in self._answers:
-            return self._answers[txn_id]
+        answered = self._txns.get(txn_id).answer
+        if answered is not None:
+            return answered
         txn = self.txn(txn_id, now)
-        blocks: list[BlockRef | Refusal] = []
-        kept: list[Version] = []
-        revision = self._tick_revision().counter
-        for i in range(len(txn.versions)):
-            version = self._settle(txn, i, revision)
-            if version is None:
-                blocks.append(txn.refusals[i] or Refusal.UNWRITTEN)
-            else:
-                blocks.append(self.ref(version))
-                kept.append(version)
+        self.revision += 1
+        landed = [self._land(txn, i, self.revision) for i in range(len(txn.versions))]
+        kept = [version for version in landed if isinstance(version, Version)]
+        blocks = tuple(v.ref if isinstance(v, Version) else v for v in landed)
+        # The transaction's lease makes place for the reader's before its pins go: no block is ever unheld.
+        self._leases.end(txn.lease)
+        pinned = self._held.pop(txn.lease)
         lease = self._grant(txn.owner, pin_for_s, kept, now) if pin_for_s and kept else None
-        self._close(txn)
-        answer = Committed(revision, tuple(blocks), lease)
-        self._answers[txn_id] = answer
-        if len(self._answers) > self.config.limits.answers_max:
-            self._answers.popitem(last=False)
+        answer = Committed(self.revision, blocks, lease)
+        self._txns.end(txn, answer)
+        self._unpin(pinned)
         return answer
 
     def abort(self, txn_id: TxnId) -> None:
         """Free what the transaction staged. Idempotent."""
-        txn = self._txns.get(txn_id)
-        if txn is None:
-            return
-        for version in txn.versions:
-            if version is not None and version.state is State.STAGED:
-                self.index.drop(version)
-        self._close(txn)
+        txn = self._txns.find_open(txn_id)
+        if txn is not None:
+            self.release([txn.lease])
 
     def report(self, version: Version) -> None:
         """The driver found the version's stored bytes corrupt: out of sight, so it can be written again."""
         if version.state is State.LIVE:
-            self.index.retire(version, self._tick_revision().counter)
+            self.revision += 1
+            self.index.retire(version, self.revision, into=State.CORRUPT)
             self.counters["retired_corrupt"] += 1
 
     # -- time and truth ----------------------------------------------------------------------------
@@ -254,8 +231,8 @@ class ShardCore:
         self._leases.observe(now)
         past = self._leases.past_end(now)
         for lease in past:
-            self.counters["expired:txn" if lease in self._txn_of_lease else "expired:pin"] += 1
-            self.release(lease)
+            self.counters["expired:pin" if self._txns.of_lease(lease) is None else "expired:txn"] += 1
+        self.release(past)
         return len(past)
 
     @property
@@ -265,98 +242,126 @@ class ShardCore:
     def oldest_pin_s(self, now: float) -> float:
         return self._leases.oldest_s(now)
 
-    def ref(self, version: Version) -> BlockRef:
-        return BlockRef(self.config.shard, self.config.incarnation, version.slot, version.generation)
-
     def usage(self) -> Usage:
         """Bytes by state from an independent walk; whatever is used beyond them has no owner."""
-        found = dict.fromkeys(State, 0)
-        for version in self.index.versions():
-            if version.state is State.LIVE or self._has_owner(version):
-                found[version.state] += version.nbytes
-        return Usage(
-            live_nbytes=found[State.LIVE],
-            staged_nbytes=found[State.STAGED],
-            retired_nbytes=found[State.RETIRED],
-            ownerless_nbytes=self.index.used_nbytes - sum(found.values()),
-        )
+        return integrity.measure(self.index, self._held, self._leases.ids(), self._txns)
 
     def check_integrity(self) -> None:
         """Conservation: every slot, byte and pin has exactly the owner it should have."""
-        self.index.check_integrity()
-        assert self.usage().ownerless_nbytes == 0, "bytes without an owner"
-        assert set(self._held) == self._leases.ids(), "leases and what they hold disagree"
-        pins = {(lease, id(v)) for lease, held in self._held.items() for v in held}
-        walked = {(lease, id(v)) for v in self.index.versions() for lease in v.pins}
-        assert pins == walked, "a pin without a lease, or a lease without its pin"
-        staged = {id(v) for t in self._txns.values() for v in t.versions if v and v.state is State.STAGED}
-        assert staged == {id(v) for v in self.index.versions() if v.state is State.STAGED}, "staging leaks"
-        assert set(self._txn_of_lease.values()) == set(self._txns) == set(self._txn_of_request.values())
+        integrity.check(self.index, self._held, self._leases.ids(), self._txns)
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _has_owner(self, version: Version) -> bool:
-        if version.state is State.STAGED:
-            return any(version in txn.versions for txn in self._txns.values())
-        return any(lease in self._leases for lease in version.pins)
-
     def _cannot_read_at(self, snapshot: Snapshot) -> MissReason | None:
-        revision = snapshot.revision
-        foreign = revision is not None and revision.incarnation != self.config.incarnation
-        return MissReason.COMPACTED if foreign else None
+        at = snapshot.revision
+        if at is None:
+            return None
+        if at.incarnation != self.config.incarnation:
+            return MissReason.COMPACTED
+        return MissReason.NOT_YET if at.counter > self.revision else None  # it would gain: never
 
-    def _tick_revision(self) -> Revision:
-        self.revision += 1
-        return Revision(self.config.incarnation, self.revision)
-
-    def _grant(self, owner: str, lease_s: float, pinned: list[Version], now: float) -> LeaseId:
+    def _grant(self, owner: str, lease_s: float, pinned: Sequence[Version], now: float) -> LeaseId:
         lease = self._leases.grant(owner, lease_s, now)
-        self._held[lease] = []
+        self._held[lease] = list(pinned)
         for version in pinned:
-            self._hold(lease, version)
+            self.index.pin(version)
         return lease
 
     def _hold(self, lease: LeaseId, version: Version) -> None:
-        if lease not in version.pins:
-            self.index.pin(version, lease)
-            self._held[lease].append(version)
+        self.index.pin(version)
+        self._held[lease].append(version)
 
-    def _reserve(self, txn: Txn, model_id: str, offer: Offer) -> tuple[Refusal | None, Version | None]:
-        rivals = [v for v in self.index.chain(offer.key) if v.epoch == txn.epoch and v.quality >= txn.quality]
-        live = next((v for v in rivals if v.state is State.LIVE), None)
-        if live is not None:
-            self._hold(txn.lease, live)
-            return Refusal.EXISTS, live
-        if any(v.state is State.STAGED for v in rivals):
-            return Refusal.STAGED, None
-        if not self.index.make_room(offer.nbytes, self._evict):
-            return Refusal.NO_SPACE, None
+    def _unpin(self, versions: list[Version]) -> None:
+        for version in sorted(versions, key=attrgetter("chain_index"), reverse=True):
+            self.index.unpin(version)
+
+    def _rivals(self, txn: Txn, key: BlockKey) -> list[Version]:
+        """Versions of the key that make offering it again pointless: same epoch, as good or better."""
+        chain = self.index.chain(txn.namespace, key).versions
+        return [v for v in chain if v.epoch == txn.epoch and v.quality >= txn.quality]
+
+    def _reserve_all(self, txn: Txn, model_id: str) -> None:
+        for offer in txn.offers:  # pins first, so that making room for one offer evicts none of the others
+            live = next((v for v in self._rivals(txn, offer.key) if v.state is State.LIVE), None)
+            if live is not None:
+                self._hold(txn.lease, live)
+            txn.versions.append(live)
+            txn.refusals.append(None if live is None else Refusal.EXISTS)
+        for i, offer in enumerate(txn.offers):
+            if txn.versions[i] is None:
+                staged = self._reserve(txn, model_id, offer)
+                if isinstance(staged, Version):
+                    txn.versions[i] = staged
+                else:
+                    txn.refusals[i] = staged
+        for refusal in filter(None, txn.refusals):
+            self.counters[_REFUSAL_LABEL[refusal]] += 1
+
+    def _reserve(self, txn: Txn, model_id: str, offer: Offer) -> Version | Refusal:
+        if offer.nbytes < 1:
+            return Refusal.MISMATCH
+        if any(v.state is State.STAGED for v in self._rivals(txn, offer.key)):
+            return Refusal.STAGED
+        if not self.index.can_make_room(offer.nbytes):
+            return Refusal.NO_SPACE
+        while (victim := self.index.next_victim(offer.nbytes)) is not None:
+            self.revision += 1
+            self.index.retire(victim, self.revision)
+            self.counters["evicted"] += 1
+        slot, generation = self.index.take_slot(txn.owner)
         version = Version(
-            offer.key, offer.parent, offer.chain_index, offer.placement,
-            model_id, txn.epoch, txn.quality, slot=-1, generation=-1, nbytes=offer.nbytes,
+            txn.namespace, offer.key, offer.parent, offer.chain_index, offer.placement, model_id,
+            txn.epoch, txn.quality,
+            ref=BlockRef(self.config.shard, self.config.incarnation, slot, generation),
+            nbytes=offer.nbytes,
         )  # fmt: skip
-        self.index.stage(version, txn.owner)
-        return None, version
+        self.index.stage(version)
+        return version
 
-    def _evict(self, version: Version) -> None:
-        self.index.retire(version, self._tick_revision().counter)
-        self.counters["evicted"] += 1
-
-    def _settle(self, txn: Txn, i: int, revision: int) -> Version | None:
-        """Offer i at commit: its staged version if its bytes are there, the one that exists, or None."""
+    def _land(self, txn: Txn, i: int, revision: int) -> Version | Refusal:
+        """Offer i at commit: where its block is readable, or why it is not."""
         version = txn.versions[i]
-        if version is None or version.state is not State.STAGED:
+        if version is None:
+            return txn.refusals[i] or Refusal.UNWRITTEN
+        if version.state is State.CORRUPT:  # it existed at begin, and was found corrupt since
+            return Refusal.CHECKSUM
+        if version.state is not State.STAGED:
             return version
         if not version.written:
-            txn.refusals[i] = Refusal.UNWRITTEN
-            txn.versions[i] = None
-            self.counters[f"refusal:{Refusal.UNWRITTEN.value}"] += 1
+            self._refuse(txn, i, Refusal.UNWRITTEN)
+            return Refusal.UNWRITTEN
+        return self._publish(txn, version, revision)
+
+    def _publish(self, txn: Txn, version: Version, revision: int) -> Version:
+        """The first commit of (key, epoch, quality) wins, a better one too; it retires the lesser ones."""
+        winner = next((v for v in self._rivals(txn, version.key) if v.state is State.LIVE), None)
+        if winner is not None:
+            self._hold(txn.lease, winner)
             self.index.drop(version)
-            return None
+            return winner
+        for lesser in list(self.index.chain(txn.namespace, version.key).versions):
+            if lesser.state is State.LIVE and lesser.epoch == version.epoch:
+                self.index.retire(lesser, revision)
+        self._hold(txn.lease, version)
         self.index.publish(version, revision)
         self.counters["committed"] += 1
         return version
 
-    def _close(self, txn: Txn) -> None:
-        del self._txns[txn.id], self._txn_of_lease[txn.lease], self._txn_of_request[txn.request_id]
-        self.release(txn.lease)
+    def _refuse(self, txn: Txn, i: int, refusal: Refusal) -> None:
+        """Give up the slot of offer i."""
+        version = txn.versions[i]
+        assert version is not None, "only what was granted can be refused later"
+        self.counters[_REFUSAL_LABEL[refusal]] += 1
+        txn.refusals[i] = refusal
+        txn.versions[i] = None
+        self.index.drop(version)
+
+    def _drop_staged(self, txn: Txn) -> None:
+        for version in txn.versions:
+            if version is not None and version.state is State.STAGED:
+                self.index.drop(version)
+
+
+def _first_id(incarnation: Incarnation) -> int:
+    """Ids fit 63 bits: the lower half of the incarnation, then a count."""
+    return (incarnation % (1 << 31)) << 32 | 1

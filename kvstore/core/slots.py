@@ -1,37 +1,51 @@
 """Slots: who holds which piece of a pool, and how often each was reused.
 
 One table serves a shard's storage (slots are ids, bytes are budgeted by the core) and an engine's paged
-pool (slots of one size, where adjacent slots can be read as one view). Allocating n slots costs O(n) when
-a run is free at the hint, O(free) otherwise. Every free bumps the slot's generation, so that a reference
-taken before it can be told from one taken after.
+pool (slots of one size, where adjacent slots can be read as one view). What is taken stands in one byte a
+slot, so that a free run is found by a substring search: about 1 us where a run is near the lowest free
+slot, 5 us a 100,000 slots where it is not. Every free bumps the slot's generation, so that a reference
+taken before it can be told from one taken after. Failure is explicit: OverLimit, and nothing was taken.
 """
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Iterable
 
 from kvstore.errors import OverLimit
 
+_FREE, _HELD = 0, 1
+
 
 class SlotTable:
-    """`n_slots` slots, each free or held by one owner. Conservation: free + held == n_slots."""
+    """`n_slots` slots, each free or held by one owner. Conservation: free + held == n_slots.
 
-    __slots__ = ("_free", "_generations", "_owners")
+    Worked example (`.` free, letters are owners), the table of tests/kvstore/core/test_slots.py:
+
+        start                          ........
+        allocate(3, "a") -> 0 1 2      aaa.....   the first run
+        allocate(2, "b") -> 3 4        aaabb...
+        free([0, 1, 2])                ...bb...   generations of 0, 1 and 2 grow by one
+        allocate(2, "c") -> 0 1        cc.bb...   the first run again, from the lowest free slot
+        allocate(1, "b", after=4) -> 5 cc.bbb..   right after the slot it named
+        allocate(3, "d") -> 6 7 2      ccdbbbdd   no run of three: the longest pieces first
+    """
+
+    __slots__ = ("_generations", "_lowest", "_owners", "_taken")
 
     def __init__(self, n_slots: int) -> None:
         if n_slots < 1:
             raise ValueError("a slot table needs at least one slot")
-        self._free = list(range(n_slots))  # ascending, so that runs show
-        self._generations = [0] * n_slots
+        self._taken = bytearray(n_slots)
+        self._generations = [1] * n_slots  # 0 is no generation: a zeroed reference is never current
         self._owners: dict[int, str] = {}
+        self._lowest = 0  # no slot below this one is free
 
     def __len__(self) -> int:
-        return len(self._generations)
+        return len(self._taken)
 
     @property
     def n_free(self) -> int:
-        return len(self._free)
+        return len(self._taken) - len(self._owners)
 
     def generation(self, slot: int) -> int:
         return self._generations[slot]
@@ -48,45 +62,50 @@ class SlotTable:
         return slot in self._owners and self._generations[slot] == generation
 
     def can_allocate(self, n: int) -> bool:
-        return n <= len(self._free)
+        return n <= self.n_free
 
     def allocate(self, n: int, owner: str, after: int | None = None) -> list[int]:
-        """Take `n` slots: right after slot `after` if free, else the first free run, else the lowest.
+        """Take `n` slots: right after slot `after` if free, else the first free run, else the longest pieces.
 
         Raises OverLimit, and takes nothing, when fewer are free.
         """
+        if n < 0:
+            raise ValueError(f"{n} slots asked for: ask for none or more")
         if not self.can_allocate(n):
-            raise OverLimit(f"{n} slots asked for, {len(self._free)} of {len(self)} are free: release some")
-        if n == 0:
-            return []
-        start = self._run_start(n, after)
-        taken = self._free[start : start + n]
-        del self._free[start : start + n]
-        for slot in taken:
-            self._owners[slot] = owner
-        return taken
+            raise OverLimit(f"{n} slots asked for, {self.n_free} of {len(self)} are free: release some")
+        if n and after is not None and self._taken[after + 1 : after + 1 + n] == bytes(n):
+            return self._take(after + 1, n, owner)
+        slots: list[int] = []
+        run = n
+        while len(slots) < n:
+            run = min(run, n - len(slots))
+            start = self._taken.find(bytes(run), self._lowest)
+            if start < 0:
+                run -= 1  # a run of one is always found: enough slots are free
+            else:
+                slots += self._take(start, run, owner)
+        return slots
 
     def free(self, slots: Iterable[int]) -> None:
         """Give slots back. Raises KeyError for one that is not held: a double free is our own bug."""
         for slot in slots:
             del self._owners[slot]
+            self._taken[slot] = _FREE
             self._generations[slot] += 1
-            bisect.insort(self._free, slot)
+            self._lowest = min(self._lowest, slot)
 
     def check_integrity(self) -> None:
         """Independent walk: every slot is free or held, once."""
-        held = set(self._owners)
-        assert len(set(self._free)) == len(self._free), "a slot is free twice"
-        assert held.isdisjoint(self._free), "a slot is both free and held"
-        assert held | set(self._free) == set(range(len(self))), "a slot is neither free nor held"
+        held = {slot for slot, taken in enumerate(self._taken) if taken == _HELD}
+        assert held == set(self._owners), "a slot is taken without an owner, or owned without being taken"
+        assert self._taken.count(_FREE) + len(held) == len(self), "a slot is neither free nor held"
+        assert self._taken.find(bytes(1)) in (-1, *range(self._lowest, len(self))), "a free slot was lost"
 
-    def _run_start(self, n: int, after: int | None) -> int:
-        """Index into the free list where the taking starts."""
-        if after is not None:
-            at = bisect.bisect_left(self._free, after + 1)
-            if at + n <= len(self._free) and self._free[at + n - 1] == after + n:
-                return at
-        for at in range(len(self._free) - n + 1):
-            if self._free[at + n - 1] - self._free[at] == n - 1:
-                return at
-        return 0
+    def _take(self, start: int, n: int, owner: str) -> list[int]:
+        slots = list(range(start, start + n))
+        self._taken[start : start + n] = bytes([_HELD]) * n
+        for slot in slots:
+            self._owners[slot] = owner
+        if start == self._lowest:
+            self._lowest = start + n
+        return slots

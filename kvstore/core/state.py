@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from kvstore.core.chain import Version
 from kvstore.nouns import (
     BlockKey,
     BlockRef,
-    Epoch,
     Incarnation,
     LayoutFingerprint,
     LeaseId,
     MissReason,
-    NamespaceId,
-    Quality,
     Refusal,
     ShardId,
-    TxnId,
 )
 
 
@@ -31,7 +27,8 @@ class CoreLimits:
     keys_max: int = 8_192  # of one match
     offers_max: int = 1_024  # of one transaction
     namespaces_max: int = 4_096
-    epochs_max: int = 1_024  # registered, of one model
+    models_max: int = 1_024  # with epochs on this shard
+    epochs_max: int = 65_536  # registered, of one model
     lease_s_max: float = 600.0
     pause_s: float = 2.0  # a longer silence of the clock is the shard's own pause
     answers_max: int = 1_024  # commits remembered, so that a retried one is answered again
@@ -60,23 +57,6 @@ class Offer:
     chain_index: int
     placement: BlockKey
     nbytes: int
-
-
-@dataclass(slots=True)
-class Txn:
-    """Slots being written for one owner. `versions[i]` is offer i's own staged version or, where it was
-    refused as EXISTS, the version that exists (pinned under the txn's lease)."""
-
-    id: TxnId
-    owner: str
-    namespace: NamespaceId
-    epoch: Epoch
-    quality: Quality
-    lease: LeaseId
-    request_id: bytes
-    offers: tuple[Offer, ...]
-    refusals: list[Refusal | None] = field(default_factory=list)
-    versions: list[Version | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

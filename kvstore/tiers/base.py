@@ -1,31 +1,56 @@
 """The storage seam of a tier: five methods, and nothing about versions, leases or keys.
 
-Real tiers, the tests' crashing ones and the simulator's all obey it. A slot's bytes are one whole frame.
+Real tiers, the tests' crashing ones and the simulator's all obey it. Bytes are addressed by slot *and*
+generation: a write that comes late, for a slot that was given to somebody else meanwhile, can neither be
+read nor discarded under the new owner's name. A place holds one whole frame.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from kvstore.nouns import Tier
 
 
+class Place(NamedTuple):
+    slot: int
+    generation: int
+
+
 class TierStorage(Protocol):
+    """All methods may be called on one event loop only. I/O that fails raises OSError."""
+
     @property
     def tier(self) -> Tier: ...
 
-    def write(self, slot: int, frame: bytearray) -> None:
-        """Keep `frame` under `slot`; the storage owns the buffer from here on. Raises OSError."""
+    async def write(self, place: Place, frame: memoryview) -> None:
+        """Keep `frame` under `place`; the storage owns the buffer from here on."""
         ...
 
-    def read(self, slot: int) -> memoryview | None:
-        """The slot's bytes, or None when it holds none. Valid until the slot is written or discarded."""
+    async def read(self, place: Place) -> memoryview | None:
+        """A copy that the caller owns, or None when the place holds nothing (any more).
+
+        The place may be discarded while the bytes are copied: the caller checks its reference again.
+        """
         ...
 
-    def sync(self) -> None:
+    def discard(self, place: Place) -> None:
+        """Forget the place's bytes. Idempotent; never touches another generation's."""
+        ...
+
+    async def sync(self) -> None:
         """What was written before survives from here on, where the tier can promise that."""
         ...
 
-    def discard(self, slot: int) -> None:
-        """Forget the slot's bytes. Idempotent."""
+    def nbytes(self) -> int:
+        """Bytes of frames held now."""
+        ...
+
+
+@runtime_checkable
+class Breakable(Protocol):
+    """What a tier may offer besides, to tests and the demo's negative control."""
+
+    def flip_byte(self, place: Place, offset: int) -> bool:
+        """Flip one bit of the byte at `offset` of the stored frame. False when the place holds nothing."""
         ...

@@ -1,0 +1,34 @@
+"""What arrives at a shard, or is suspected there: copied, then verified in the copy.
+
+Runs in threads and touches nothing shared. Costs a copy and one xxh3 pass: about 0.3 ms for 1.5 MB.
+Whatever the bytes are, the answer is a value: a refusal that says what is wrong, never an exception.
+"""
+
+from __future__ import annotations
+
+from kvstore.errors import CorruptBlock
+from kvstore.frame import decode_frame
+from kvstore.nouns import BlockMeta, MissReason, Refusal
+from kvstore.tiers.copying import join
+
+
+def copy_and_verify(
+    header: bytes, payload: memoryview, expected: BlockMeta
+) -> tuple[Refusal | None, memoryview]:
+    """A frame in a buffer of its own, and why it is not the one expected (None: it is)."""
+    copy = join(header, payload)
+    try:
+        frame, _ = decode_frame(copy)
+    except CorruptBlock as error:
+        corrupt = error.reason is MissReason.CHECKSUM
+        return Refusal.CHECKSUM if corrupt else Refusal.BAD_HEADER, copy
+    return None if frame.meta == expected else Refusal.MISMATCH, copy
+
+
+def is_intact(frame: memoryview) -> bool:
+    """Does the frame still say about its payload what is true?"""
+    try:
+        decode_frame(frame)
+    except CorruptBlock:
+        return False
+    return True

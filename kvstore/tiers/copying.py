@@ -1,0 +1,30 @@
+"""Copying frames without holding up the event loop.
+
+numpy's copy and xxh3 release the interpreter lock, a bytearray's copy does not (measured: 50 ms of standstill
+for 64 MiB against 0.4 ms). Below `INLINE_NBYTES_MAX` a thread costs more than it gives: about 60 us a hop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+import numpy as np
+
+INLINE_NBYTES_MAX: Final = 256 << 10
+
+Result = TypeVar("Result")
+
+
+def join(*pieces: bytes | memoryview) -> memoryview:
+    """One fresh, writable buffer that holds the pieces end to end."""
+    sources = [np.frombuffer(piece, dtype=np.uint8) for piece in pieces]
+    joined = np.empty(sum(source.nbytes for source in sources), dtype=np.uint8)
+    np.concatenate(sources, out=joined)
+    return joined.data
+
+
+async def beside_the_loop(nbytes: int, work: Callable[[], Result]) -> Result:
+    """`work` over `nbytes` bytes: at once if they are few, else in a thread."""
+    return work() if nbytes <= INLINE_NBYTES_MAX else await asyncio.to_thread(work)
