@@ -7,22 +7,27 @@ Whatever the bytes are, the answer is a value: a refusal that says what is wrong
 from __future__ import annotations
 
 from kvstore.errors import CorruptBlock
-from kvstore.frame import decode_frame
-from kvstore.nouns import BlockMeta, MissReason, Refusal
+from kvstore.frame import LOSSLESS_CODEC, Frame, decode_frame
+from kvstore.nouns import BlockMeta, MissReason, Quality, Refusal
 from kvstore.tiers.copying import join
 
 
 def copy_and_verify(
-    header: bytes, payload: memoryview, expected: BlockMeta
+    header: bytes, payload: memoryview, expected: BlockMeta, block_nbytes: int
 ) -> tuple[Refusal | None, memoryview]:
-    """A frame in a buffer of its own, and why it is not the one expected (None: it is)."""
+    """A frame in a buffer of its own, and why it is not the one expected (None: it is).
+
+    `block_nbytes` is the layout's: what a payload that claims to be lossless must have.
+    """
     copy = join(header, payload)
     try:
         frame, _ = decode_frame(copy)
     except CorruptBlock as error:
         corrupt = error.reason is MissReason.CHECKSUM
         return Refusal.CHECKSUM if corrupt else Refusal.BAD_HEADER, copy
-    return None if frame.meta == expected else Refusal.MISMATCH, copy
+    return None if frame.meta == expected and _is_true_to_quality(
+        frame, block_nbytes
+    ) else Refusal.MISMATCH, copy
 
 
 def is_intact(frame: memoryview) -> bool:
@@ -32,3 +37,11 @@ def is_intact(frame: memoryview) -> bool:
     except CorruptBlock:
         return False
     return True
+
+
+def _is_true_to_quality(frame: Frame, block_nbytes: int) -> bool:
+    """Lossless is what no codec touched. Other codecs' sizes are theirs to check, at decoding."""
+    untouched = frame.codec == LOSSLESS_CODEC
+    if untouched != (frame.meta.quality is Quality.LOSSLESS):
+        return False
+    return not untouched or frame.payload_nbytes == block_nbytes

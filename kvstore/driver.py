@@ -143,7 +143,7 @@ class ShardDriver:
 
     async def open_namespace(self, spec: NamespaceSpec, tenant: str, *, timeout_s: float) -> NamespaceId:
         opened = namespace_id(tenant_salt(self.config.cluster_secret, tenant), spec)
-        self._serving().open_namespace(opened, Namespace(spec.model_id, spec.layout.fingerprint))
+        self._serving().open_namespace(opened, _namespace(spec))
         return opened
 
     async def register_epoch(self, model_id: str, epoch: Epoch, *, timeout_s: float) -> None:
@@ -312,7 +312,7 @@ class ShardDriver:
         nbytes = len(header) + payload.nbytes
         if nbytes != version.nbytes:
             return Refusal.MISMATCH, payload
-        fingerprint = self.core.namespace(txn.namespace).fingerprint
+        namespace = self.core.namespace(txn.namespace)
         expected = BlockMeta(
             namespace=txn.namespace,
             key=version.key,
@@ -321,9 +321,11 @@ class ShardDriver:
             placement=version.placement,
             epoch=version.epoch,
             quality=version.quality,
-            fingerprint=fingerprint,
+            fingerprint=namespace.fingerprint,
         )
-        return await beside_the_loop(nbytes, lambda: copy_and_verify(header, payload, expected))
+        return await beside_the_loop(
+            nbytes, lambda: copy_and_verify(header, payload, expected, namespace.block_nbytes)
+        )
 
     async def _retire_corrupt(self, refs: Sequence[BlockRef]) -> int:
         retired = 0
@@ -360,3 +362,7 @@ class ShardDriver:
 
 def _place(ref: BlockRef) -> Place:
     return Place(ref.slot, ref.generation)
+
+
+def _namespace(spec: NamespaceSpec) -> Namespace:
+    return Namespace(spec.model_id, spec.layout.fingerprint, spec.layout.block_nbytes)

@@ -46,6 +46,7 @@ class CoreConfig:
 class Namespace:
     model_id: str
     fingerprint: LayoutFingerprint
+    block_nbytes: int  # of a payload no codec touched
 
 
 @dataclass(frozen=True, slots=True)
