@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import grpc
-from google.protobuf.message import Message
 
 from kvstore import failpoints
 from kvstore.errors import Unavailable, WireVersionMismatch
@@ -45,7 +44,7 @@ from kvstore.transport.base import (
     ShardStatus,
     TxnOpened,
 )
-from kvstore.transport.grpc import methods, wire
+from kvstore.transport.grpc import bulk, methods, wire
 from kvstore.transport.grpc.methods import Answer, Asked, Method
 from kvstore.transport.grpc.options import channel_options
 from kvstore.v1 import blocks_pb2 as blocks
@@ -114,7 +113,9 @@ class GrpcTransport:
                 slots=[ref.slot for ref in run],
                 generations=[ref.generation for ref in run],
             )
-            call = self._bulk.unary_stream(methods.READ.path, **methods.READ.codec())
+            call = self._bulk.unary_stream(
+                methods.READ.path, methods.READ.asked.SerializeToString, bulk.parse_read
+            )
             stream = call(asked, timeout=timeout_s, metadata=self._metadata)
             try:
                 async for item in _items(stream):
@@ -166,7 +167,9 @@ class GrpcTransport:
         self, txn: TxnId, frames: Sequence[tuple[int, bytes, memoryview]], *, timeout_s: float
     ) -> list[Refusal | None]:
         await failpoints.hit("transport.write")
-        call = self._bulk.stream_unary(methods.WRITE.path, **methods.WRITE.codec())
+        call = self._bulk.stream_unary(
+            methods.WRITE.path, response_deserializer=methods.WRITE.answer.FromString
+        )
         stream = call(_chunks(txn, frames), timeout=timeout_s, metadata=self._metadata)
         answer = await self._answered(stream)
         outcomes = dict(zip(answer.indexes, wire.refusals_in(answer.refusals), strict=True))
@@ -251,13 +254,11 @@ async def _items(stream: Any) -> AsyncIterator[ReadItem]:
             filled = 0
 
 
-def _chunks(txn: TxnId, frames: Sequence[tuple[int, bytes, memoryview]]) -> Iterator[Message]:
+def _chunks(txn: TxnId, frames: Sequence[tuple[int, bytes, memoryview]]) -> Iterator[bytes]:
     """The first chunk of a frame carries its header and the payload's start; none exceeds CHUNK_NBYTES."""
     for index, header, payload in frames:
         nbytes = len(header) + payload.nbytes
         first = CHUNK_NBYTES - len(header)
-        data = header + bytes(payload[:first])
-        yield blocks.WriteRequest(txn=txn, index=index, frame_nbytes=nbytes, data=data)
+        yield bulk.pack_write(txn, index, nbytes, header, payload[:first])
         for start in range(first, payload.nbytes, CHUNK_NBYTES):
-            data = bytes(payload[start : start + CHUNK_NBYTES])
-            yield blocks.WriteRequest(txn=txn, index=index, frame_nbytes=nbytes, data=data)
+            yield bulk.pack_write(txn, index, nbytes, payload[start : start + CHUNK_NBYTES])

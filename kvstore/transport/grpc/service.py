@@ -18,7 +18,7 @@ from kvstore.frame import HEADER_NBYTES
 from kvstore.nouns import BlockRef, Incarnation, LeaseId, TxnId
 from kvstore.topology import Topology
 from kvstore.transport.base import CHUNK_NBYTES, WIRE_VERSIONS_READ, ShardTransport
-from kvstore.transport.grpc import methods, wire
+from kvstore.transport.grpc import bulk, methods, wire
 from kvstore.transport.grpc.methods import Method
 from kvstore.v1 import blocks_pb2 as blocks
 from kvstore.v1 import control_pb2 as control
@@ -59,10 +59,10 @@ class ShardService:
             by_service.setdefault(method.service, {})[method.name] = made
         by_service[methods.BLOCKS] = {
             methods.READ.name: grpc.unary_stream_rpc_method_handler(
-                self._read, **methods.READ.handler_codec()
+                self._read, methods.READ.asked.FromString
             ),
             methods.WRITE.name: grpc.stream_unary_rpc_method_handler(
-                _named_errors(self._write), **methods.WRITE.handler_codec()
+                _named_errors(self._write), bulk.parse_write, methods.WRITE.answer.SerializeToString
             ),
         }
         return [grpc.method_handlers_generic_handler(name, made) for name, made in by_service.items()]
@@ -148,23 +148,20 @@ class ShardService:
     async def _get_topology(self, asked: Any, context: Context) -> topology.GetTopologyResponse:
         return topology.GetTopologyResponse(topology=wire.topology_out(self.topology))
 
-    async def _read(self, asked: blocks.ReadRequest, context: Context) -> AsyncIterator[blocks.ReadResponse]:
+    async def _read(self, asked: blocks.ReadRequest, context: Context) -> AsyncIterator[bytes]:
         try:
             async for item in self._shard.read(self._refs(asked), timeout_s=_left(context)):
                 if item.frame is None:
                     miss = item.miss.value if item.miss else ""
-                    yield blocks.ReadResponse(index=item.index, miss=miss)
+                    yield bulk.pack_miss(item.index, miss)
                     continue
                 nbytes = item.frame.nbytes
                 for start in range(0, nbytes, CHUNK_NBYTES):
-                    data = bytes(item.frame[start : start + CHUNK_NBYTES])
-                    yield blocks.ReadResponse(index=item.index, frame_nbytes=nbytes, data=data)
+                    yield bulk.pack_read(item.index, nbytes, item.frame[start : start + CHUNK_NBYTES])
         except KVStrataError as error:
             await _abort_named(context, error)
 
-    async def _write(
-        self, chunks: AsyncIterator[blocks.WriteRequest], context: Context
-    ) -> blocks.WriteResponse:
+    async def _write(self, chunks: AsyncIterator[bulk.WriteChunk], context: Context) -> blocks.WriteResponse:
         answer = blocks.WriteResponse()
         frame, filled, held = bytearray(), 0, 0
         try:

@@ -24,6 +24,7 @@ from kvstore.server import ServerConfig, ShardServer, is_loopback
 from kvstore.topology import ShardEntry, Topology
 from kvstore.transport.base import CHUNK_NBYTES, ShardStatus
 from kvstore.transport.grpc import methods, wire
+from kvstore.transport.grpc.bulk import parse_write
 from kvstore.transport.grpc.client import GrpcTransport, _chunks
 from kvstore.v1 import control_pb2 as control
 from tests.kvstore.conftest import TOKEN, Served
@@ -114,7 +115,7 @@ async def test_nonsense_is_an_invalid_argument(transport: GrpcTransport) -> None
 
 async def test_frames_larger_than_a_chunk_arrive_whole(served: Served, transport: GrpcTransport) -> None:
     big = memoryview(bytes(range(256)) * 10_000)
-    pieces = list(_chunks(TxnId(1), [(0, b"h" * HEADER_NBYTES, big)]))
+    pieces = [parse_write(p) for p in _chunks(TxnId(1), [(0, b"h" * HEADER_NBYTES, big)])]
     assert len(pieces) == 3
     assert max(len(p.data) for p in pieces) == CHUNK_NBYTES
     assert b"".join(p.data for p in pieces) == b"h" * HEADER_NBYTES + big
@@ -124,9 +125,9 @@ async def test_frames_larger_than_a_chunk_arrive_whole(served: Served, transport
 async def test_writes_beyond_the_budget_in_flight_are_refused() -> None:
     server = ShardServer(new_driver(), ServerConfig(inflight_nbytes_max=1000))
     transport = GrpcTransport(ShardId("shard-0"), await server.start())
+    too_big = (0, b"h" * HEADER_NBYTES, memoryview(bytes(800)))
     with pytest.raises(OverLimit, match="in flight"):
-        frame_ = (0, b"h" * HEADER_NBYTES, memoryview(bytes(800)))
-        await transport.write(TxnId(1), [frame_], timeout_s=TIMEOUT)
+        await transport.write(TxnId(1), [too_big], timeout_s=TIMEOUT)
     await transport.close()
     await server.stop(0)
 
