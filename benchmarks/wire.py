@@ -66,7 +66,7 @@ class Bench:
         self.blocks = blocks
         rng = np.random.default_rng(0)
         self.payloads = [
-            memoryview(rng.integers(0, 256, LAYOUT.block_nbytes, dtype=np.uint8)) for _ in range(blocks)
+            rng.integers(0, 256, LAYOUT.block_nbytes, dtype=np.uint8).data for _ in range(blocks)
         ]
         self.gb = blocks * LAYOUT.block_nbytes / 1e9
 

@@ -113,7 +113,7 @@ class GrpcTransport:
                 slots=[ref.slot for ref in run],
                 generations=[ref.generation for ref in run],
             )
-            call = self._bulk.unary_stream(
+            call: Any = self._bulk.unary_stream(
                 methods.READ.path, methods.READ.asked.SerializeToString, bulk.parse_read
             )
             stream = call(asked, timeout=timeout_s, metadata=self._metadata)
@@ -167,7 +167,7 @@ class GrpcTransport:
         self, txn: TxnId, frames: Sequence[tuple[int, bytes, memoryview]], *, timeout_s: float
     ) -> list[Refusal | None]:
         await failpoints.hit("transport.write")
-        call = self._bulk.stream_unary(
+        call: Any = self._bulk.stream_unary(
             methods.WRITE.path, response_deserializer=methods.WRITE.answer.FromString
         )
         stream = call(_chunks(txn, frames), timeout=timeout_s, metadata=self._metadata)

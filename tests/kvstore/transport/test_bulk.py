@@ -49,5 +49,5 @@ def test_any_bytes_give_a_value_or_a_value_error(data: bytes) -> None:
 
 @pytest.mark.parametrize("broken", [b"\x1a\x05abc", b"\x08", b"\x0b", b"\xff" * 11])
 def test_broken_messages_are_refused(broken: bytes) -> None:
-    with pytest.raises(ValueError, match="byte|bytes"):
+    with pytest.raises(ValueError, match=r"bytes?"):
         parse_read(broken)

@@ -110,7 +110,7 @@ async def test_nonsense_is_an_invalid_argument(transport: GrpcTransport) -> None
     ]
     for method, asked in bad:
         with pytest.raises(ConfigError):
-            await transport._call(method, asked, TIMEOUT)  # type: ignore[arg-type, misc]
+            await transport._call(method, asked, TIMEOUT)  # type: ignore[arg-type]
 
 
 async def test_frames_larger_than_a_chunk_arrive_whole(served: Served, transport: GrpcTransport) -> None:
