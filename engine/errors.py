@@ -1,4 +1,4 @@
-"""What can go wrong with a model, its folder, its tokenizer or its template. One branch of the tree.
+"""What can go wrong with a model, its folder, its tokenizer or its template; and with a request in a worker.
 
     KVStrataError (kvstore/errors.py)
     +-- ModelError             FAILED_PRECONDITION  anything below
@@ -9,8 +9,9 @@
         +-- ModelBusy          ABORTED              another process is making the same folder and does not end
         +-- DiskFull           RESOURCE_EXHAUSTED   there is no room for it
         +-- ChatTemplateError  INVALID_ARGUMENT     the template is missing, wrong, or refuses the messages
+    +-- RequestAborted         ABORTED              aborted, or superseded by a newer attempt, while it ran
 
-Every one says what happened (`problem`) and what to do next (`cure`); str() gives both. Both are plain
+Every ModelError says what happened (`problem`) and what to do next (`cure`); str() gives both. Both are plain
 strings in `args`, so that the errors travel between Ray actors unharmed.
 """
 
@@ -27,6 +28,7 @@ __all__ = [
     "ModelFetchFailed",
     "ModelNotFound",
     "ModelUnsupported",
+    "RequestAborted",
 ]
 
 
@@ -70,3 +72,9 @@ class DiskFull(ModelError):
 
 class ChatTemplateError(ModelError):
     status = "INVALID_ARGUMENT"
+
+
+class RequestAborted(KVStrataError):
+    """The worker gave the request up because it was told to. All that it held is freed."""
+
+    status = "ABORTED"

@@ -17,7 +17,7 @@ from engine.background import Background
 from kvstore.client import StoreClient
 from kvstore.clock import Clock
 from kvstore.errors import KVStrataError
-from kvstore.nouns import Epoch, LeaseId, NamespaceSpec, ShardId
+from kvstore.nouns import Epoch, LeaseId, NamespaceSpec, Quality, ShardId
 from kvstore.session import StoreSession
 from kvstore.topology import Topology
 
@@ -43,6 +43,8 @@ class StoreLink:
         background: Background,
         clock: Clock,
         *,
+        min_quality: Quality = Quality.LOSSLESS,
+        stale_lag_max: int = 0,
         connect_timeout_s: float = 5.0,
         retry_s: float = 1.0,
         retry_s_max: float = 15.0,
@@ -54,6 +56,7 @@ class StoreLink:
         self._topology = topology
         self._background = background
         self._clock = clock
+        self._min_quality, self._stale_lag_max = min_quality, stale_lag_max
         self._connect_timeout_s = connect_timeout_s
         self._retry_s, self._retry_s_max = retry_s, retry_s_max
         self._delay_s = retry_s
@@ -72,10 +75,12 @@ class StoreLink:
         if session is not None:
             self._sessions.move_to_end(tenant)
             return session
-        if self._opening.locked() or self._clock.now() < self._not_before:
-            return None  # somebody tries, or tried just now: do not queue up behind a dead store
+        if self._failing and self._opening.locked():
+            return None  # somebody tries again: do not queue up behind a store that may be dead
         async with self._opening:
-            return await self._open(tenant)
+            if (session := self._sessions.get(tenant)) is not None:
+                return session
+            return await self._open(tenant) if self._clock.now() >= self._not_before else None
 
     async def set_topology(self, topology: Topology) -> None:
         """Move to a newer topology; and try at once again if the store was unreachable."""
@@ -85,21 +90,43 @@ class StoreLink:
         if self._client is not None:
             await self._client.update_topology(topology)
 
+    @property
+    def _failing(self) -> bool:
+        return self._delay_s > self._retry_s
+
     def release(self, session: StoreSession, leases: Leases) -> None:
         """Drop leases in the background. Those of a shard that is away expire by themselves."""
         if leases:
             self._background.spawn(session.release(tuple(leases)), "release leases")
 
+    def release_for(self, tenant: str, leases: Leases) -> None:
+        """As `release`, for leases that came from elsewhere: with a handoff."""
+        if leases:
+            self._background.spawn(self._release_for(tenant, leases), "release leases of a handoff")
+
     async def close(self) -> None:
         if self._client is not None:
             await self._client.close()
+
+    async def _release_for(self, tenant: str, leases: Leases) -> None:
+        session = await self.session(tenant)
+        if session is None:
+            self.counters["store:leases_left_to_expire"] += len(leases)
+        else:
+            await session.release(leases)
 
     async def _open(self, tenant: str) -> StoreSession | None:
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 if self._client is None:
                     self._client = await self._connect(self._topology)
-                session = await self._client.open(self.spec, self.epoch, tenant=tenant)
+                session = await self._client.open(
+                    self.spec,
+                    self.epoch,
+                    tenant=tenant,
+                    min_quality=self._min_quality,
+                    stale_lag_max=self._stale_lag_max,
+                )
         except (KVStrataError, OSError) as error:  # TimeoutError is an OSError
             self.counters["store:open_failed"] += 1
             self._not_before = self._clock.now() + self._delay_s

@@ -171,6 +171,10 @@ class WorkerLoop:
             del self._admitted[request_id]
             self._thread.submit(self._engine.release, request_id).add_done_callback(self._released)
 
+    async def settled(self) -> None:
+        """Everything asked of the engine before this call, releases included, is done."""
+        await self._thread.submit(lambda: None)
+
     async def take_tail(self, request_id: str) -> TailKV | None:
         return await self._thread.submit(self._engine.take_tail, request_id)
 

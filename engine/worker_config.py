@@ -8,6 +8,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field
 
 from engine.config import EngineConfig
+from kvstore.nouns import Quality
 from kvstore.topology import Topology
 
 __all__ = ["RoleLimits", "WorkerConfig"]
@@ -19,8 +20,14 @@ class RoleLimits(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     requests_max: int = Field(256, ge=1, description="Requests a worker holds in any state; more are refused")
-    waiting_max: int = Field(128, ge=1, description="Requests that wait for room in the engine")
-    admit_timeout_s: float = Field(30.0, gt=0, description="How long one of them waits")
+    loading_max: int = Field(
+        8,
+        ge=1,
+        description="Requests whose KV is on its way into the engine; others wait before it",
+    )
+    admit_timeout_s: float = Field(
+        30.0, gt=0, description="For a request's turn to load, and again for room in the engine"
+    )
     match_timeout_s: float = Field(1.0, gt=0, description="For the store to say what it has of a prompt")
     read_timeout_s: float = Field(
         5.0, gt=0, description="For blocks to arrive; what did not arrive by then is recomputed"
@@ -64,4 +71,11 @@ class WorkerConfig(BaseModel):
     topology: Topology = Field(description="The store's shards. Newer ones come by set_topology")
     token: str | None = Field(None, repr=False, description="What the shards ask a client for")
     epoch_number: int = Field(0, ge=0, description="Orders this set of weights among the model's others")
+    min_quality: Quality = Field(
+        Quality.LOSSLESS,
+        description="The least a block may be to be used; lossless keeps output exact",
+    )
+    stale_lag_max: int = Field(
+        0, ge=0, description="How many epochs older than ours a block may be and still be used"
+    )
     limits: RoleLimits = Field(default_factory=RoleLimits)

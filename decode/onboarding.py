@@ -1,0 +1,97 @@
+"""What the decode role does with a handoff: take over the KV that prefill left, recompute what is missing.
+
+The pinned blocks are read by reference, no look-up needed; the tail comes with the handoff. A block that is
+gone, corrupt or late ends the usable prefix; the engine computes everything behind it from the tokens. May be
+cancelled at any wait: what it took stands in the `Decoding`, and the role gives it back.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Final
+
+from decode.sequence import Decoding
+from engine.boot import Worker
+from engine.onboard import Onboarded, misses_of
+from engine.types import Handoff, TailKV
+from kvstore.errors import ConfigError, EpochConflict
+from kvstore.frame import payload_checksum
+from kvstore.hashing import KeyChain
+from kvstore.nouns import KVLayout, MissReason, NamespaceId
+
+__all__ = ["check_handoff", "onboard_and_admit"]
+
+_NO_NAMESPACE: Final = NamespaceId(bytes(16))
+"""Of a chain that was made while the store was away: none of its blocks leaves this process."""
+
+
+def check_handoff(worker: Worker, handoff: Handoff) -> None:
+    """Can this worker go on from it at all? Raises EpochConflict or ConfigError; cheap."""
+    name, epoch = handoff.request.request_id, worker.store.epoch
+    if handoff.epoch != epoch:
+        raise EpochConflict(
+            f"the handoff of request {name} is of epoch {handoff.epoch.number}, this worker has the weights "
+            f"of epoch {epoch.number}: pair workers of one epoch, or prefill again"
+        )
+    known = len(handoff.request.prompt_ids) + len(handoff.request.output_ids)
+    if not handoff.request.output_ids or handoff.next_position != known - 1:
+        raise ConfigError(
+            f"the handoff of request {name} goes on at position {handoff.next_position} but has {known} "
+            "tokens: it must go on with the last of them"
+        )
+
+
+async def onboard_and_admit(worker: Worker, run: Decoding) -> None:
+    """From the handoff to a sequence that runs. Raises what WorkerLoop.admit raises."""
+    run.session = await worker.store.session(run.handoff.request.tenant)
+    chain = KeyChain(run.session.namespace if run.session else _NO_NAMESPACE, worker.info.layout.block_tokens)
+    chain.extend(run.tokens)
+    async with worker.turn_to_load():
+        onboarded = await _read(worker, run)
+        run.chain, run.lineage = chain, onboarded.lineage
+        run.publication = worker.publisher.open(
+            run.session,
+            chain,
+            run.lineage,
+            owner=f"{worker.info.worker_id}/{run.request_id}/{run.attempt}",
+            pin_for_s=None,
+        )
+        tail = _usable_tail(run.handoff, len(onboarded.payloads), worker.info.layout, worker.role_counters)
+        await worker.loop.admit(
+            run.handoff.request,
+            run,
+            blocks=onboarded.payloads,
+            tail=tail,
+            timeout_s=worker.limits.admit_timeout_s,
+        )
+
+
+async def _read(worker: Worker, run: Decoding) -> Onboarded:
+    """The blocks that prefill pinned, as far as they arrive; what does not is counted by reason."""
+    handoff, counters = run.handoff, worker.role_counters
+    if run.session is None:
+        onboarded = Onboarded(run.lineage, miss=MissReason.SHARD_UNAVAILABLE)
+    elif run.session.namespace != handoff.namespace:
+        onboarded = Onboarded(run.lineage, miss=MissReason.OTHER_NAMESPACE)
+    else:
+        onboarded = await worker.onboarding.read(
+            run.session, handoff.blocks, run.lineage, timeout_s=worker.limits.read_timeout_s
+        )
+    asked, used = handoff.next_position // worker.info.layout.block_tokens, len(onboarded.payloads)
+    counters["decode:onboarded_blocks"] += used
+    for reason, blocks in misses_of(asked, len(handoff.blocks), used, None, onboarded.miss).items():
+        counters[f"decode:recomputed_{reason}"] += blocks
+    return onboarded
+
+
+def _usable_tail(handoff: Handoff, blocks: int, layout: KVLayout, counters: Counter[str]) -> TailKV | None:
+    """The tail, if it stands right behind the onboarded blocks and its bytes are what prefill sent."""
+    tail = handoff.tail
+    full, rest = divmod(handoff.next_position, layout.block_tokens)
+    if tail is None or blocks != full:
+        return None
+    fits = tail.tokens == rest and tail.payload.nbytes == rest * layout.token_nbytes
+    if not fits or payload_checksum(tail.payload.data) != tail.checksum:
+        counters["decode:tails_rejected"] += 1
+        return None
+    return tail

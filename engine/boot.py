@@ -1,0 +1,160 @@
+"""From a configuration to a worker: model found and loaded, the loop running, the way to the store laid.
+
+Prefill and decode are roles over one `Worker`. Loading takes as long as the model's weights need (0.5 s for
+135M parameters) and happens in the engine thread, so that the event loop answers meanwhile. The store need
+not be up: the worker then computes everything itself until it is. Raises ModelError's kinds and ConfigError.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import structlog
+
+from engine.background import Background
+from engine.engine import Engine
+from engine.onboard import Onboarding
+from engine.publisher import Publisher, PublishLimits
+from engine.registry import resolve_model
+from engine.store_link import Connect, StoreLink
+from engine.types import WorkerInfo
+from engine.worker import EngineThread, WorkerLoop
+from engine.worker_config import RoleLimits, WorkerConfig
+from kvstore.client import StoreClient
+from kvstore.clock import Clock, MonotonicClock
+from kvstore.errors import OverLimit
+from kvstore.nouns import Epoch, NamespaceSpec
+
+__all__ = ["Worker", "assemble", "boot"]
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class Worker:
+    """The parts a role is made of. One event loop's; `close` ends all of them."""
+
+    info: WorkerInfo
+    limits: RoleLimits
+    clock: Clock
+    loop: WorkerLoop
+    store: StoreLink
+    background: Background
+    onboarding: Onboarding
+    publisher: Publisher
+    loading: asyncio.Semaphore
+    role_counters: Counter[str] = field(default_factory=Counter)
+
+    @asynccontextmanager
+    async def turn_to_load(self) -> AsyncIterator[None]:
+        """Held while a request's KV is outside the engine, so that a long queue costs no memory. Raises
+        OverLimit when the turn does not come within `admit_timeout_s`."""
+        try:
+            async with asyncio.timeout(self.limits.admit_timeout_s):
+                await self.loading.acquire()
+        except TimeoutError:
+            raise OverLimit(f"worker {self.info.worker_id} is full: ask another, or later") from None
+        try:
+            yield
+        finally:
+            self.loading.release()
+
+    def counters(self) -> dict[str, float]:
+        """Counters of engine, role and store client, merged; "gauge:..." are as they stand now."""
+        parts = (
+            self.loop.counters,
+            self.publisher.counters,
+            self.background.counters,
+            self.store.counters,
+            self.store.client_counters,
+            self.role_counters,
+        )
+        merged: Counter[str] = Counter()
+        for part in parts:
+            merged.update(part)
+        gauges = {
+            "gauge:running": self.loop.running,
+            "gauge:waiting": self.loop.waiting,
+            "gauge:held": self.loop.held,
+            "gauge:publishing_nbytes": self.publisher.inflight_nbytes,
+            "gauge:background_tasks": len(self.background),
+        }
+        return {name: float(value) for name, value in {**merged, **gauges}.items()}
+
+    async def close(self, timeout_s: float = 5.0) -> None:
+        """Finish what runs in the background within `timeout_s`, then end engine and store connections."""
+        await self.background.close(timeout_s)
+        await self.loop.close()
+        await self.store.close()
+
+
+async def boot(config: WorkerConfig, *, node_id: str = "", clock: Clock | None = None) -> Worker:
+    """Find and load the model, start the loop. The store is first asked by the first request."""
+    thread = EngineThread()
+    try:
+        folder = await asyncio.to_thread(resolve_model, config.model)
+        engine = await thread.submit(Engine.load, folder, config.engine)
+    except BaseException:
+        await thread.close()
+        raise
+    connect: Connect = partial(StoreClient.connect, token=config.token)
+    worker = assemble(config, engine, thread, connect, node_id=node_id, clock=clock)
+    log.info("worker ready", worker=config.worker_id, model=worker.info.model_id, pid=worker.info.pid)
+    return worker
+
+
+def assemble(
+    config: WorkerConfig,
+    engine: Engine,
+    thread: EngineThread,
+    connect: Connect,
+    *,
+    node_id: str = "",
+    clock: Clock | None = None,
+) -> Worker:
+    """The parts around a loaded engine, the loop started. `connect` makes the store's client."""
+    limits, clock = config.limits, clock or MonotonicClock()
+    info = WorkerInfo(
+        worker_id=config.worker_id,
+        model_id=config.model_id or Path(config.model).name,
+        weights_digest=engine.weights_digest,
+        layout=engine.layout,
+        max_model_len=engine.max_model_len,
+        pid=os.getpid(),
+        node_id=node_id,
+    )
+    background = Background()
+    store = StoreLink(
+        connect,
+        config.topology,
+        NamespaceSpec(info.model_id, engine.layout, engine.tokenizer.digest),
+        Epoch(config.epoch_number, engine.weights_digest),
+        background,
+        clock,
+        min_quality=config.min_quality,
+        stale_lag_max=config.stale_lag_max,
+        connect_timeout_s=limits.connect_timeout_s,
+    )
+    publish_limits = PublishLimits(
+        inflight_nbytes_max=limits.publish_inflight_nbytes_max, timeout_s=limits.publish_timeout_s
+    )
+    loop = WorkerLoop(engine, thread, waiting_max=limits.requests_max)
+    loop.start()
+    return Worker(
+        info=info,
+        limits=limits,
+        clock=clock,
+        loop=loop,
+        store=store,
+        background=background,
+        onboarding=Onboarding(store, background),
+        publisher=Publisher(store, background, publish_limits),
+        loading=asyncio.Semaphore(limits.loading_max),
+    )

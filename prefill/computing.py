@@ -1,0 +1,155 @@
+"""What the prefill role does with one prompt: to its first token, and from there to the handoff.
+
+Both are coroutines that may be cancelled at any wait: whatever they took by then stands in the `Prefilling`,
+and the role gives it back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Final
+
+from engine.boot import Worker
+from engine.onboard import Onboarded, misses_of
+from engine.types import FirstToken, Handoff, PrefillStats
+from kvstore.answers import Match
+from kvstore.hashing import KeyChain
+from kvstore.nouns import MissReason, NamespaceId, PinnedBlock
+from prefill.sequence import Prefilling
+
+__all__ = ["assemble_handoff", "compute_first_token"]
+
+_NO_NAMESPACE: Final = NamespaceId(bytes(16))
+"""Of a chain that was made while the store was away: none of its blocks leaves this process."""
+
+
+async def compute_first_token(worker: Worker, run: Prefilling) -> FirstToken:
+    """Onboard, admit, wait for the token. The time in the engine's queue counts as compute."""
+    run.session = await worker.store.session(run.request.tenant)
+    chain = KeyChain(run.session.namespace if run.session else _NO_NAMESPACE, worker.info.layout.block_tokens)
+    chain.extend(run.tokens)
+    async with worker.turn_to_load():
+        stats = await _onboard_and_admit(worker, run, chain)
+    admitted = worker.clock.now()
+    async with asyncio.timeout(worker.limits.compute_timeout_s):
+        event = await run.drawn
+    return FirstToken(event, replace(stats, compute_s=stats.compute_s + worker.clock.now() - admitted))
+
+
+async def _onboard_and_admit(worker: Worker, run: Prefilling, chain: KeyChain) -> PrefillStats:
+    """match -> read -> admit. The stats are whole but for the computing that begins now."""
+    clock, limits = worker.clock, worker.limits
+    started = clock.now()
+    match = await _match(worker, run, chain)
+    matched = clock.now()
+    onboarded = Onboarded(run.lineage)
+    if run.session is not None:
+        onboarded = await worker.onboarding.read(
+            run.session, match.blocks, run.lineage, timeout_s=limits.read_timeout_s
+        )
+    loaded = clock.now()
+    run.onboarded, run.lineage = match.blocks[: len(onboarded.payloads)], onboarded.lineage
+    run.publication = worker.publisher.open(
+        run.session, chain, run.lineage, owner=_owner(worker, run), pin_for_s=limits.lease_s
+    )
+    await worker.loop.admit(
+        run.request, run, blocks=onboarded.payloads, hold=True, timeout_s=limits.admit_timeout_s
+    )
+    return PrefillStats(
+        prompt_tokens=len(run.tokens),
+        cached_tokens=len(run.onboarded) * chain.block_tokens,
+        cached_by_tier=_by_tier(run.onboarded, chain.block_tokens),
+        misses=_misses(run, chain, match, onboarded),
+        epochs=tuple(sorted({worker.store.epoch.number, *onboarded.epochs})),
+        lookup_s=matched - started,
+        load_s=loaded - matched,
+        compute_s=clock.now() - loaded,
+    )
+
+
+async def assemble_handoff(worker: Worker, run: Prefilling, first: FirstToken) -> Handoff | None:
+    """Everything decode needs. The leases stand in `run.leases` until the role passes them on."""
+    if first.event.finish is not None or run.publication is None:
+        return None
+    if not await run.publication.settle(worker.limits.handoff_timeout_s):
+        worker.role_counters["prefill:handoffs_not_settled"] += 1
+    run.leases = (*run.leases, *run.publication.take_leases())
+    await _renew_if_old(worker, run)
+    blocks = _gapless(run.onboarded, run.publication.pins)
+    covers = len(blocks) == len(run.tokens) // worker.info.layout.block_tokens
+    tail = await worker.loop.take_tail(run.request.request_id) if covers else None
+    output_ids = (*run.request.output_ids, first.event.token_id)
+    return Handoff(
+        request=replace(run.request, output_ids=output_ids),
+        namespace=run.session.namespace if run.session else _NO_NAMESPACE,
+        epoch=worker.store.epoch,
+        floor=run.lineage.floor,
+        foreign=run.lineage.foreign,
+        blocks=blocks,
+        leases=tuple(run.leases),
+        tail=tail,
+        next_position=len(run.tokens),
+    )
+
+
+async def _match(worker: Worker, run: Prefilling, chain: KeyChain) -> Match:
+    """At most all but the last token: the one that is computed gives the logits to draw from."""
+    if run.session is None:
+        return Match((), (), MissReason.SHARD_UNAVAILABLE)
+    match = await worker.onboarding.match(
+        run.session,
+        chain.keys[: _usable_blocks(run, chain)],
+        owner=_owner(worker, run),
+        lease_s=worker.limits.lease_s,
+        timeout_s=worker.limits.match_timeout_s,
+    )
+    run.leases, run.leased_at = match.leases, worker.clock.now()
+    return match
+
+
+async def _renew_if_old(worker: Worker, run: Prefilling) -> None:
+    """Pins that have run for half their time are extended, so that decode gets at least that much.
+
+    One that is gone already costs decode a miss.
+    """
+    limits = worker.limits
+    if run.session is None or not run.leases or worker.clock.now() - run.leased_at < limits.lease_s / 2:
+        return
+    try:
+        async with asyncio.timeout(limits.handoff_timeout_s):
+            renewed = await run.session.renew(run.leases, limits.lease_s)
+    except TimeoutError:
+        renewed = False
+    worker.role_counters["prefill:leases_not_renewed"] += not renewed
+
+
+def _usable_blocks(run: Prefilling, chain: KeyChain) -> int:
+    return (len(run.tokens) - 1) // chain.block_tokens
+
+
+def _misses(run: Prefilling, chain: KeyChain, match: Match, onboarded: Onboarded) -> dict[str, int]:
+    asked, used = _usable_blocks(run, chain), len(run.onboarded)
+    return dict(misses_of(asked, len(match.blocks), used, match.miss, onboarded.miss))
+
+
+def _by_tier(blocks: tuple[PinnedBlock, ...], block_tokens: int) -> dict[str, int]:
+    tokens: dict[str, int] = {}
+    for block in blocks:
+        tier = block.tier.name.lower()
+        tokens[tier] = tokens.get(tier, 0) + block_tokens
+    return tokens
+
+
+def _gapless(
+    onboarded: tuple[PinnedBlock, ...], published: dict[int, PinnedBlock]
+) -> tuple[PinnedBlock, ...]:
+    """The chain from its first block on, up to the first one that is not pinned in the store."""
+    blocks = list(onboarded)
+    while len(blocks) in published:
+        blocks.append(published[len(blocks)])
+    return tuple(blocks)
+
+
+def _owner(worker: Worker, run: Prefilling) -> str:
+    return f"{worker.info.worker_id}/{run.request.request_id}/{run.request.attempt}"
