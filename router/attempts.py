@@ -188,7 +188,7 @@ class Attempts:
                 await self._bounded("start", member.handle.start(handoff), self._limits.call_s)
                 await self._stream.attempt_over(self._limits.stall_s)
         finally:
-            pump.detach(self._job.request_id)
+            pump.detach(self._stream)
 
     def _now_at(self, member: Member[PrefillHandle] | Member[DecodeHandle], attempt: int) -> None:
         """If the attempt fails now, it is this worker's doing; and it may hold something of the job."""

@@ -50,8 +50,10 @@ class DecodePump:
         """Before the worker is told to start: its first event may come at once."""
         self._streams[stream.request_id] = stream
 
-    def detach(self, request_id: str) -> None:
-        self._streams.pop(request_id, None)
+    def detach(self, stream: TokenStream) -> None:
+        """Idempotent; another stream of the same request stays."""
+        if self._streams.get(stream.request_id) is stream:
+            del self._streams[stream.request_id]
 
     async def stop(self, reason: WorkerError) -> None:
         """Idempotent. Attempts still on this worker are over."""

@@ -17,6 +17,7 @@ tokens, of which there are at most `max_tokens`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from typing import Final
 
@@ -95,10 +96,10 @@ class TokenStream:
             if left <= 0:
                 raise WorkerSlow(f"no token came for {stall_s:.0f} s")
             self._changed.clear()
-            try:
-                await asyncio.wait_for(self._changed.wait(), left)
-            except TimeoutError:
-                continue  # the clock decides, at the top of the loop
+            # Not wait_for: before Python 3.12 it loses a cancellation that meets the event.
+            with contextlib.suppress(TimeoutError):  # the clock decides, at the top of the loop
+                async with asyncio.timeout(left):
+                    await self._changed.wait()
 
     async def next(self) -> TokenEvent | None:
         """The next token in order; None after the last. Raises what the request was closed with."""

@@ -1,4 +1,4 @@
-"""What stands before every route: a request id, the API key, and a bound on the body.
+"""What stands before every route: a request id, the API key, a bound on the body, and a last word on errors.
 
 Plain ASGI, so that it costs a few microseconds and touches no stream that goes out.
 """
@@ -14,7 +14,7 @@ from typing import Final
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from router.api.errors import error_body
+from router.api.errors import as_request_error, error_body
 
 __all__ = ["Gate"]
 
@@ -45,7 +45,14 @@ class Gate:
             message = f"the body has more than {self._body_nbytes_max} bytes: send less"
             await _answer(send, 413, message, "invalid_request_error", "body_too_large")
             return
-        await self._app(scope, _replay(body, receive), send)
+        response = _Response(send)
+        try:
+            await self._app(scope, _replay(body, receive), response.send)
+        except Exception as error:
+            if response.started:
+                raise  # all that is left is to break off
+            told = as_request_error(error)
+            await _answer(send, told.http_status, str(told), told.kind, told.code)
 
     def _may_enter(self, path: str, headers: Headers) -> bool:
         if self._api_key is None or path in _OPEN_PATHS:
@@ -70,6 +77,18 @@ class Gate:
 
 class _TooLarge(Exception):
     pass
+
+
+class _Response:
+    """Whether anything was sent yet."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.started = False
+
+    async def send(self, message: Message) -> None:
+        self.started = True
+        await self._send(message)
 
 
 def _request_id(headers: Headers) -> str:
@@ -97,7 +116,7 @@ def _replay(messages: list[Message], receive: Receive) -> Receive:
     return receiving
 
 
-async def _answer(send: Send, status: int, message: str, kind: str, code: str) -> None:
+async def _answer(send: Send, status: int, message: str, kind: str, code: str | None) -> None:
     body = json.dumps(error_body(message, kind, code=code)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 413:

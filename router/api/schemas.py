@@ -93,14 +93,24 @@ def _ids_in_range(prompts: list[str | list[int]]) -> list[str | list[int]]:
     return prompts
 
 
+def _unicode(text: str) -> str:
+    """JSON can spell half of a surrogate pair, which no encoding can write and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair, which is not text") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
 TokenIdField = Annotated[int, Field(ge=0, le=_TOKEN_ID_MAX)]
 Prompts = Annotated[
-    list[Annotated[str | list[int], Field(union_mode="left_to_right")]],
+    list[Annotated[Text | list[int], Field(union_mode="left_to_right")]],
     BeforeValidator(_prompts),
     AfterValidator(_ids_in_range),
 ]
 StopStrings = Annotated[
-    list[Annotated[str, Field(max_length=_STOP_CHARS_MAX)]],
+    list[Annotated[Text, Field(max_length=_STOP_CHARS_MAX)]],
     Field(max_length=STOP_STRINGS_MAX),
     AfterValidator(_not_empty),
 ]
@@ -117,7 +127,7 @@ class StreamOptions(_Body):
 class GenerationBody(_Body):
     """What chat and text completions share."""
 
-    model: Annotated[str, Field(max_length=512)]
+    model: Annotated[Text, Field(max_length=512)]
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
@@ -153,7 +163,7 @@ Role = Literal["system", "developer", "user", "assistant"]
 
 class ChatMessage(_Body):
     role: Role
-    content: Annotated[str | None, BeforeValidator(_text_of)] = None
+    content: Annotated[Text | None, BeforeValidator(_text_of)] = None
     tool_calls: Annotated[Any, _only([])] = None
     function_call: Annotated[Any, _only()] = None
 
@@ -191,13 +201,13 @@ class CompletionBody(GenerationBody):
 class TokenizeBody(_Body):
     """Either a prompt, or messages that the model's chat template renders."""
 
-    model: str | None = None
-    prompt: str | None = None
+    model: Text | None = None
+    prompt: Text | None = None
     messages: Annotated[list[ChatMessage] | None, Field(min_length=1)] = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
 
 class DetokenizeBody(_Body):
-    model: str | None = None
+    model: Text | None = None
     tokens: list[TokenIdField]

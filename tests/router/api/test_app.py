@@ -1,0 +1,147 @@
+"""What only a scripted service can show: overload, failures, keys, bounds, clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from router.attempts import AttemptLimits
+from tests.router.conformance import HELLO, client
+from tests.router.conftest import BODY_NBYTES_MAX, LiveServer
+from tests.router.fakes import MODEL, fake_service
+
+ASK = {"model": MODEL, "messages": HELLO, "temperature": 0}
+Make = Callable[..., LiveServer]
+
+
+def events(body: str) -> list[object]:
+    lines = [line.removeprefix("data: ") for line in body.splitlines() if line]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+def test_the_last_word_of_a_stream_is_done(live: LiveServer) -> None:
+    body = httpx.post(f"{live.url}/v1/chat/completions", json=ASK | {"stream": True}).text
+    told = events(body)
+    assert told[-1] == "[DONE]"
+    last = told[-2]
+    assert isinstance(last, dict)
+    assert last["choices"][0]["finish_reason"] == "stop"
+    assert last["kvstrata"]["epochs"] == [1]
+
+
+def test_a_wrong_key_is_401(live_with: Make) -> None:
+    server = live_with(api_key="secret")
+    with client(server.url, "guess") as wrong, pytest.raises(openai.AuthenticationError):
+        wrong.models.list()
+    with client(server.url, "secret") as right:
+        assert right.models.list().data
+    assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_too_large_a_body_is_413(live: LiveServer) -> None:
+    def pieces() -> object:
+        yield b" " * BODY_NBYTES_MAX
+        yield b" "
+
+    for content in (b" " * (BODY_NBYTES_MAX + 1), pieces()):
+        answer = httpx.post(f"{live.url}/v1/chat/completions", content=content)  # type: ignore[arg-type]
+        assert answer.status_code == 413
+        assert answer.json()["error"]["code"] == "body_too_large"
+    assert httpx.post(f"{live.url}/v1/chat/completions", json=ASK).status_code == 200
+
+
+def test_overload_is_429_with_retry_after(live_with: Make) -> None:
+    server = live_with(running_max=1)
+    answer = httpx.post(f"{server.url}/v1/completions", json={"model": MODEL, "prompt": ["a", "b"]})
+    assert answer.status_code == 429
+    assert answer.headers["retry-after"] == "1"
+    assert httpx.post(f"{server.url}/v1/chat/completions", json=ASK).status_code == 200
+
+
+def test_not_ready_is_503(live_with: Make) -> None:
+    server = live_with()
+    server.call(lambda: setattr(server.service.operations, "reason", "starting shard 1/2"))
+    assert httpx.get(f"{server.url}/health").status_code == 503
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=ASK)
+    assert answer.status_code == 503
+    assert "starting shard" in answer.json()["error"]["message"]
+
+
+def test_a_failure_before_the_first_token_has_a_status_also_when_streaming(live_with: Make) -> None:
+    server = live_with()
+    server.service.prefill[0].dead = True
+    for stream in (False, True):
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=ASK | {"stream": stream})
+        assert answer.status_code == 500
+        assert "Traceback" not in answer.text
+        assert "3 attempts failed" in answer.json()["error"]["message"]
+
+
+def test_a_failure_after_it_is_an_event_of_the_stream(live_with: Make) -> None:
+    server = live_with(limits=AttemptLimits(attempts_max=1))
+    server.service.decode[0].dies_after = 1
+    with client(server.url) as openai_client, pytest.raises(openai.APIError, match="attempts failed"):
+        for _ in openai_client.chat.completions.create(**ASK, stream=True):  # type: ignore[call-overload]
+            pass
+
+
+def test_a_bug_of_ours_is_500_without_a_traceback(live_with: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = live_with()
+
+    def broken(_: object) -> list[int]:
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr(server.service.backend.tokenizer, "encode_chat", broken)
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=ASK)
+    assert answer.status_code == 500
+    assert answer.json()["error"]["type"] == "internal_error"
+    assert "secret" not in answer.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_the_workers(live_with: Make, stream: bool) -> None:
+    server = live_with()
+    server.service.decode[0].silent_after = 1
+    freed = server.call(asyncio.Event)
+
+    async def abort(request_id: str, attempt: int) -> None:
+        freed.set()
+
+    server.service.decode[0].abort = abort  # type: ignore[method-assign]
+    with (
+        pytest.raises(httpx.ReadTimeout),
+        httpx.stream(
+            "POST", f"{server.url}/v1/chat/completions", json=ASK | {"stream": stream}, timeout=0.5
+        ) as answer,
+    ):
+        answer.read()
+    asyncio.run_coroutine_threadsafe(asyncio.wait_for(freed.wait(), 10), server.loop).result(12)
+    assert server.call(lambda: server.service.backend.orchestrator.running) == 0
+
+
+def test_metrics_fold_counters_of_all_workers(live_with: Make) -> None:
+    server = live_with()
+    server.service.prefill[0].cached = 5
+    httpx.post(f"{server.url}/v1/chat/completions", json=ASK)
+    for _ in range(2):  # a second scrape adds nothing
+        metrics = httpx.get(f"{server.url}/metrics").text
+        assert "kvstrata_verified_blocks_total 7.0" in metrics
+        assert 'kvstrata_rejected_blocks_total{reason="checksum"} 1.0' in metrics
+        assert 'kvstrata_misses_total{reason="absent"} 2.0' in metrics
+        assert 'kvstrata_cached_tokens_total{tier="host"} 5.0' in metrics
+        assert "kvstrata_time_to_first_token_seconds_count 1.0" in metrics
+
+
+async def test_totals_never_go_back_when_a_worker_restarts(tmp_path: Path) -> None:
+    totals = fake_service(tmp_path).backend.metrics.totals
+    totals.fold("w-1", {"verified_blocks": 10.0})
+    totals.forget("w-1")
+    totals.fold("w-2", {"verified_blocks": 2.0})
+    totals.fold("w-2", {"verified_blocks": 3.0})
+    assert totals.workers["verified_blocks"] == 13.0
