@@ -57,6 +57,9 @@ class Orchestrator:
     ) -> None:
         self.fleet = Fleet()
         self.running = 0
+        self.idle = asyncio.Event()
+        """Set while no request runs."""
+        self.idle.set()
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._running_max = running_max
@@ -95,10 +98,13 @@ class Orchestrator:
         if self.running == 0:
             self._progress_at = self._clock.now()
         self.running += requests
+        self.idle.clear()
         try:
             yield
         finally:
             self.running -= requests
+            if self.running == 0:
+                self.idle.set()
 
     async def generate(self, job: Job) -> AsyncGenerator[Piece]:
         """Pieces in order, the last with a finish reason. Raises RequestError, also after some pieces."""

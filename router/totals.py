@@ -7,7 +7,7 @@ sees a counter go back. Shards' gauges are shown as they were last seen.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -20,6 +20,8 @@ __all__ = ["FleetTotals"]
 _LABELLED: Final = {"miss": "misses", "rejected": "rejected_blocks", "refused": "refused_blocks"}
 """What stands before the colon of a store client's counter -> the metric; after it is the reason."""
 _ALWAYS: Final = ("verified_blocks", "read_bytes", "written_bytes")
+_GAUGE: Final = "gauge:"
+"""What stands before a worker's number that is as it stands now, not a count."""
 _SHARD_GAUGES: Final = {
     "capacity_nbytes": "store_capacity_bytes",
     "live_nbytes": "store_live_bytes",
@@ -34,27 +36,33 @@ _SHARD_GAUGES: Final = {
 class FleetTotals(Collector):
     def __init__(self) -> None:
         self.workers: defaultdict[str, float] = defaultdict(float)
-        self.shards: tuple[ShardStatus, ...] = ()
+        self.shards: dict[str, ShardStatus] = {}
+        self.gauges: dict[str, dict[str, float]] = {}  # by worker
         self.dropped_events: Counter[str] = Counter()
         self._last: dict[str, dict[str, float]] = {}
 
     def fold(self, worker_id: str, counters: Mapping[str, float]) -> None:
         """Add what a worker counted since it was last asked."""
         last = self._last.setdefault(worker_id, {})
+        gauges = self.gauges.setdefault(worker_id, {})
         for name, value in counters.items():
-            self.workers[name] += max(0.0, value - last.get(name, 0.0))
-            last[name] = value
+            if name.startswith(_GAUGE):
+                gauges[name.removeprefix(_GAUGE)] = value
+            else:
+                self.workers[name] += max(0.0, value - last.get(name, 0.0))
+                last[name] = value
 
     def forget(self, worker_id: str) -> None:
         """The worker is no more; what it counted stays."""
         self._last.pop(worker_id, None)
+        self.gauges.pop(worker_id, None)
 
-    def saw_shards(self, statuses: Sequence[ShardStatus]) -> None:
-        self.shards = tuple(statuses)
+    def saw_shard(self, status: ShardStatus) -> None:
+        self.shards[status.shard] = status
 
     @property
     def ownerless_nbytes(self) -> int:
-        return sum(shard.ownerless_nbytes for shard in self.shards)
+        return sum(shard.ownerless_nbytes for shard in self.shards.values())
 
     def collect(self) -> Iterator[Metric]:
         yield from self._of_workers()
@@ -79,6 +87,11 @@ class FleetTotals(Collector):
         yield from labelled.values()
         for name, value in plain.items():
             yield CounterMetricFamily(f"kvstrata_{name}", "Summed over all workers", value=value)
+        for name in sorted({name for gauges in self.gauges.values() for name in gauges}):
+            gauge = GaugeMetricFamily(f"kvstrata_worker_{name}", f"{name} of a worker", labels=["worker"])
+            for worker_id, gauges in self.gauges.items():
+                gauge.add_metric([worker_id], gauges.get(name, 0.0))
+            yield gauge
 
     def _of_shards(self) -> Iterator[Metric]:
         yield GaugeMetricFamily(
@@ -88,13 +101,13 @@ class FleetTotals(Collector):
         )
         for attribute, name in _SHARD_GAUGES.items():
             gauge = GaugeMetricFamily(f"kvstrata_{name}", f"{attribute} of a shard", labels=["shard"])
-            for shard in self.shards:
+            for shard in self.shards.values():
                 gauge.add_metric([shard.shard], getattr(shard, attribute))
             yield gauge
         events = GaugeMetricFamily(
             "kvstrata_shard_events", "Counters of a shard's present incarnation", labels=["shard", "event"]
         )
-        for shard in self.shards:
+        for shard in self.shards.values():
             for event, count in shard.counters.items():
                 events.add_metric([shard.shard, event], count)
         yield events
