@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from decode.role import DecodeRole
+from typing import TYPE_CHECKING
+
 from engine.actor import WorkerActor, as_actor
-from engine.boot import boot
 from engine.types import Handoff, PollResult
+
+if TYPE_CHECKING:
+    from decode.role import DecodeRole
 
 __all__ = ["DecodeWorker", "DecodeWorkerActor"]
 
 
-class DecodeWorker(WorkerActor[DecodeRole]):
+class DecodeWorker(WorkerActor["DecodeRole"]):
     """Async: Ray runs its methods on one event loop, the role's own. Methods raise what the role's raise."""
 
     async def _make_role(self) -> DecodeRole:
+        # Here, not above: torch comes with them, and whoever starts the actor needs none of it.
+        from decode.role import DecodeRole
+        from engine.boot import boot
+
         return DecodeRole(await boot(self._config, node_id=self._node_id))
 
     async def start(self, handoff: Handoff) -> None:

@@ -5,18 +5,25 @@ KV never travels through actor calls but for a handoff's tail (less than one blo
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from engine.actor import WorkerActor, as_actor
-from engine.boot import boot
 from engine.types import FirstToken, GenerationRequest, Handoff
-from prefill.role import PrefillRole
+
+if TYPE_CHECKING:
+    from prefill.role import PrefillRole
 
 __all__ = ["PrefillWorker", "PrefillWorkerActor"]
 
 
-class PrefillWorker(WorkerActor[PrefillRole]):
+class PrefillWorker(WorkerActor["PrefillRole"]):
     """Async: Ray runs its methods on one event loop, the role's own. Methods raise what the role's raise."""
 
     async def _make_role(self) -> PrefillRole:
+        # Here, not above: torch comes with them, and whoever starts the actor needs none of it.
+        from engine.boot import boot
+        from prefill.role import PrefillRole
+
         return PrefillRole(await boot(self._config, node_id=self._node_id))
 
     async def prefill(self, request: GenerationRequest) -> FirstToken:
