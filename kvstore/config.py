@@ -37,6 +37,9 @@ class StoreConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     shards: int = Field(2, ge=1, le=1024, description="Home shards the service starts")
+    resources: dict[str, float] = Field(
+        default_factory=dict, description="Custom Ray resources each shard takes: binds shards to nodes"
+    )
     capacity_nbytes: int = Field(1 << 30, ge=1 << 20, description="Host memory for frames, a shard")
     policy: str = Field("lru", description="Replacement policy, by name")
     host: str = Field(

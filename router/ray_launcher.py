@@ -43,7 +43,7 @@ class RayLauncher:
         self._token = token
 
     async def shard(self, shard: ShardId) -> LaunchedShard:
-        actor = KVShardActor.options(max_restarts=0).remote()
+        actor = KVShardActor.options(max_restarts=0, resources=self._config.store.resources).remote()
         process = _RayShard(actor)
         try:
             start = ShardStart(shard, self._config.store, self._cluster_secret, self._token)
