@@ -70,9 +70,19 @@ spec:
         - name: http
           containerPort: {{ $root.Values.router.port }}
       {{- end }}
-      {{- with .group.env }}
+      {{- $key := and (eq .role "head") $root.Values.router.apiKeySecret.name }}
+      {{- if or .group.env $key }}
       env:
+        {{- if $key }}
+        - name: KVSTRATA_ROUTER__API_KEY
+          valueFrom:
+            secretKeyRef:
+              name: {{ $root.Values.router.apiKeySecret.name }}
+              key: {{ $root.Values.router.apiKeySecret.key }}
+        {{- end }}
+        {{- with .group.env }}
         {{- toYaml . | nindent 8 }}
+        {{- end }}
       {{- end }}
       resources:
         {{- include "kvstrata.resources" .group | trim | nindent 8 }}
