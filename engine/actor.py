@@ -9,6 +9,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from typing import Any, Final, Generic, Protocol, TypeVar
 
+from engine.process import prepare_process
 from engine.types import WorkerInfo
 from engine.worker_config import WorkerConfig
 from kvstore.topology import Topology
@@ -76,6 +77,7 @@ class WorkerActor(ABC, Generic[R]):
 
     async def _role(self) -> R:
         if self._starting is None:
+            prepare_process()
             self._starting = asyncio.create_task(self._make_role(), name="start worker")
         return await asyncio.shield(self._starting)
 

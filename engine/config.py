@@ -5,13 +5,17 @@ Checked once when read; everything after trusts them. The defaults fit SmolLM2-1
 
 from __future__ import annotations
 
-from typing import Literal
+import os
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kvstore.nouns import BLOCK_TOKENS
 
 __all__ = ["EngineConfig"]
+
+INVARIANT_THREADS_MAX: Final = 2
+"""Beyond it torch splits elementwise work where vectors end, and the ends round otherwise (linear.py)."""
 
 
 class EngineConfig(BaseModel):
@@ -26,7 +30,8 @@ class EngineConfig(BaseModel):
         None,
         ge=1,
         le=256,
-        description="Threads torch computes with, for the whole process. None: leave torch's own choice",
+        description="Threads torch computes with, for the whole process. None: every core, but at most "
+        "two in batch-invariant float32, which is proved for no more",
     )
     batch_invariant: bool = Field(
         True,
@@ -63,3 +68,10 @@ class EngineConfig(BaseModel):
                 "a step must have room for one token of every running sequence; raise step_tokens_max"
             )
         return self
+
+    @property
+    def compute_threads(self) -> int:
+        """Threads to compute with on this machine."""
+        cores = len(os.sched_getaffinity(0))
+        proved = self.batch_invariant and self.dtype == "float32"
+        return self.threads or (min(cores, INVARIANT_THREADS_MAX) if proved else cores)

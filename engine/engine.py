@@ -80,9 +80,8 @@ class Engine:
     @classmethod
     def load(cls, folder: Path, config: EngineConfig) -> Self:
         """Read a Hugging Face style folder. Raises ModelError's kinds, ConfigError for settings that do not
-        fit the model or this machine. Sets torch's threads for the whole process if the config says so."""
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
+        fit the model or this machine. Sets torch's threads, for the whole process."""
+        torch.set_num_threads(config.compute_threads)
         model_config = ModelConfig.from_folder(folder)
         weights = load_weights(folder, model_config, DTYPES[config.dtype])
         return cls(config, model_config, weights, Tokenizer.from_folder(folder))

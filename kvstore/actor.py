@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from kvstore.config import StoreConfig
 from kvstore.driver import ShardDriver
+from kvstore.memory import keep_freed_buffers
 from kvstore.nouns import ShardId
 from kvstore.server import ShardServer
 from kvstore.tiers.host import HostTier
@@ -40,6 +41,7 @@ class KVShard:
 
     async def start(self, start: ShardStart) -> str:
         """Serve; the address clients use. Raises ConfigError when it may not or cannot listen."""
+        keep_freed_buffers()
         self._driver = ShardDriver(start.store.driver(start.shard, start.cluster_secret), HostTier())
         self._server = ShardServer(self._driver, start.store.server(start.token))
         await self._driver.start()

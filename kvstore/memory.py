@@ -14,7 +14,8 @@ from typing import Final
 _M_TRIM_THRESHOLD: Final = -1
 _M_TOP_PAD: Final = -2
 _M_MMAP_THRESHOLD: Final = -3
-_LARGEST_NBYTES: Final = 1 << 30
+_MMAP_NBYTES: Final = 32 << 20  # the most glibc takes: larger buffers are mapped as before
+_TRIM_NBYTES: Final = 1 << 30
 _TOP_PAD_NBYTES: Final = 64 << 20
 
 
@@ -25,9 +26,10 @@ def keep_freed_buffers() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
+    # All three or none: glibc stops adapting by itself as soon as one is set.
     settings = (
-        (_M_MMAP_THRESHOLD, _LARGEST_NBYTES),
-        (_M_TRIM_THRESHOLD, _LARGEST_NBYTES),
+        (_M_MMAP_THRESHOLD, _MMAP_NBYTES),
+        (_M_TRIM_THRESHOLD, _TRIM_NBYTES),
         (_M_TOP_PAD, _TOP_PAD_NBYTES),
     )
     accepted = [mallopt(name, nbytes) == 1 for name, nbytes in settings]
