@@ -19,10 +19,8 @@ from kvstore.errors import KVStrataError
 from router.config import ServiceConfig
 from router.service import RouterService
 
-__all__ = ["ACTOR_NAME", "NAMESPACE", "RouterActor", "RouterStart", "StartProgress"]
+__all__ = ["RouterActor", "RouterStart", "StartProgress"]
 
-NAMESPACE: Final = "kvstrata"
-ACTOR_NAME: Final = "router"
 _SECRET_NBYTES: Final = 32
 _PROGRESS_WAIT_S: Final = 5.0
 

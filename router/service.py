@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -22,18 +20,18 @@ import uvicorn
 
 from engine.tokenizer import Tokenizer
 from kvstore.clock import Clock, MonotonicClock, wall_clock_seconds
-from kvstore.errors import ConfigError
 from router.api.app import build_app
 from router.api.backend import Backend
 from router.attempts import AttemptLimits
 from router.config import RouterConfig, ServiceConfig, check_exposure, served_name
 from router.launcher import LaunchedShard, Launcher
+from router.listener import listen
 from router.metrics import RouterMetrics
 from router.orchestrator import Orchestrator
 from router.status import shard_rows, worker_rows
 from router.supervisor import Supervision, Supervisor
 
-__all__ = ["RouterService", "listen"]
+__all__ = ["RouterService"]
 
 _HTTP_END_S: Final = 5.0
 
@@ -173,23 +171,6 @@ class RouterService:
                 if key is not None:
                     return key
         return None
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, or ConfigError that says what to do about it."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise ConfigError(_taken(host, port, error)) from None
-
-
-def _taken(host: str, port: int, error: OSError) -> str:
-    if isinstance(error, socket.gaierror):
-        return f"{host} is no address of this machine: choose another with --host"
-    if error.errno == errno.EADDRINUSE:
-        return f"port {port} is taken: stop what listens there or choose another with --port"
-    return f"cannot listen on {host}:{port} ({error.strerror}): choose another with --host or --port"
 
 
 def _limits(router: RouterConfig) -> AttemptLimits:

@@ -1,0 +1,52 @@
+"""The `kvstrata` command. One file a command; each imports what it needs when it runs, so help is instant."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from cli.chat import chat
+from cli.down import down
+from cli.model import model
+from cli.status import status
+from cli.up import up
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="kvstrata",
+    help="A versioned KV-cache service for LLM serving, and the serving stack around it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(up)
+app.command()(down)
+app.command()(chat)
+app.command()(status)
+app.add_typer(model, name="model")
+
+
+@app.command(
+    add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True}
+)
+def demo(context: typer.Context) -> None:
+    """Hold a conversation through the store, and check every token of it."""
+    from cli.demo.command import demo as command
+
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    alone.command()(command)
+    alone(args=context.args, prog_name="kvstrata demo")
+
+
+def main() -> None:
+    """Exit code 0, 1 for an error (told in one line), 2 for wrong usage, 130 for Ctrl-C."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
