@@ -1,0 +1,62 @@
+"""One file configures all; flags win; what exposes the service must be said aloud."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from kvstore.config import load_config
+from kvstore.errors import ConfigError
+from router.config import RouterConfig, ServiceConfig, check_exposure, served_name
+from router.listener import listen
+
+
+def test_defaults_need_no_file() -> None:
+    config = load_config(ServiceConfig, None, env={})
+    assert (config.model, config.router.host, config.router.port) == ("smollm2-135m", "127.0.0.1", 8000)
+
+
+def test_flags_win_over_environment_over_file(tmp_path: Path) -> None:
+    path = tmp_path / "kvstrata.toml"
+    path.write_text("[router]\nport = 1\n[prefill]\nworkers = 2\n[decode]\nworkers = 2\n")
+    env = {"KVSTRATA_PREFILL__WORKERS": "3", "KVSTRATA_DECODE__WORKERS": "3"}
+    config = load_config(ServiceConfig, path, {"decode.workers": 4, "router.host": None}, env)
+    assert (config.router.port, config.prefill.workers, config.decode.workers) == (1, 3, 4)
+
+
+@pytest.mark.parametrize("text", ["[router]\nprot = 1\n", "[rooter]\nport = 1\n"])
+def test_an_unknown_key_is_refused_with_the_nearest_one(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "kvstrata.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"did you mean (port|router)"):
+        load_config(ServiceConfig, path, env={})
+
+
+def test_listening_beyond_loopback_must_be_said() -> None:
+    with pytest.raises(ConfigError, match="--insecure"):
+        check_exposure(RouterConfig(host="0.0.0.0"))
+    check_exposure(RouterConfig(host="0.0.0.0", insecure=True))
+
+
+def test_a_taken_port_names_the_cure() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"port {port} is taken.*--port"):
+            listen("127.0.0.1", port)
+
+
+def test_an_address_of_another_machine_names_the_cure() -> None:
+    with pytest.raises(ConfigError, match="--host"):
+        listen("203.0.113.7", 0)
+
+
+def test_the_api_key_never_shows() -> None:
+    config = load_config(ServiceConfig, None, {"router.api_key": "secret"}, {})
+    assert "secret" not in repr(config)
+
+
+def test_the_model_is_served_under_the_last_part_of_its_path() -> None:
+    assert served_name(ServiceConfig(model="/models/tiny/")) == "tiny"
+    assert served_name(ServiceConfig(router=RouterConfig(served_model_name="x"))) == "x"
