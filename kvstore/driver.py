@@ -232,11 +232,11 @@ class ShardDriver:
     # -- faults on purpose -------------------------------------------------------------------------
 
     def flip_stored_byte(self) -> BlockKey | None:
-        """Flip one payload byte of a live block, the head of a chain if there is one. None: store empty."""
+        """Flip one payload byte of a live block that begins a chain; its key. None: no such block here."""
         if not self.config.faults or not isinstance(self._storage, Breakable):
             raise ConfigError("faults are off on this shard: set store.faults = true to break blocks")
-        live = [v for v in self.core.index.versions() if v.state is State.LIVE]
-        victim = min(live, key=lambda v: v.chain_index, default=None)
+        heads = (v for v in self.core.index.versions() if v.state is State.LIVE and not v.chain_index)
+        victim = next(heads, None)
         if victim is None:
             return None
         middle = (HEADER_NBYTES + victim.nbytes) // 2

@@ -26,8 +26,9 @@ def demo(
 ) -> None:
     """Hold a conversation through the store, and check every token of it.
 
-    Three turns about a document, then a second reader of the same one. Every answer is compared, token for token, with
-    what one process without a store generates; then a stored byte is flipped, and the answer must not change.
+    Three turns about a document, then a second reader of the same one. Every answer is compared, token for
+    token, with what one process without a store generates; then a stored byte is flipped, and the answer
+    must not change.
     Exit code 1 if anything of it does not hold.
     """
     raise typer.Exit(reported(lambda: _demo(model, config, json_out)))
@@ -112,12 +113,11 @@ def _show(turns: list[Turn], verdict: Verdict) -> None:
     )
     for column in (2, 3, 4, 5):
         table.columns[column].justify = "right"
-    for turn in turns:
+    for number, turn in enumerate(turns, 1):
         computed = len(turn.prompt_ids) - turn.cached_tokens
         origin = [f"{tier} {tokens}" for tier, tokens in turn.cached_by_tier.items() if tokens]
         table.add_row(
-            turn.reader,
-            turn.question,
+            f"{number} {turn.reader}",
             str(len(turn.prompt_ids)),
             str(turn.cached_tokens),
             f"{turn.ttft_ms:.0f} ms",
@@ -126,8 +126,8 @@ def _show(turns: list[Turn], verdict: Verdict) -> None:
         )
     console = Console()
     console.print(table)
-    for turn in turns:
-        console.print(f"[bold]{turn.question}[/]\n  {turn.answer.strip()}", highlight=False)
+    for number, turn in enumerate(turns, 1):
+        console.print(f"[bold]{number} {turn.question}[/]\n  {turn.answer.strip()}", highlight=False)
     yes = {True: "[green]yes[/]", False: "[red]NO[/]"}
     console.print(f"equal to one process, token for token: {yes[verdict.equal_to_monolithic]}")
     console.print(

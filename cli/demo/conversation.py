@@ -58,7 +58,7 @@ def opening() -> Message:
 
 
 def ask(client: httpx.Client, model: str, reader: str, messages: list[Message]) -> Turn:
-    """Stream one greedy answer and time it. Raises httpx.HTTPError or RuntimeError with the server's words."""
+    """Stream one greedy answer and time it. Raises httpx.HTTPError, or RuntimeError in the server's words."""
     body = {
         "model": model,
         "messages": messages,
@@ -70,7 +70,9 @@ def ask(client: httpx.Client, model: str, reader: str, messages: list[Message]) 
     }
     started = time.monotonic()
     first: float | None = None
-    text, prompt_ids, output_ids = [], [], []
+    text: list[str] = []
+    prompt_ids: list[int] = []
+    output_ids: list[int] = []
     usage: dict[str, Any] = {}
     extra: dict[str, Any] = {}
     with client.stream("POST", "/v1/chat/completions", json=body, timeout=TURN_TIMEOUT_S) as response:
