@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from cli.guardian import guarded
 from cli.say import reported
@@ -18,9 +16,6 @@ from router.listener import listen
 from router.model_folder import model_folder
 
 __all__ = ["Hosted", "host_locally"]
-
-_THREADS_MAX: Final = 16
-"""More than this and a small model waits for its threads longer than it computes."""
 
 Told = Callable[[str], None]
 
@@ -57,21 +52,13 @@ def _host(config: ServiceConfig, work: Callable[[Hosted], int], told: Told, work
     start_private(workdir)
     from router.ray_actor import RouterStart
 
-    router = launch_router(RouterStart(_all_cores(config), folder, str(folder)), detached=False)
+    router = launch_router(RouterStart(config, folder, str(folder)), detached=False)
     try:
         url = router.open()
         router.wait_until_up(told, config.router.start_timeout_s)
         return work(Hosted(url, served_name(config), folder, config, router))
     finally:
         router.close(config.router.drain_timeout_s)
-
-
-def _all_cores(config: ServiceConfig) -> ServiceConfig:
-    """Ray gives an actor that reserves no CPU one thread; here every worker may use the machine."""
-    if config.engine.threads is not None:
-        return config
-    threads = min(len(os.sched_getaffinity(0)), _THREADS_MAX)
-    return config.model_copy(update={"engine": config.engine.model_copy(update={"threads": threads})})
 
 
 def _stages(told: Told) -> Callable[[str, int, int], None]:
