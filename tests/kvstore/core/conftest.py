@@ -1,0 +1,145 @@
+"""A core to itself, with one namespace and three epochs, and helpers that speak in key numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from kvstore.core.shard import ShardCore
+from kvstore.core.state import CoreConfig, CoreLimits, Matched, Namespace, Offer
+from kvstore.core.transactions import Txn
+from kvstore.nouns import (
+    ROOT_KEY,
+    BlockKey,
+    BlockRef,
+    Epoch,
+    Incarnation,
+    LayoutFingerprint,
+    LeaseId,
+    NamespaceId,
+    Quality,
+    Refusal,
+    Revision,
+    ShardId,
+    Snapshot,
+    WeightsDigest,
+)
+from kvstore.policies import POLICIES
+
+NBYTES = 100
+INCARNATION = Incarnation(7)
+NAMESPACE = NamespaceId(bytes(16))
+MODEL = "model"
+LOSSLESS, INT8 = Quality.LOSSLESS, Quality.INT8
+
+
+def epoch(number: int) -> Epoch:
+    return Epoch(number, WeightsDigest(bytes([number] * 16)))
+
+
+def key(n: int) -> BlockKey:
+    return BlockKey(n.to_bytes(32, "big"))
+
+
+E1, E2, E3 = epoch(1), epoch(2), epoch(3)
+
+
+class Shard:
+    """A core; `now` moves only when told to, in steps the core takes for running."""
+
+    def __init__(self, blocks: int = 8, **limits: float) -> None:
+        config = CoreConfig(ShardId("shard"), INCARNATION, blocks * NBYTES, CoreLimits(**limits))  # type: ignore[arg-type]
+        self.core = ShardCore(config, POLICIES["lru"])
+        self.now = 0.0
+        self._requests = 0
+        self.open(NAMESPACE, MODEL)
+
+    def open(self, namespace: NamespaceId, model_id: str) -> None:
+        self.core.open_namespace(namespace, Namespace(model_id, LayoutFingerprint(bytes(16)), NBYTES))
+        for known in (E1, E2, E3):
+            self.core.register_epoch(model_id, known)
+
+    def begin(
+        self,
+        keys: Sequence[int],
+        of: Epoch = E1,
+        quality: Quality = LOSSLESS,
+        *,
+        namespace: NamespaceId = NAMESPACE,
+        nbytes: int = NBYTES,
+        lease_s: float = 10.0,
+        request: bytes | None = None,
+    ) -> Txn:
+        """Offer the keys; key n is block n % 100 of the chain that starts at n - n % 100."""
+        self._requests += 1
+        request = self._requests.to_bytes(8, "big") if request is None else request
+        offers = [_offer(n, nbytes) for n in keys]
+        return self.core.begin(namespace, of, quality, offers, "writer", lease_s, request, self.now)
+
+    def write(self, txn: Txn) -> None:
+        for i, refusal in enumerate(txn.refusals):
+            if refusal is None:
+                self.core.written(txn, i, None, self.now)
+
+    def commit(self, txn: Txn, pin_for_s: float | None = None) -> tuple[BlockRef | Refusal, ...]:
+        return self.core.commit(txn.id, pin_for_s, self.now).blocks
+
+    def put(
+        self,
+        keys: Sequence[int],
+        of: Epoch = E1,
+        quality: Quality = LOSSLESS,
+        *,
+        namespace: NamespaceId = NAMESPACE,
+    ) -> tuple[BlockRef | Refusal, ...]:
+        """Begin, write what was granted, commit."""
+        txn = self.begin(keys, of, quality, namespace=namespace)
+        self.write(txn)
+        return self.commit(txn)
+
+    def match(
+        self,
+        keys: Sequence[int],
+        of: Epoch = E1,
+        *,
+        namespace: NamespaceId = NAMESPACE,
+        min_quality: Quality = LOSSLESS,
+        at: Revision | None = None,
+        lease_s: float = 10.0,
+    ) -> Matched:
+        snapshot = Snapshot(namespace, of, min_quality, 0, at)
+        return self.core.match(snapshot, [key(n) for n in keys], "reader", lease_s, self.now)
+
+    def hits(self, keys: Sequence[int], of: Epoch = E1) -> int:
+        """How many of the keys match; holds nothing afterwards."""
+        matched = self.match(keys, of)
+        self.release(matched.lease)
+        return len(matched.versions)
+
+    def present(self, keys: Sequence[int], of: Epoch = E1) -> set[int]:
+        return {n for n in keys if self.hits([n], of)}
+
+    def release(self, *leases: LeaseId | None) -> None:
+        self.core.release([lease for lease in leases if lease is not None])
+
+    def revision(self) -> Revision:
+        return Revision(INCARNATION, self.core.revision)
+
+    def later(self, seconds: float) -> None:
+        """Time passes as it does for a shard that runs: in small steps, with the reaper at each."""
+        for _ in range(int(seconds)):
+            self.now += 1.0
+            self.core.reap(self.now)
+
+
+def _offer(n: int, nbytes: int) -> Offer:
+    index = n % 100
+    return Offer(key(n), key(n - 1) if index else ROOT_KEY, index, key(n - index), nbytes)
+
+
+@pytest.fixture
+def shard() -> Iterator[Shard]:
+    made = Shard()
+    yield made
+    made.core.check_integrity()

@@ -1,0 +1,136 @@
+"""Who goes first: past epochs, then the least recently used, the leaf of a chain before its parent."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvstore.core.state import Offer
+from kvstore.errors import EpochConflict, EpochUnknown, OverLimit
+from kvstore.nouns import Epoch, NamespaceId, Refusal, WeightsDigest
+from tests.kvstore.core.conftest import E1, E2, E3, LOSSLESS, MODEL, NAMESPACE, NBYTES, Shard, key
+
+OTHER = NamespaceId(bytes([1] * 16))
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    shard = Shard(blocks=3)
+    for chain in (0, 100, 200):
+        shard.put([chain])
+    shard.hits([0])
+    shard.put([300])
+    assert shard.present([0, 100, 200, 300]) == {0, 200, 300}
+
+
+def test_the_leaf_goes_before_its_parent_however_the_chain_was_written() -> None:
+    for writes in ([[0, 1, 2, 3]], [[0], [1], [2], [3]], [[2, 3], [0, 1]]):
+        shard = Shard(blocks=4)
+        for keys in writes:
+            shard.put(keys)
+        shard.put([100])
+        shard.put([200])
+        assert shard.hits([0, 1, 2, 3]) == 2, writes
+
+
+def test_the_leaf_goes_before_its_parent_in_whatever_order_leases_end() -> None:
+    shard = Shard(blocks=4)
+    shard.put([0, 1, 2, 3])
+    leases = [shard.match(range(n)).lease for n in (1, 2, 3, 4)]
+    shard.release(*reversed(leases))
+    shard.put([100])
+    assert shard.hits([0, 1, 2, 3]) == 3
+
+
+def test_past_epochs_go_first_the_oldest_of_them_first() -> None:
+    shard = Shard(blocks=6)
+    for of, chain in ((E3, 0), (E2, 100), (E1, 200)):
+        shard.put([chain, chain + 1], of)
+    shard.core.advance_epoch(MODEL, 3)
+    shard.put([300, 301, 302], E3)
+    assert (shard.hits([200, 201], E1), shard.hits([100, 101], E2), shard.hits([0, 1], E3)) == (0, 1, 2)
+
+
+def test_epochs_to_come_are_as_good_as_the_current_one() -> None:
+    shard = Shard(blocks=2)
+    shard.put([0], E2)
+    shard.put([100], E1)
+    shard.put([200], E1)
+    assert shard.present([0], E2) == set()
+    assert shard.present([100, 200], E1) == {100, 200}
+
+
+def test_models_compete_by_recency_not_by_the_height_of_their_numbers() -> None:
+    shard = Shard(blocks=2)
+    shard.open(OTHER, "other model")
+    shard.core.advance_epoch("other model", 3)
+    shard.put([0], E3, namespace=OTHER)
+    shard.put([100], E1)
+    shard.put([200], E1)
+    assert shard.match([0], E3, namespace=OTHER).versions == ()
+    assert shard.present([100, 200]) == {100, 200}
+
+
+def test_pinned_and_staged_blocks_never_go() -> None:
+    shard = Shard(blocks=3)
+    shard.put([0])
+    shard.match([0])
+    shard.begin([1])
+    shard.put([2])
+    assert shard.begin([3, 4]).refusals == [None, Refusal.NO_SPACE]
+    assert shard.hits([0]) == 1
+
+
+def test_what_cannot_fit_evicts_nothing() -> None:
+    shard = Shard(blocks=4)
+    shard.put([0, 1])
+    shard.put([100, 101])
+    shard.match([100])
+    assert shard.begin([200], nbytes=4 * NBYTES).refusals == [Refusal.NO_SPACE]
+    assert shard.hits([0, 1]) == 2
+    assert shard.begin([200], nbytes=3 * NBYTES).refusals == [None]
+
+
+def test_making_room_for_one_offer_spares_the_others() -> None:
+    shard = Shard(blocks=2)
+    shard.put([1])
+    shard.put([100])
+    assert shard.begin([0, 1]).refusals == [None, Refusal.EXISTS]
+
+
+def test_slots_run_out_before_bytes_as_an_explicit_refusal() -> None:
+    shard = Shard(blocks=8, slots_max=2)
+    shard.put([0, 1])
+    shard.put([100])
+    assert shard.hits([0, 1]) == 1
+    assert shard.begin([200, 201, 202]).refusals == [None, None, Refusal.NO_SPACE]
+
+
+def test_a_chain_that_bites_its_tail_harms_nobody(shard: Shard) -> None:
+    """Keys and parents are the writer's word: a forged cycle must not trap the walk up a chain."""
+    cycle = [Offer(key(n), key(1 - n), n, key(0), NBYTES) for n in (0, 1)]
+    txn = shard.core.begin(NAMESPACE, E1, LOSSLESS, cycle, "forger", 10.0, b"r", shard.now)
+    shard.write(txn)
+    shard.commit(txn)
+    assert shard.hits([0, 1]) == 2
+
+
+def test_an_epochs_number_is_bound_to_its_weights(shard: Shard) -> None:
+    with pytest.raises(EpochConflict, match="take the next number"):
+        shard.core.register_epoch(MODEL, Epoch(1, WeightsDigest(bytes(16))))
+    with pytest.raises(EpochUnknown, match="register it"):
+        shard.core.advance_epoch(MODEL, 9)
+    with pytest.raises(EpochUnknown, match="register it"):
+        shard.core.advance_epoch("unheard of", 1)
+
+
+def test_epochs_never_go_back(shard: Shard) -> None:
+    after = shard.core.advance_epoch(MODEL, 3)
+    assert shard.core.advance_epoch(MODEL, 2) == after
+    assert shard.core.epochs.lag(MODEL, 2) == 1
+
+
+def test_epochs_and_models_are_bounded() -> None:
+    shard = Shard(epochs_max=3, models_max=1)
+    with pytest.raises(OverLimit, match="epochs_max"):
+        shard.core.register_epoch(MODEL, Epoch(4, WeightsDigest(bytes(16))))
+    with pytest.raises(OverLimit, match="models_max"):
+        shard.core.register_epoch("another", E1)
