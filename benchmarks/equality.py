@@ -13,9 +13,12 @@ import argparse
 import asyncio
 import importlib.resources
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import structlog
 
 from engine.process import prepare_process
 
@@ -149,6 +152,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     args = parser.parse_args()
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     folder = resolve_model(DEFAULT_MODEL)
     rows = [compare(folder, d, args.prompts, args.tokens) for d in args.dtype or ["float32", "bfloat16"]]
     if args.json:
