@@ -28,7 +28,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make_engine(tiny_folder: Path) -> EngineFactory:
     def make(folder: Path = tiny_folder, **settings: Any) -> Engine:
-        return Engine.load(folder, EngineConfig(**({"pool_blocks": 64} | settings)))
+        defaults = {"pool_blocks": 64, "threads": torch.get_num_threads()}
+        return Engine.load(folder, EngineConfig(**(defaults | settings)))
 
     return make
 
@@ -48,9 +49,12 @@ def seen_logits(monkeypatch: pytest.MonkeyPatch) -> Logits:
     return seen
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def set_threads() -> Iterator[Callable[[int], None]]:
+    """One thread unless a test asks for more: the tiny model gains nothing by them, and where others use the
+    machine two threads that wait for each other cost tenfold."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield torch.set_num_threads
     torch.set_num_threads(before)
 

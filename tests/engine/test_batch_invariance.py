@@ -61,12 +61,11 @@ def test_chunk_size_moves_no_bit(
         assert_equal_bits(final_logits(engine, seen_logits), whole)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("length", "threads"), [(265, 1), (20, 2)])
 def test_token_by_token_equals_one_shot(
-    threads: int, make_engine: EngineFactory, seen_logits: Logits, set_threads: Threads
+    length: int, threads: int, make_engine: EngineFactory, seen_logits: Logits, set_threads: Threads
 ) -> None:
     set_threads(threads)
-    length = 265
     whole = final_logits(make_engine(step_tokens_max=length, running_max=1), seen_logits, length)
     single = make_engine(step_tokens_max=1, running_max=1)
     assert_equal_bits(final_logits(single, seen_logits, length), whole)
@@ -81,7 +80,7 @@ def test_company_moves_no_bit(
     alone = final_logits(make_engine(pool_blocks=256), seen_logits)
     engine = make_engine(pool_blocks=256, step_tokens_max=90)
     for index in range(others):
-        engine.admit(request(f"other-{index}", prompt(3 + 37 * index % 300, seed=index + 1), 20, seed=99))
+        engine.admit(request(f"other-{index}", prompt(3 + 37 * index % 300, seed=index + 1), 8, seed=99))
     engine.step()
     assert_equal_bits(final_logits(engine, seen_logits), alone)
 
@@ -145,20 +144,18 @@ def test_the_plain_mode_is_near_but_not_equal(make_engine: EngineFactory, seen_l
 
 
 @pytest.mark.model
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_real_model_is_batch_invariant(
     threads: int, make_engine: EngineFactory, seen_logits: Logits, set_threads: Threads
 ) -> None:
     set_threads(threads)
     folder = resolve_model(DEFAULT_MODEL)
-    settings: dict[str, Any] = {"pool_blocks": 64, "running_max": 8}
-    whole = final_logits(make_engine(folder, step_tokens_max=PROMPT, **settings), seen_logits)
-    for chunk in (37, 300):
-        assert_equal_bits(
-            final_logits(make_engine(folder, step_tokens_max=chunk, **settings), seen_logits), whole
-        )
-    engine = make_engine(folder, step_tokens_max=100, **settings)
-    for index in range(5):
-        engine.admit(request(f"other-{index}", prompt(20 + 50 * index, seed=index), 20, seed=99))
-    engine.step()
-    assert_equal_bits(final_logits(engine, seen_logits), whole)
+    length = 290
+    whole = final_logits(make_engine(folder, step_tokens_max=length), seen_logits, length)
+    chunked = make_engine(folder, step_tokens_max=137)
+    assert_equal_bits(final_logits(chunked, seen_logits, length), whole)
+    for index in range(4):
+        chunked.admit(request(f"other-{index}", prompt(9 + 50 * index, seed=index), 20, seed=99))
+    chunked.step()
+    assert_equal_bits(final_logits(chunked, seen_logits, length), whole)
