@@ -26,7 +26,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 import psutil
 
@@ -52,16 +52,16 @@ def guarded(
     """
     waited = _STOP_SIGNALS | {signal.SIGCHLD}
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, waited)
-    workdir = Path(tempfile.mkdtemp(prefix="kvs-", dir=_short_tmp()))
+    workdir = Path(tempfile.mkdtemp(prefix=f"kvs-{os.getpid()}-", dir=_short_tmp()))
+    folders = (workdir, also_remove(workdir))
     try:
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-        host = _fork(work, workdir, previous)
+        host = _fork(work, folders, previous)
         code, caught = _watch(host, waited, grace_s)
         return code if caught is None else 128 + caught
     finally:
         _sweep()
-        for folder in (workdir, also_remove(workdir)):
-            shutil.rmtree(folder, ignore_errors=True)
+        _remove(folders)
         # Signals that came meanwhile asked for what was just done.
         while signal.sigtimedwait(waited, 0) is not None:
             pass
@@ -73,35 +73,40 @@ def _short_tmp() -> str:
     return str(_TMP) if os.access(_TMP, os.W_OK) else tempfile.gettempdir()
 
 
-def _fork(work: Callable[[Path], int], workdir: Path, mask: Iterable[int]) -> int:
+def _fork(work: Callable[[Path], int], folders: tuple[Path, Path], mask: Iterable[int]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     guardian = os.getpid()
     pid = os.fork()
     if pid:
         return pid
+
+    def leave(code: int) -> NoReturn:
+        """No interpreter shutdown: threads of Ray may be anywhere, and nothing of ours is left to do."""
+        if os.getppid() != guardian:  # it was killed: nobody else tidies up
+            _remove(folders)
+        sys.stderr.flush()
+        os._exit(code)
+
     code = 1
     try:
         os.setsid()  # the terminal's Ctrl-C is the guardian's to hear
         _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        signal.signal(signal.SIGTERM, _leave_at_once)
+        # Until the work installs its own way to end: the guardian ends what was started so far.
+        signal.signal(signal.SIGTERM, lambda _signal, _frame: leave(128 + signal.SIGTERM))
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        code = work(workdir)
+        code = work(folders[0])
         sys.stdout.flush()
     except BaseException:
         traceback.print_exc()
     finally:
-        if os.getppid() != guardian:  # it was killed: nobody else tidies up
-            shutil.rmtree(workdir, ignore_errors=True)
-        sys.stderr.flush()
-        # No interpreter shutdown: threads of Ray may be anywhere, and nothing of ours is left to do.
-        os._exit(code)
+        leave(code)
 
 
-def _leave_at_once(_signal: int, _frame: object) -> None:
-    """Until the work installs its own way to end: the guardian ends what was started so far."""
-    os._exit(128 + signal.SIGTERM)
+def _remove(folders: tuple[Path, Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _watch(host: int, waited: frozenset[signal.Signals], grace_s: float) -> tuple[int, int | None]:

@@ -39,7 +39,8 @@ def _pull(name: str, json_out: bool) -> int:
     from router.model_folder import model_folder
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         folder = model_folder(name, _bar(bars))
     if json_out:
         one_json({"model": name, "path": str(folder)})

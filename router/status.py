@@ -48,5 +48,5 @@ def worker_rows(supervisor: Supervisor, totals: FleetTotals, fleet: Fleet) -> li
 
 def _row(place: Place) -> dict[str, Any]:
     state = "running" if place.running is not None else "down"
-    row: dict[str, Any] = {"state": state, "incarnation": place.incarnation}
+    row: dict[str, Any] = {"state": state, "starts": place.incarnation}
     return row if place.running is not None else row | {"why": place.why_down}

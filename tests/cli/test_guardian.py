@@ -99,13 +99,15 @@ def test_the_work_may_end_in_its_own_way(tmp_path: Path) -> None:
 
 
 def test_a_killed_guardian_takes_the_host_with_it(tmp_path: Path) -> None:
-    guardian, host, _ = begin(tmp_path, "time.sleep(600)")
+    guardian, host, workdir = begin(tmp_path, "time.sleep(600)")
     below = psutil.Process(guardian.pid).children(recursive=True)
     try:
         guardian.kill()
         guardian.wait(END_S)
         ended, _ = psutil.wait_procs([p for p in below if p.pid == host], timeout=START_S)
         assert [process.pid for process in ended] == [host]
+        assert not workdir.exists()
+        assert list(tmp_path.iterdir()) == []
     finally:
         for process in below:
             with contextlib.suppress(psutil.NoSuchProcess):

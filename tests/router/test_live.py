@@ -1,0 +1,112 @@
+"""The real service on the default model: the openai client, hits of the store, workers killed on the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.router.conformance import HELLO, TIMEOUT_S, Conformance, client
+from tests.serving import Up, running
+
+pytestmark = [pytest.mark.serving, pytest.mark.model, pytest.mark.timeout(300)]
+
+MODEL = "smollm2-135m"
+STORY: list[Any] = [{"role": "user", "content": "Tell me a long story about a lighthouse. " * 12}]
+
+
+@pytest.fixture(scope="module")
+def up() -> Iterator[Up]:
+    with running("--model", MODEL, "--shards", "2") as service:
+        yield service
+
+
+class TestRealService(Conformance):
+    @pytest.fixture
+    def url(self, up: Up) -> str:
+        return up.url
+
+    @pytest.fixture
+    def model(self, up: Up) -> str:
+        return up.model
+
+
+def ask(url: str, messages: list[Any], **more: Any) -> dict[str, Any]:
+    body = {"model": MODEL, "messages": messages, "temperature": 0, "max_tokens": 24, **more}
+    answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=TIMEOUT_S)
+    assert answer.status_code == 200, answer.text
+    document: dict[str, Any] = answer.json()
+    return document
+
+
+def test_a_second_turn_finds_the_first_in_the_store(up: Up) -> None:
+    first = ask(up.url, STORY)
+    text = first["choices"][0]["message"]["content"]
+    turn = [*STORY, {"role": "assistant", "content": text}, {"role": "user", "content": "Go on."}]
+    second = ask(up.url, turn)
+    shared = first["usage"]["prompt_tokens"]
+    cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert cached >= shared - shared % 32
+    assert second["kvstrata"]["cached_by_tier"] == {"host": cached}
+    assert second["kvstrata"]["epochs"] == [0]
+
+
+@pytest.mark.parametrize("role", ["decode", "prefill"])
+def test_a_worker_killed_while_it_streams_changes_nothing(up: Up, role: str) -> None:
+    messages: list[Any] = [{"role": "user", "content": f"Count and explain, for the {role} worker."}]
+    undisturbed = ask(up.url, messages, max_tokens=48, ignore_eos=True)
+    (victim,) = [worker for worker in up.status()["workers"] if worker["role"] == role]
+    pieces = []
+    with client(up.url) as openai_client:
+        stream = openai_client.chat.completions.create(
+            model=MODEL,
+            messages=messages,
+            temperature=0,
+            max_tokens=48,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        for number, chunk in enumerate(stream):
+            if number == 3:
+                os.kill(victim["pid"], signal.SIGKILL)
+            pieces.append(chunk.choices[0].delta.content or "")
+    assert "".join(pieces) == undisturbed["choices"][0]["message"]["content"]
+    assert ask(up.url, messages)["choices"][0]["message"]["content"]
+    (successor,) = [worker for worker in up.status()["workers"] if worker["role"] == role]
+    assert successor["starts"] > victim["starts"]
+
+
+def test_a_killed_shard_costs_misses_and_comes_back(up: Up) -> None:
+    before = ask(up.url, STORY)
+    victim = up.status()["shards"][0]
+    os.kill(victim["pid"], signal.SIGKILL)
+    after = ask(up.url, STORY)
+    assert after["choices"][0]["message"] == before["choices"][0]["message"]
+    back = threading.Event()
+    for _ in range(120):
+        shard = up.status()["shards"][0]
+        if shard["state"] == "running" and shard["pid"] != victim["pid"]:
+            break
+        back.wait(0.5)
+    assert shard["starts"] == victim["starts"] + 1
+    assert shard["incarnation"] != victim["incarnation"]
+    ask(up.url, STORY)
+    again = ask(up.url, STORY)
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+
+
+def test_a_long_prefill_is_left_when_the_client_leaves(up: Up) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(
+            f"{up.url}/v1/completions",
+            json={"model": MODEL, "prompt": "left " * 2500, "max_tokens": 8},
+            timeout=0.5,
+        )
+    assert ask(up.url, HELLO)["usage"]["completion_tokens"] > 0
+    assert up.status()["requests_running"] == 0
+    assert up.status()["ownerless_bytes"] == 0
