@@ -19,7 +19,7 @@ from engine.types import FinishReason, FirstToken, GenerationRequest, Handoff, S
 from engine.worker import EngineThread
 from engine.worker_config import RoleLimits, WorkerConfig
 from kvstore.client import StoreClient
-from kvstore.clock import Clock, MonotonicClock
+from kvstore.clock import Clock, ManualClock, MonotonicClock
 from kvstore.driver import DriverConfig, ShardDriver
 from kvstore.nouns import Quality, ShardId
 from kvstore.tiers.host import HostTier
@@ -38,9 +38,14 @@ ENGINE = EngineConfig(
 )
 
 
-def shard(name: str = "s0", capacity_nbytes: int = 64 << 20, clock: Clock | None = None) -> ShardDriver:
+def shard(
+    name: str = "s0",
+    capacity_nbytes: int = 64 << 20,
+    clock: Clock | None = None,
+    storage: HostTier | None = None,
+) -> ShardDriver:
     config = DriverConfig(ShardId(name), capacity_nbytes, SECRET, faults=True)
-    return ShardDriver(config, HostTier(), clock)
+    return ShardDriver(config, storage or HostTier(), clock)
 
 
 def over(transports: Sequence[ShardTransport]) -> Connect:
@@ -62,6 +67,7 @@ def make_worker(
     epoch_number: int = 1,
     min_quality: Quality = Quality.LOSSLESS,
     stale_lag_max: int = 0,
+    engine_class: type[Engine] = Engine,
     **limits: Any,
 ) -> tuple[Worker, Engine]:
     """A worker with an engine of its own, which comes along so that a test can look into it."""
@@ -76,7 +82,7 @@ def make_worker(
         stale_lag_max=stale_lag_max,
         limits=RoleLimits(**limits),
     )
-    loaded = Engine.load(folder, engine)
+    loaded = engine_class.load(folder, engine)
     return assemble(config, loaded, EngineThread(), connect, clock=clock or MonotonicClock()), loaded
 
 
@@ -108,34 +114,36 @@ class Pair:
     decode: DecodeRole
     engines: tuple[Engine, Engine]
     workers: tuple[Worker, Worker]
-    shards: Sequence[ShardDriver] = ()
+    shards: Sequence[ShardDriver]
     cursor: int = 0
 
     async def generate(self, asked: GenerationRequest) -> tuple[FirstToken, tuple[int, ...]]:
-        """All output tokens of the request, by the way a router takes."""
+        """The first token, and all output tokens, by the way a router takes."""
         first = await self.prefill.prefill(asked)
-        tokens = [*asked.output_ids, first.event.token_id]
         handoff = await self.prefill.handoff(asked.request_id, asked.attempt)
-        if handoff is not None:
-            tokens += await self.decode_all(handoff)
-        return first, tuple(tokens)
+        tokens = (*asked.output_ids, first.event.token_id)
+        return first, tokens if handoff is None else await self.decode_all(handoff)
 
-    async def decode_all(self, handoff: Handoff) -> list[int]:
-        await self.decode.start(handoff)
-        events = await self.events_of(handoff.request.request_id)
-        begin = len(handoff.request.output_ids)
-        assert [event.index for event in events] == [*range(begin, begin + len(events))]
-        assert events[-1].finish is not FinishReason.ERROR, events[-1].error
-        return [event.token_id for event in events]
+    async def decode_all(self, handoff: Handoff) -> tuple[int, ...]:
+        """All output tokens of one handoff."""
+        return (await self.decode_each([handoff]))[0]
 
-    async def events_of(self, request_id: str) -> list[TokenEvent]:
-        """Poll until the request's last event."""
-        events: list[TokenEvent] = []
+    async def decode_each(self, handoffs: Sequence[Handoff]) -> list[tuple[int, ...]]:
+        """Start all, then poll until each has ended: so that they share batches."""
+        for handoff in handoffs:
+            await self.decode.start(handoff)
+        events = await self.events_of([handoff.request.request_id for handoff in handoffs])
+        return [_output(h, events[h.request.request_id]) for h in handoffs]
+
+    async def events_of(self, request_ids: Sequence[str]) -> dict[str, list[TokenEvent]]:
+        """Poll until every one of the requests had its last event."""
+        events: dict[str, list[TokenEvent]] = {request_id: [] for request_id in request_ids}
         async with asyncio.timeout(WAIT_S):
-            while not events or events[-1].finish is None:
+            while not all(said and said[-1].finish for said in events.values()):
                 polled = await self.decode.poll(self.cursor, 5.0)
                 self.cursor = polled.cursor
-                events += [event for event in polled.events if event.request_id == request_id]
+                for event in polled.events:
+                    events.setdefault(event.request_id, []).append(event)
         return events
 
     async def assert_nothing_held(self) -> None:
@@ -144,10 +152,17 @@ class Pair:
             assert await worker.background.settle(WAIT_S)
             await worker.loop.settled()
             engine.check_integrity()
-            assert engine.free_blocks == ENGINE.pool_blocks
+            assert engine.free_blocks == engine.config.pool_blocks
             assert worker.loop.held == 0
             assert worker.publisher.inflight_nbytes == 0
         await assert_store_is_free(self.shards)
+
+
+def _output(handoff: Handoff, events: list[TokenEvent]) -> tuple[int, ...]:
+    begin = len(handoff.request.output_ids)
+    assert [event.index for event in events] == [*range(begin, begin + len(events))], "lost or doubled"
+    assert events[-1].finish is not FinishReason.ERROR, events[-1].error
+    return (*handoff.request.output_ids, *(event.token_id for event in events))
 
 
 async def assert_store_is_free(shards: Sequence[ShardDriver]) -> None:
@@ -155,6 +170,15 @@ async def assert_store_is_free(shards: Sequence[ShardDriver]) -> None:
         driver.check_integrity()
         status = await driver.status(timeout_s=1.0)
         assert (status.ownerless_nbytes, status.leases, status.staged_nbytes) == (0, 0, 0)
+
+
+def expire_leases(driver: ShardDriver, clock: ManualClock, seconds: int = 120) -> int:
+    """Let time pass tick by tick (one leap would be a pause of the shard, and extend the leases)."""
+    expired = 0
+    for _ in range(seconds):
+        clock.advance(1.0)
+        expired += driver.core.reap(clock.now())
+    return expired
 
 
 @asynccontextmanager
@@ -165,13 +189,8 @@ async def pair_over(
     connect = connect or over(shards)
     prefiller, prefill_engine = make_worker(folder, connect, name="p0", **options)
     decoder, decode_engine = make_worker(folder, connect, name="d0", **options)
-    pair = Pair(
-        PrefillRole(prefiller),
-        DecodeRole(decoder),
-        (prefill_engine, decode_engine),
-        (prefiller, decoder),
-        shards,
-    )
+    engines, workers = (prefill_engine, decode_engine), (prefiller, decoder)
+    pair = Pair(PrefillRole(prefiller), DecodeRole(decoder), engines, workers, shards)
     try:
         yield pair
     finally:
