@@ -3,13 +3,13 @@
     kvstrata up  (the guardian: no threads, no Ray)
       |  fork
       +-- host   imports Ray, starts the cluster, serves
-            +-- gcs_server, raylet -> workers ...      daemons that lose their parent come to the guardian
+            +-- gcs_server, raylet -> workers ...
 
-The guardian is a child subreaper: whatever its descendants leave behind becomes its child, so the tree
-below it is all there is to end, however deep and whatever state a Ctrl-C met it in. It waits for signals
-without handlers (blocked, taken by sigtimedwait), so no moment is wrong. The first signal ends everything;
-later ones are ignored. Should the guardian itself be killed, the kernel signals the host
-(PR_SET_PDEATHSIG), which then ends its cluster by itself.
+Both are child subreapers: what a descendant leaves behind becomes their child, so the tree below is all
+there is to end, however deep and whatever state a Ctrl-C met it in. The guardian waits for signals without
+handlers (blocked, taken by sigtimedwait), so no moment is wrong. The first signal ends everything; later
+ones are ignored. Should the guardian itself be killed, the kernel signals the host (PR_SET_PDEATHSIG),
+which then ends the tree.
 
 Costs one fork. Fails with OSError where there is no prctl.
 """
@@ -84,6 +84,7 @@ def _fork(work: Callable[[Path], int], folders: tuple[Path, Path], mask: Iterabl
     def leave(code: int) -> NoReturn:
         """No interpreter shutdown: threads of Ray may be anywhere, and nothing of ours is left to do."""
         if os.getppid() != guardian:  # it was killed: nobody else tidies up
+            _sweep()
             _remove(folders)
         sys.stderr.flush()
         os._exit(code)
@@ -92,6 +93,7 @@ def _fork(work: Callable[[Path], int], folders: tuple[Path, Path], mask: Iterabl
     try:
         os.setsid()  # the terminal's Ctrl-C is the guardian's to hear
         _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # should the guardian be killed, the tree hangs from here
         # Until the work installs its own way to end: the guardian ends what was started so far.
         signal.signal(signal.SIGTERM, lambda _signal, _frame: leave(128 + signal.SIGTERM))
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,10 +1,10 @@
-"""Ray from the outside: a private cluster on this machine, or one that is there; and the router's actor in
-it.
+"""Ray from the outside: a cluster of our own or one that is there, and the router's actor in it.
 
 A private cluster lives in `workdir` and nowhere else: sessions, sockets, token, and the object store's file
-on shared memory under a name of its own, so that whoever ends it by force knows what to remove. It listens
-on loopback and keeps Ray's token authentication on, with a token made for it alone. About 3 s to start on
-two cores.
+on shared memory under a name of its own, so that whoever ends it by force knows what to remove. Its nodes
+speak over loopback. Some of Ray's ports (control plane, raylet, workers) listen on every interface whatever
+address it is given: its token authentication stays on, with a token made for this cluster alone. About 4 s
+to start on two cores.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ _NAMESPACE: Final = "kvstrata"
 _ROUTER_NAME: Final = "router"
 _OPEN_S: Final = 120.0
 _CALL_S: Final = 30.0
+_LOOPBACK: Final = "127.0.0.2"
+"""Ray takes 127.0.0.1 to mean whatever address the machine has just now, and breaks when that changes."""
 _SHM: Final = Path("/dev/shm")  # noqa: S108  the kernel's shared memory, not a temporary file
 
 Told = Callable[[str], None]
@@ -58,7 +60,7 @@ def start_private(workdir: Path) -> None:
         object_store_memory=_OBJECT_STORE_NBYTES,
         _temp_dir=str(workdir / "ray"),
         _plasma_directory=str(shared),
-        _node_ip_address="127.0.0.1",
+        _node_ip_address=_LOOPBACK,
     )
 
 
