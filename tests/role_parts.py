@@ -34,7 +34,12 @@ WAIT_S = 30.0
 """The bound of every wait in these tests: far beyond what any needs."""
 
 ENGINE = EngineConfig(
-    block_tokens=BLOCK_TOKENS, pool_blocks=256, step_tokens_max=48, running_max=16, max_model_len=512
+    threads=1,  # tiny matrices: more threads only wait for each other
+    block_tokens=BLOCK_TOKENS,
+    pool_blocks=256,
+    step_tokens_max=48,
+    running_max=16,
+    max_model_len=512,
 )
 
 
