@@ -96,10 +96,10 @@ class SlotTable:
 
     def check_integrity(self) -> None:
         """Independent walk: every slot is free or held, once."""
-        held = {slot for slot, taken in enumerate(self._taken) if taken == _HELD}
-        assert held == set(self._owners), "a slot is taken without an owner, or owned without being taken"
-        assert self._taken.count(_FREE) + len(held) == len(self), "a slot is neither free nor held"
-        assert self._taken.find(bytes(1)) in (-1, *range(self._lowest, len(self))), "a free slot was lost"
+        assert all(self._taken[slot] == _HELD for slot in self._owners), "an owned slot is free"
+        assert self._taken.count(_HELD) == len(self._owners), "a slot is held without an owner"
+        assert self._taken.count(_FREE) == self.n_free, "a slot is neither free nor held"
+        assert self._taken.find(bytes(1), 0, self._lowest) < 0, "a free slot was lost"
 
     def _take(self, start: int, n: int, owner: str) -> list[int]:
         slots = list(range(start, start + n))

@@ -1,0 +1,106 @@
+"""The store as a dict of lists: what the core must do, without slots, heaps, queues or policies.
+
+Everything is scanned. What the model cannot know, which idle block is evicted to make room, it is told
+after the fact, and judges: only blocks that nobody held may go, and only when room was asked for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from kvstore.nouns import BlockRef, Quality
+
+PAUSE_S = 2.0
+
+
+@dataclass(eq=False)
+class Block:
+    """One committed version, past or present."""
+
+    key: int
+    epoch: int
+    quality: Quality
+    ref: BlockRef
+    created: int
+    retired: int | None = None
+    corrupt: bool = False
+    gone: bool = False  # its bytes are no more
+
+    @property
+    def is_live(self) -> bool:
+        return self.retired is None and not self.gone
+
+    def stood_at(self, revision: int) -> bool:
+        return self.created <= revision and (self.retired is None or self.retired > revision)
+
+
+@dataclass(eq=False)
+class Lease:
+    expires: float
+    duration_s: float
+    blocks: list[Block]
+
+
+@dataclass(eq=False)
+class Writing:
+    """An open transaction: for each offer its key, and the block that exists or whether it is staged."""
+
+    epoch: int
+    quality: Quality
+    lease: Lease
+    keys: list[int]
+    exists: dict[int, Block] = field(default_factory=dict)
+    staged: set[int] = field(default_factory=set)
+    written: set[int] = field(default_factory=set)
+
+
+class Model:
+    def __init__(self, capacity_blocks: int) -> None:
+        self.capacity_blocks = capacity_blocks
+        self.blocks: list[Block] = []  # all that ever were
+        self.leases: dict[int, Lease] = {}
+        self.writing: dict[int, Writing] = {}
+        self.now = 0.0
+        self.paused_s = 0.0
+
+    @property
+    def time(self) -> float:
+        return self.now - self.paused_s
+
+    def pins(self) -> Counter[Block]:
+        held = [*self.leases.values(), *(w.lease for w in self.writing.values())]
+        return Counter(block for lease in held for block in lease.blocks)
+
+    def held_blocks(self) -> int:
+        """Blocks whose bytes may not go: pinned, live or retired, and staged."""
+        return len(self.pins()) + sum(len(w.staged) for w in self.writing.values())
+
+    def best(self, blocks: Iterable[Block], epoch: int, least: Quality) -> Block | None:
+        fit = [b for b in blocks if b.epoch == epoch and b.quality >= least]
+        return max(fit, key=lambda b: b.quality, default=None)
+
+    def live(self, key: int, epoch: int, least: Quality) -> Block | None:
+        return self.best((b for b in self.blocks if b.key == key and b.is_live), epoch, least)
+
+    def stood(self, key: int, epoch: int, least: Quality, revision: int) -> Block | None:
+        """What a snapshot at the revision saw when it was taken."""
+        return self.best((b for b in self.blocks if b.key == key and b.stood_at(revision)), epoch, least)
+
+    def is_staged(self, key: int, epoch: int, quality: Quality) -> bool:
+        """Is somebody writing something as good?"""
+        return any(
+            w.keys[i] == key and w.epoch == epoch and w.quality >= quality
+            for w in self.writing.values()
+            for i in w.staged
+        )
+
+    def reap(self) -> None:
+        for table in (self.leases, self.writing):
+            for name in [n for n, held in table.items() if _lease(held).expires <= self.time]:
+                del table[name]
+
+
+def _lease(held: Lease | Writing) -> Lease:
+    return held if isinstance(held, Lease) else held.lease

@@ -1,0 +1,292 @@
+"""The core against a dict of lists, over seeded histories: visibility, pins, leases, conservation, bytes.
+
+Bytes are simulated as the driver keeps them, by slot and generation, and are a keyed function of what the
+block is: a hit that leads to other bytes is a wrong hit, whatever else holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from kvstore.core.transactions import Txn
+from kvstore.nouns import BlockRef, MissReason, Quality, Refusal, Revision, TxnId
+from tests.kvstore.core.conftest import INCARNATION, INT8, LOSSLESS, MODEL, NBYTES, Shard, epoch
+from tests.kvstore.core.model import PAUSE_S, Block, Lease, Model, Writing
+
+CAPACITY_BLOCKS = 6
+KEYS = [0, 1, 2, 3, 100, 101]  # two chains
+
+chains = st.sampled_from([[0, 1, 2, 3], [100, 101]])
+subsets = st.lists(st.sampled_from(KEYS), min_size=1, max_size=4, unique=True)
+epochs = st.integers(1, 3)
+qualities = st.sampled_from([LOSSLESS, INT8])
+leases = st.floats(1.0, 9.0)
+picks = st.integers(0, 10)
+
+
+def payload(key: int, of: int, quality: Quality) -> bytes:
+    return hashlib.sha256(b"%d %d %d" % (key, of, quality)).digest()
+
+
+class CoreMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shard = Shard(CAPACITY_BLOCKS, pause_s=PAUSE_S, slots_max=2 * CAPACITY_BLOCKS)
+        self.model = Model(CAPACITY_BLOCKS)
+        self.txns: dict[TxnId, Txn] = {}
+        self.stored: dict[
+            tuple[int, int], bytes
+        ] = {}  # (slot, generation) -> bytes, as the driver keeps them
+        self.missed: set[tuple[int, int, int, Quality]] = set()  # what a fixed revision did not see once
+        self.room_was_made = False
+
+    # -- rules -------------------------------------------------------------------------------------
+
+    @rule(keys=chains | subsets, of=epochs, quality=qualities, pin_for_s=st.none() | leases)
+    def put(self, keys: list[int], of: int, quality: Quality, pin_for_s: float | None) -> None:
+        """A writer that nothing stops: what fills the shard, so that the rest has something to meet."""
+        txn_id = self.begin(keys, of, quality, 9.0)
+        for _ in keys:
+            self._write(txn_id, 0)
+        self._commit(txn_id, pin_for_s)
+
+    @rule(keys=subsets, of=epochs, quality=qualities, lease_s=leases)
+    def start_writing(self, keys: list[int], of: int, quality: Quality, lease_s: float) -> None:
+        self.begin(keys, of, quality, lease_s)
+
+    def begin(self, keys: list[int], of: int, quality: Quality, lease_s: float) -> TxnId:
+        model = self.model
+        writing = Writing(of, quality, Lease(model.time + lease_s, lease_s, []), keys)
+        for i, key in enumerate(keys):
+            live = model.live(key, of, quality)
+            if live is not None:
+                writing.exists[i] = live
+                writing.lease.blocks.append(live)
+        txn = self.shard.begin(keys, epoch(of), quality, lease_s=lease_s)
+        self.room_was_made = True
+        expected: list[Refusal | None] = []
+        taken = self.model.is_staged
+        staged_before = [taken(key, of, quality) for key in keys]
+        model.writing[txn.id] = writing
+        for i in range(len(keys)):
+            expected.append(self._outcome(writing, i, staged_before[i]))
+        assert txn.refusals == expected
+        self.txns[txn.id] = txn
+        return txn.id
+
+    def _outcome(self, writing: Writing, i: int, staged: bool) -> Refusal | None:
+        if i in writing.exists:
+            return Refusal.EXISTS
+        if staged:
+            return Refusal.STAGED
+        if self.model.held_blocks() >= self.model.capacity_blocks:
+            return Refusal.NO_SPACE
+        writing.staged.add(i)
+        return None
+
+    @precondition(lambda self: self.model.writing)
+    @rule(pick=picks, which=picks)
+    def write(self, pick: int, which: int) -> None:
+        self._write(self._open_txn(pick)[0], which)
+
+    def _write(self, txn_id: TxnId, which: int) -> None:
+        writing = self.model.writing[txn_id]
+        waiting = sorted(writing.staged - writing.written)
+        if not waiting:
+            return
+        i = waiting[which % len(waiting)]
+        version = self.txns[txn_id].versions[i]
+        assert version is not None
+        place = version.ref.slot, version.ref.generation
+        self.stored[place] = payload(writing.keys[i], writing.epoch, writing.quality)
+        self.shard.core.written(self.txns[txn_id], i, None, self.shard.now)
+        writing.written.add(i)
+        writing.lease.expires = max(writing.lease.expires, self.model.time + writing.lease.duration_s)
+
+    @precondition(lambda self: self.model.writing)
+    @rule(pick=picks, which=picks)
+    def refuse(self, pick: int, which: int) -> None:
+        """A frame arrived that was not what it claimed to be."""
+        txn_id, writing = self._open_txn(pick)
+        waiting = sorted(writing.staged - writing.written)
+        if waiting:
+            i = waiting[which % len(waiting)]
+            self.shard.core.written(self.txns[txn_id], i, Refusal.CHECKSUM, self.shard.now)
+            writing.staged.remove(i)
+            writing.lease.expires = max(writing.lease.expires, self.model.time + writing.lease.duration_s)
+
+    @precondition(lambda self: self.model.writing)
+    @rule(pick=picks, pin_for_s=st.none() | leases)
+    def commit(self, pick: int, pin_for_s: float | None) -> None:
+        self._commit(self._open_txn(pick)[0], pin_for_s)
+
+    def _commit(self, txn_id: TxnId, pin_for_s: float | None) -> None:
+        writing = self.model.writing[txn_id]
+        refusals = list(self.txns[txn_id].refusals)
+        answer = self.shard.core.commit(txn_id, pin_for_s, self.shard.now)
+        assert self.shard.core.commit(txn_id, pin_for_s, self.shard.now) is answer
+        del self.model.writing[txn_id]
+        kept: list[Block] = []
+        for i, (said, was) in enumerate(zip(answer.blocks, refusals, strict=True)):
+            landed = self._land(writing, i, said, answer.revision)
+            if landed is None:
+                unwritten = was is None
+                corrupt = i in writing.exists
+                assert said is (Refusal.UNWRITTEN if unwritten else Refusal.CHECKSUM if corrupt else was)
+            else:
+                assert said == landed.ref
+                kept.append(landed)
+        assert (answer.lease is not None) == bool(pin_for_s and kept)
+        if answer.lease is not None and pin_for_s:
+            self.model.leases[answer.lease] = Lease(self.model.time + pin_for_s, pin_for_s, kept)
+
+    def _land(self, writing: Writing, i: int, said: BlockRef | Refusal, revision: int) -> Block | None:
+        if i in writing.exists:
+            return None if writing.exists[i].corrupt else writing.exists[i]
+        if i not in writing.written:
+            return None
+        key = writing.keys[i]
+        winner = self.model.live(key, writing.epoch, writing.quality)
+        if winner is not None:
+            return winner
+        assert isinstance(said, BlockRef)
+        lesser = self.model.live(key, writing.epoch, INT8)
+        if lesser is not None:
+            lesser.retired = revision
+        block = Block(key, writing.epoch, writing.quality, said, revision)
+        self.model.blocks.append(block)
+        return block
+
+    @precondition(lambda self: self.model.writing)
+    @rule(pick=picks)
+    def abort(self, pick: int) -> None:
+        txn_id, _ = self._open_txn(pick)
+        del self.model.writing[txn_id]
+        self.shard.core.abort(txn_id)
+        self.shard.core.abort(txn_id)
+
+    @rule(keys=chains, of=epochs, least=qualities, lease_s=leases)
+    def match(self, keys: list[int], of: int, least: Quality, lease_s: float) -> None:
+        run: list[Block] = []
+        for key in keys:
+            seen = self.model.live(key, of, least)
+            if seen is None:
+                break
+            run.append(seen)
+        matched = self.shard.match(keys, epoch(of), min_quality=least, lease_s=lease_s)
+        assert [v.ref for v in matched.versions] == [block.ref for block in run]
+        assert (matched.miss is None) == (len(run) == len(keys))
+        for block in run:
+            place = block.ref.slot, block.ref.generation
+            assert self.stored[place] == payload(block.key, block.epoch, block.quality)
+        assert (matched.lease is None) == (not run)
+        if matched.lease is not None:
+            self.model.leases[matched.lease] = Lease(self.model.time + lease_s, lease_s, run)
+
+    @rule(key=st.sampled_from(KEYS), of=epochs, least=qualities, back=st.integers(0, 6))
+    def look_back(self, key: int, of: int, least: Quality, back: int) -> None:
+        """A fixed revision is answered with what stood there, or with a miss for good."""
+        at = max(0, self.shard.core.revision - back)
+        matched = self.shard.match([key], epoch(of), min_quality=least, at=Revision(INCARNATION, at))
+        if matched.versions:
+            stood = self.model.stood(key, of, least, at)
+            assert stood is not None
+            assert matched.versions[0].ref == stood.ref
+            assert (key, at, of, least) not in self.missed
+        else:
+            self.missed.add((key, at, of, least))
+        self.shard.release(matched.lease)
+
+    @precondition(lambda self: self.model.leases)
+    @rule(pick=picks)
+    def release(self, pick: int) -> None:
+        lease = list(self.model.leases)[pick % len(self.model.leases)]
+        del self.model.leases[lease]
+        self.shard.core.release([lease, lease])  # type: ignore[list-item]
+
+    @precondition(lambda self: self.model.leases)
+    @rule(pick=picks, lease_s=leases)
+    def renew(self, pick: int, lease_s: float) -> None:
+        name, lease = list(self.model.leases.items())[pick % len(self.model.leases)]
+        assert self.shard.core.renew(name, lease_s, self.shard.now)  # type: ignore[arg-type]
+        lease.expires = max(lease.expires, self.model.time + lease_s)
+
+    @rule(of=epochs)
+    def advance(self, of: int) -> None:
+        self.shard.core.advance_epoch(MODEL, of)
+
+    @precondition(lambda self: any(b.is_live for b in self.model.blocks))
+    @rule(pick=picks)
+    def report(self, pick: int) -> None:
+        live = [b for b in self.model.blocks if b.is_live]
+        block = live[pick % len(live)]
+        version = self.shard.core.resolve(block.ref)
+        assert not isinstance(version, MissReason)
+        self.shard.core.report(version)
+        block.retired, block.corrupt = self.shard.core.revision, True
+
+    @rule(seconds=st.integers(1, 4))
+    def wait(self, seconds: int) -> None:
+        for _ in range(seconds):
+            self.shard.later(1)
+            self.model.now = self.shard.now
+            self.model.reap()
+
+    @rule(seconds=st.floats(PAUSE_S * 1.5, 500.0))
+    def pause(self, seconds: float) -> None:
+        """The process stood still: no lease may end of it."""
+        self.shard.now += seconds
+        self.model.now = self.shard.now
+        self.model.paused_s += seconds
+        assert self.shard.core.reap(self.shard.now) == 0
+
+    def _open_txn(self, pick: int) -> tuple[TxnId, Writing]:
+        name = list(self.model.writing)[pick % len(self.model.writing)]
+        return TxnId(name), self.model.writing[name]
+
+    # -- what holds after every step ---------------------------------------------------------------
+
+    @invariant()
+    def bytes_go_only_where_nobody_held_them(self) -> None:
+        pins = self.model.pins()
+        for block in self.model.blocks:
+            if block.gone:
+                continue
+            version = self.shard.core.index.at(block.ref.slot, block.ref.generation)
+            if version is None:
+                assert not pins[block], "a pinned block went"
+                assert block.retired is not None or self.room_was_made, (
+                    "evicted although nobody asked for room"
+                )
+                block.gone = True
+            else:
+                assert block.retired is None or pins[block], "retired, held by nobody, and still here"
+                assert version.pins == pins[block]
+        self.room_was_made = False
+
+    @invariant()
+    def what_was_freed_is_discarded(self) -> None:
+        for ref in self.shard.core.index.freed:
+            self.stored.pop((ref.slot, ref.generation), None)
+        self.shard.core.index.freed.clear()
+
+    @invariant()
+    def nothing_leaks(self) -> None:
+        self.shard.core.check_integrity()
+        usage = self.shard.core.usage()
+        staged = sum(len(w.staged) for w in self.model.writing.values())
+        here = [b for b in self.model.blocks if not b.gone]
+        assert usage.staged_nbytes == staged * NBYTES
+        assert usage.live_nbytes == sum(b.is_live for b in here) * NBYTES
+        assert usage.retired_nbytes == sum(not b.is_live for b in here) * NBYTES
+        assert self.shard.core.leases == len(self.model.leases) + len(self.model.writing)
+
+
+TestCoreMachine = CoreMachine.TestCase
+TestCoreMachine.settings = settings(
+    max_examples=200, stateful_step_count=40, derandomize=True, deadline=None, database=None
+)
