@@ -84,6 +84,7 @@ async def test_over_stale_blocks_nothing_is_published_by_either_role(folder: Pat
         assert handoff is not None
         assert handoff.foreign
         assert len(handoff.blocks) == 2, "only what is in the store can be handed over by reference"
+        assert handoff.tail is None, "a tail stands right behind the blocks, or nowhere"
         await pair.decode_all(handoff)
         assert (await pair.decode.counters())["publish:withheld"] > 0
         await pair.assert_nothing_held()

@@ -34,7 +34,8 @@ async def test_the_leases_go_back_as_soon_as_the_blocks_are_in_the_engine(folder
     driver = shard()
     async with pair_over(folder, [driver], engine_class=GatedEngine) as pair:
         handoff = await handed_off(pair, request(prompt(40)))
-        assert driver.core.leases == len(handoff.leases) > 0
+        assert await pair.workers[0].background.settle(WAIT_S)
+        assert driver.core.leases == len(handoff.leases) > 0, "prefill keeps none, and takes none back"
         engine = gated(pair)
         engine.at = "step"
         await pair.decode.start(handoff)

@@ -240,6 +240,9 @@ async def test_release_is_idempotent_and_frees_what_waits(loop: WorkerLoop, engi
     held, waits = Sink(), Sink()
     await loop.admit(ask("held", max_tokens=10**6), held, timeout_s=WAIT_S, hold=True)
     waiting = asyncio.create_task(loop.admit(later(ask("waits")), waits, timeout_s=WAIT_S))
+    async with asyncio.timeout(WAIT_S):
+        while engine.calls.count("can_admit") < 2:  # until it was told that there is no room
+            await asyncio.sleep(0)
     loop.release("held", 1)
     loop.release("held", 1)
     async with asyncio.timeout(WAIT_S):
