@@ -28,7 +28,7 @@ class RoleLimits(BaseModel):
     admit_timeout_s: float = Field(
         30.0, gt=0, description="For a request's turn to load, and again for room in the engine"
     )
-    match_timeout_s: float = Field(1.0, gt=0, description="For the store to say what it has of a prompt")
+    match_timeout_s: float = Field(2.0, gt=0, description="For the store to say what it has of a prompt")
     read_timeout_s: float = Field(
         5.0, gt=0, description="For blocks to arrive; what did not arrive by then is recomputed"
     )

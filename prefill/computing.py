@@ -12,8 +12,9 @@ from typing import Final
 
 from engine.boot import Worker
 from engine.onboard import Onboarded, misses_of
-from engine.types import FirstToken, Handoff, PrefillStats
+from engine.types import FirstToken, Handoff, PrefillStats, TokenEvent
 from kvstore.answers import Match
+from kvstore.errors import DeadlineExceeded
 from kvstore.hashing import KeyChain
 from kvstore.nouns import MissReason, NamespaceId, PinnedBlock
 from prefill.sequence import Prefilling
@@ -32,8 +33,7 @@ async def compute_first_token(worker: Worker, run: Prefilling) -> FirstToken:
     async with worker.turn_to_load():
         stats = await _onboard_and_admit(worker, run, chain)
     admitted = worker.clock.now()
-    async with asyncio.timeout(worker.limits.compute_timeout_s):
-        event = await run.drawn
+    event = await _drawn(worker, run)
     return FirstToken(event, replace(stats, compute_s=stats.compute_s + worker.clock.now() - admitted))
 
 
@@ -66,6 +66,15 @@ async def _onboard_and_admit(worker: Worker, run: Prefilling, chain: KeyChain) -
         load_s=loaded - matched,
         compute_s=clock.now() - loaded,
     )
+
+
+async def _drawn(worker: Worker, run: Prefilling) -> TokenEvent:
+    limit_s = worker.limits.compute_timeout_s
+    try:
+        async with asyncio.timeout(limit_s):
+            return await run.drawn
+    except TimeoutError:
+        raise DeadlineExceeded(f"{run.name} had no first token within {limit_s:.0f} s") from None
 
 
 async def assemble_handoff(worker: Worker, run: Prefilling, first: FirstToken) -> Handoff | None:

@@ -12,7 +12,7 @@ from engine.errors import RequestAborted
 from engine.types import FinishReason
 from kvstore.client import StoreClient
 from kvstore.clock import ManualClock
-from kvstore.errors import ConfigError, NotFound, OverLimit, Unavailable
+from kvstore.errors import ConfigError, DeadlineExceeded, NotFound, OverLimit, Unavailable
 from kvstore.topology import Topology
 from tests.gates import GatedEngine, GatedShard
 from tests.role_parts import WAIT_S, later, over, pair_over, prompt, request, shard
@@ -184,6 +184,17 @@ async def test_a_worker_that_holds_enough_refuses_more(folder: Path) -> None:
         await pair.prefill.prefill(request(prompt(20)))
         with pytest.raises(OverLimit, match="ask another"):
             await pair.prefill.prefill(request(prompt(20), name="second"))
+
+
+async def test_computing_is_bounded(folder: Path) -> None:
+    async with pair_over(folder, [shard()], engine_class=GatedEngine, compute_timeout_s=0.05) as pair:
+        engine = pair.engines[0]
+        assert isinstance(engine, GatedEngine)
+        engine.at = "step"
+        with pytest.raises(DeadlineExceeded, match="no first token"):
+            await pair.prefill.prefill(request(prompt(20)))
+        engine.opened.set()
+        await pair.assert_nothing_held()
 
 
 async def test_what_never_fits_is_refused_as_the_askers_fault(folder: Path) -> None:
