@@ -32,12 +32,17 @@ class Scene:
     shard: GatedShard
     session: StoreSession
     onboarding: Onboarding
+    background: Background
     chain: KeyChain
 
     async def match(self) -> Match:
         return await self.onboarding.match(
             self.session, self.chain.keys, owner="me", lease_s=60.0, timeout_s=WAIT_S
         )
+
+
+def payload(index: int) -> memoryview:
+    return memoryview(bytes([index]) * LAYOUT.block_nbytes)
 
 
 @pytest.fixture
@@ -51,14 +56,12 @@ async def scene() -> AsyncIterator[Scene]:
     chain = KeyChain(session.namespace, LAYOUT.block_tokens)
     chain.extend(range(BLOCKS * LAYOUT.block_tokens))
     blocks = [
-        PublishBlock(
-            key, chain.parent(i), i, chain.placement(i), memoryview(bytes([i]) * LAYOUT.block_nbytes)
-        )
+        PublishBlock(key, chain.parent(i), i, chain.placement(i), payload(i))
         for i, key in enumerate(chain.keys)
     ]
     quality = Quality.LOSSLESS
     await session.publish(blocks, quality=quality, owner="others", pin_for_s=None, timeout_s=WAIT_S)
-    yield Scene(driver, session, Onboarding(link, background), chain)
+    yield Scene(driver, session, Onboarding(link, background), background, chain)
     driver.gate.open()
     await background.settle(WAIT_S)
     await link.close()
@@ -67,7 +70,7 @@ async def scene() -> AsyncIterator[Scene]:
 async def test_all_that_is_there_comes_verified_and_in_order(scene: Scene) -> None:
     match = await scene.match()
     read = await scene.onboarding.read(scene.session, match.blocks, Lineage(EPOCH), timeout_s=WAIT_S)
-    assert [bytes(payload[:1]) for payload in read.payloads] == [bytes([i]) for i in range(BLOCKS)]
+    assert read.payloads == [payload(i) for i in range(BLOCKS)]
     assert (read.miss, read.epochs, read.lineage) == (None, {1}, Lineage(EPOCH))
 
 
@@ -103,9 +106,8 @@ async def test_a_match_given_up_while_it_is_answered_leaves_no_lease(scene: Scen
     scene.shard.gate.open()
     with pytest.raises(asyncio.CancelledError):
         await matching
-    async with asyncio.timeout(WAIT_S):
-        while scene.shard.core.leases:
-            await asyncio.sleep(0)
+    assert await scene.background.settle(WAIT_S)
+    assert scene.shard.core.leases == 0
 
 
 @pytest.mark.parametrize(

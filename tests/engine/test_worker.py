@@ -28,6 +28,7 @@ class FakeEngine:
         self.calls: list[str] = []
         self.threads: set[int] = set()
         self.fail_steps = 0
+        self.refused = threading.Event()
         self.entered = threading.Event()
         self.open = threading.Event()
         self.open.set()
@@ -37,7 +38,10 @@ class FakeEngine:
 
     def can_admit(self, request: GenerationRequest, *, hold: bool = False) -> bool:
         self._called("can_admit")
-        return len(self.sequences) < self.slots
+        if len(self.sequences) < self.slots:
+            return True
+        self.refused.set()
+        return False
 
     def admit(
         self,
@@ -240,9 +244,7 @@ async def test_release_is_idempotent_and_frees_what_waits(loop: WorkerLoop, engi
     held, waits = Sink(), Sink()
     await loop.admit(ask("held", max_tokens=10**6), held, timeout_s=WAIT_S, hold=True)
     waiting = asyncio.create_task(loop.admit(later(ask("waits")), waits, timeout_s=WAIT_S))
-    async with asyncio.timeout(WAIT_S):
-        while engine.calls.count("can_admit") < 2:  # until it was told that there is no room
-            await asyncio.sleep(0)
+    assert await asyncio.to_thread(engine.refused.wait, WAIT_S)
     loop.release("held", 1)
     loop.release("held", 1)
     async with asyncio.timeout(WAIT_S):
