@@ -105,12 +105,14 @@ class Attempts:
     async def free(self) -> None:
         """Tell every worker that may still hold something of this job. Bounded; a dead one holds nothing."""
         holders, self._holders = self._holders, []
-        for worker_id, handle, attempt in holders:
-            try:
-                async with asyncio.timeout(self._limits.abort_s):
-                    await handle.abort(self._job.request_id, attempt)
-            except Exception as error:  # whatever it says, its leases expire by themselves
-                log.info("abort was not answered", worker=worker_id, error=str(error))
+        await asyncio.gather(*(self._free_at(*holder) for holder in holders))
+
+    async def _free_at(self, worker_id: str, handle: WorkerHandle, attempt: int) -> None:
+        try:
+            async with asyncio.timeout(self._limits.abort_s):
+                await handle.abort(self._job.request_id, attempt)
+        except Exception as error:  # whatever it says, its leases expire by themselves
+            log.info("abort was not answered", worker=worker_id, error=str(error))
 
     async def _try_until_done(self) -> None:
         reasons: list[str] = []

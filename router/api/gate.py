@@ -5,6 +5,7 @@ Plain ASGI, so that it costs a few microseconds and touches no stream that goes 
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import re
@@ -24,10 +25,13 @@ _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class Gate:
-    def __init__(self, app: ASGIApp, *, api_key: str | None, body_nbytes_max: int) -> None:
+    def __init__(
+        self, app: ASGIApp, *, api_key: str | None, body_nbytes_max: int, body_timeout_s: float = 60.0
+    ) -> None:
         self._app = app
         self._api_key = None if api_key is None else f"Bearer {api_key}".encode()
         self._body_nbytes_max = body_nbytes_max
+        self._body_timeout_s = body_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -40,7 +44,12 @@ class Gate:
             await _answer(send, 401, message, "authentication_error", "invalid_api_key")
             return
         try:
-            body = await self._read(headers, receive)
+            async with asyncio.timeout(self._body_timeout_s):
+                body = await self._read(headers, receive)
+        except TimeoutError:
+            message = f"the body did not arrive within {self._body_timeout_s:.0f} s: send it again"
+            await _answer(send, 408, message, "invalid_request_error", "body_timeout")
+            return
         except _TooLarge:
             message = f"the body has more than {self._body_nbytes_max} bytes: send less"
             await _answer(send, 413, message, "invalid_request_error", "body_too_large")
@@ -119,7 +128,7 @@ def _replay(messages: list[Message], receive: Receive) -> Receive:
 async def _answer(send: Send, status: int, message: str, kind: str, code: str | None) -> None:
     body = json.dumps(error_body(message, kind, code=code)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if status == 413:
+    if status in (408, 413):
         headers.append((b"connection", b"close"))  # the rest of the body is not read
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

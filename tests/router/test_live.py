@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -24,6 +24,21 @@ STORY: list[Any] = [{"role": "user", "content": "Tell me a long story about a li
 def up() -> Iterator[Up]:
     with running("--model", MODEL, "--shards", "2") as service:
         yield service
+
+
+def wait_until(what: str, true: Callable[[], bool], within_s: float = 60.0) -> None:
+    pause = threading.Event()
+    for _ in range(int(within_s / 0.25)):
+        if true():
+            return
+        pause.wait(0.25)
+    pytest.fail(f"not within {within_s:.0f} s: {what}")
+
+
+@pytest.fixture(autouse=True)
+def ready(up: Up) -> None:
+    """What the test before killed is back: until then the service says 503, and should."""
+    wait_until("the service is ready", lambda: httpx.get(f"{up.url}/health").status_code == 200)
 
 
 class TestRealService(Conformance):
@@ -76,9 +91,13 @@ def test_a_worker_killed_while_it_streams_changes_nothing(up: Up, role: str) -> 
                 os.kill(victim["pid"], signal.SIGKILL)
             pieces.append(chunk.choices[0].delta.content or "")
     assert "".join(pieces) == undisturbed["choices"][0]["message"]["content"]
+
+    def replaced() -> bool:
+        (worker,) = [worker for worker in up.status()["workers"] if worker["role"] == role]
+        return bool(worker["state"] == "running" and worker["starts"] > victim["starts"])
+
+    wait_until(f"another {role} worker runs", replaced)
     assert ask(up.url, messages)["choices"][0]["message"]["content"]
-    (successor,) = [worker for worker in up.status()["workers"] if worker["role"] == role]
-    assert successor["starts"] > victim["starts"]
 
 
 def test_a_killed_shard_costs_misses_and_comes_back(up: Up) -> None:
@@ -87,12 +106,13 @@ def test_a_killed_shard_costs_misses_and_comes_back(up: Up) -> None:
     os.kill(victim["pid"], signal.SIGKILL)
     after = ask(up.url, STORY)
     assert after["choices"][0]["message"] == before["choices"][0]["message"]
-    back = threading.Event()
-    for _ in range(120):
+
+    def back() -> bool:
         shard = up.status()["shards"][0]
-        if shard["state"] == "running" and shard["pid"] != victim["pid"]:
-            break
-        back.wait(0.5)
+        return bool(shard["state"] == "running" and shard["pid"] != victim["pid"])
+
+    wait_until("the shard is back", back)
+    shard = up.status()["shards"][0]
     assert shard["starts"] == victim["starts"] + 1
     assert shard["incarnation"] != victim["incarnation"]
     ask(up.url, STORY)
@@ -108,5 +128,5 @@ def test_a_long_prefill_is_left_when_the_client_leaves(up: Up) -> None:
             timeout=0.5,
         )
     assert ask(up.url, HELLO)["usage"]["completion_tokens"] > 0
-    assert up.status()["requests_running"] == 0
+    wait_until("the request is forgotten", lambda: up.status()["requests_running"] == 0)
     assert up.status()["ownerless_bytes"] == 0

@@ -10,7 +10,9 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from starlette.types import Message, Receive, Scope, Send
 
+from router.api.gate import Gate
 from router.attempts import AttemptLimits
 from tests.router.conformance import HELLO, client
 from tests.router.conftest import BODY_NBYTES_MAX, LiveServer
@@ -54,6 +56,25 @@ def test_too_large_a_body_is_413(live: LiveServer) -> None:
         assert answer.status_code == 413
         assert answer.json()["error"]["code"] == "body_too_large"
     assert httpx.post(f"{live.url}/v1/chat/completions", json=ASK).status_code == 200
+
+
+async def test_a_body_that_does_not_come_is_408() -> None:
+    async def never() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def unreachable(scope: Scope, receive: Receive, send: Send) -> None:
+        raise AssertionError
+
+    gate = Gate(unreachable, api_key=None, body_nbytes_max=10, body_timeout_s=0.01)
+    await gate({"type": "http", "path": "/tokenize", "headers": []}, never, send)
+    assert sent[0]["status"] == 408
+    assert json.loads(sent[1]["body"])["error"]["code"] == "body_timeout"
 
 
 def test_overload_is_429_with_retry_after(live_with: Make) -> None:
