@@ -129,7 +129,7 @@ class StoreClient:
         return [answer for answer in answers if isinstance(answer, ShardStatus)]
 
     async def close(self) -> None:
-        await self._peers.finish_reports()
+        await self._peers.finish_errands()
         await _close_all(list(self._peers.transports.values()))
 
     async def __aenter__(self) -> StoreClient:

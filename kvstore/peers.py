@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Coroutine, Mapping
+from typing import Any, Final
 
 import structlog
 
@@ -17,13 +17,13 @@ from kvstore.errors import (
     OverLimit,
     Unavailable,
 )
-from kvstore.nouns import BlockRef, MissReason, Refusal, ShardId
+from kvstore.nouns import MissReason, Refusal, ShardId
 from kvstore.transport.base import ShardTransport
 
 log = structlog.get_logger(__name__)
 
-REPORTS_MAX: Final = 64  # corrupt blocks being reported at one time
-REPORT_TIMEOUT_S: Final = 5.0
+ERRANDS_MAX: Final = 256  # at one time
+ERRAND_TIMEOUT_S: Final = 5.0
 
 
 class Peers:
@@ -38,7 +38,7 @@ class Peers:
         self.weights = dict(weights)
         self.transports = transports
         self.counters = counters
-        self._reports: set[asyncio.Task[None]] = set()
+        self._errands: set[asyncio.Task[None]] = set()
 
     def replace(self, weights: Mapping[ShardId, float], transports: dict[ShardId, ShardTransport]) -> None:
         self.weights, self.transports = dict(weights), transports
@@ -50,25 +50,31 @@ class Peers:
             raise Unavailable(f"shard {shard} is not in the topology any more")
         return found
 
-    def report(self, ref: BlockRef) -> None:
-        """Tell the shard, in the background, that a block of its failed verification."""
-        if len(self._reports) >= REPORTS_MAX:
-            self.counters["reports_dropped"] += 1
+    def send(self, what: str, call: Coroutine[Any, Any, object]) -> None:
+        """Run an errand in the background: what the shard should hear and no caller waits for.
+
+        Each is bounded by ERRAND_TIMEOUT_S. One that fails, or has no room, is counted by its name: a
+        lease or transaction that was not given back expires by itself.
+        """
+        if len(self._errands) >= ERRANDS_MAX:
+            call.close()
+            self.counters[f"{what}:dropped"] += 1
             return
-        task = asyncio.create_task(self._report(ref))
-        self._reports.add(task)
-        task.add_done_callback(self._reports.discard)
+        task = asyncio.create_task(self._run(what, call))
+        self._errands.add(task)
+        task.add_done_callback(self._errands.discard)
 
-    async def finish_reports(self) -> None:
-        """Wait for what is being reported; each report is bounded by its own deadline."""
-        await asyncio.gather(*self._reports)
+    async def finish_errands(self) -> None:
+        """Wait for what is under way."""
+        await asyncio.gather(*self._errands)
 
-    async def _report(self, ref: BlockRef) -> None:
+    async def _run(self, what: str, call: Coroutine[Any, Any, object]) -> None:
         try:
-            await self.transport(ref.shard).report([ref], timeout_s=REPORT_TIMEOUT_S)
-        except KVStrataError as error:
-            self.counters["reports_failed"] += 1
-            log.warning("a corrupt block could not be reported", shard=ref.shard, error=str(error))
+            async with asyncio.timeout(ERRAND_TIMEOUT_S):
+                await call
+        except (KVStrataError, TimeoutError) as error:
+            self.counters[f"{what}:failed"] += 1
+            log.warning("a shard was not told", what=what, error=str(error) or type(error).__name__)
 
 
 def miss_of(error: KVStrataError) -> MissReason:

@@ -15,6 +15,7 @@ from typing import Final, TypeVar
 import structlog
 
 from kvstore.answers import BlockMiss, Match, PublishBlock, Published, VerifiedBlock
+from kvstore.deadline import Deadline
 from kvstore.errors import (
     CorruptBlock,
     EpochConflict,
@@ -23,7 +24,7 @@ from kvstore.errors import (
     NotFound,
     Unavailable,
 )
-from kvstore.frame import HEADER_NBYTES, decode_frame, encode_header, verify_identity
+from kvstore.frame import HEADER_NBYTES, LOSSLESS_CODEC, decode_frame, encode_header, verify_identity
 from kvstore.hashing import placement_keys
 from kvstore.nouns import (
     BlockKey,
@@ -41,9 +42,8 @@ from kvstore.nouns import (
     ShardId,
     Snapshot,
     Tier,
-    TxnId,
 )
-from kvstore.peers import Peers, miss_of, refusal_of
+from kvstore.peers import ERRAND_TIMEOUT_S, Peers, miss_of, refusal_of
 from kvstore.placement import owner as owner_of
 from kvstore.transport.base import BlockOffer, MatchResult, ReadItem, ShardTransport
 
@@ -51,7 +51,7 @@ log = structlog.get_logger(__name__)
 
 READ_AHEAD: Final = 4  # frames of one shard that wait for their turn, at most
 TXN_LEASE_S: Final = 30.0
-REGISTER_TIMEOUT_S: Final = 5.0
+LEASE_CALL_S: Final = 5.0  # renew and release, on all shards at once
 
 Value = TypeVar("Value")
 
@@ -95,9 +95,10 @@ class StoreSession:
         placed = self._place(placement_keys(keys))
         if not placed:
             return Match((), (), MissReason.SHARD_UNAVAILABLE if keys else None)
+        deadline = Deadline(timeout_s)
         results = await asyncio.gather(
             *(
-                self._match_on(shard, [keys[i] for i in mine], owner, lease_s, timeout_s)
+                self._match_on(shard, [keys[i] for i in mine], owner, lease_s, deadline)
                 for shard, mine in placed.items()
             )
         )
@@ -119,7 +120,9 @@ class StoreSession:
             for shard, answer in answers.items()
             if isinstance(answer, MatchResult) and answer.lease is not None
         ]
-        await self.release([lease for lease in leases if lease[0] not in used])
+        for shard, lease in leases:
+            if shard not in used:
+                self._give_back(shard, lease)
         miss = None
         if run < len(keys):
             stopped = answers[next(shard for shard, mine in placed.items() if run in mine)]
@@ -137,7 +140,7 @@ class StoreSession:
         by_shard: dict[ShardId, list[int]] = defaultdict(list)
         for i, block in enumerate(blocks):
             by_shard[block.ref.shard].append(i)
-        deadline = asyncio.get_running_loop().time() + timeout_s
+        deadline = Deadline(timeout_s)
         queues: dict[ShardId, asyncio.Queue[ReadItem | MissReason]] = {
             shard: asyncio.Queue(READ_AHEAD) for shard in by_shard
         }
@@ -174,6 +177,7 @@ class StoreSession:
         timeout_s: float,
     ) -> Published:
         """Commit the blocks on their shards, one transaction a shard, in parallel."""
+        deadline = Deadline(timeout_s)
         placed = self._place([block.placement for block in blocks])
         answers: list[PinnedBlock | Refusal] = [Refusal.SHARD_UNAVAILABLE] * len(blocks)
         leases: list[tuple[ShardId, LeaseId]] = []
@@ -181,9 +185,11 @@ class StoreSession:
         async def publish_on(shard: ShardId, mine: list[int]) -> None:
             chosen = [blocks[i] for i in mine]
             try:
-                async with asyncio.timeout(timeout_s):
+                async with asyncio.timeout_at(deadline.at):
                     found, lease = await self._retried(
-                        shard, lambda t: self._transact(t, chosen, quality, owner, pin_for_s, timeout_s)
+                        shard,
+                        lambda t: self._transact(t, chosen, quality, owner, pin_for_s, deadline),
+                        deadline,
                     )
             except (KVStrataError, TimeoutError) as error:
                 refusal = refusal_of(error)
@@ -203,26 +209,28 @@ class StoreSession:
     # -- leases ------------------------------------------------------------------------------------
 
     async def renew(self, leases: Sequence[tuple[ShardId, LeaseId]], lease_s: float) -> bool:
-        """Extend all; False when one is gone or its shard does not answer."""
-        held = True
-        for shard, mine in _by_shard(leases).items():
+        """Extend all; False when one is gone or its shard does not answer. Bounded by LEASE_CALL_S."""
+
+        async def renew_on(shard: ShardId, mine: list[LeaseId]) -> bool:
             try:
-                renewed = await self._peers.transport(shard).renew(
-                    mine, lease_s, timeout_s=REGISTER_TIMEOUT_S
-                )
-                held = held and all(renewed)
+                held = await self._peers.transport(shard).renew(mine, lease_s, timeout_s=LEASE_CALL_S)
             except KVStrataError:
-                self._peers.counters["renewals_failed"] += 1
-                held = False
-        return held
+                self._peers.counters["renew:failed"] += 1
+                return False
+            return all(held)
+
+        return all(await asyncio.gather(*(renew_on(*grouped) for grouped in _by_shard(leases).items())))
 
     async def release(self, leases: Sequence[tuple[ShardId, LeaseId]]) -> None:
-        """Drop leases. One whose shard does not answer expires by itself, and is counted."""
-        for shard, mine in _by_shard(leases).items():
+        """Drop leases. One whose shard does not answer within LEASE_CALL_S expires by itself."""
+
+        async def release_on(shard: ShardId, mine: list[LeaseId]) -> None:
             try:
-                await self._peers.transport(shard).release(mine, timeout_s=REGISTER_TIMEOUT_S)
+                await self._peers.transport(shard).release(mine, timeout_s=LEASE_CALL_S)
             except KVStrataError:
-                self._peers.counters["releases_failed"] += len(mine)
+                self._peers.counters["release:failed"] += 1
+
+        await asyncio.gather(*(release_on(*grouped) for grouped in _by_shard(leases).items()))
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -237,27 +245,36 @@ class StoreSession:
         return placed
 
     async def _match_on(
-        self, shard: ShardId, keys: list[BlockKey], owner: str, lease_s: float, timeout_s: float
+        self, shard: ShardId, keys: list[BlockKey], owner: str, lease_s: float, deadline: Deadline
     ) -> MatchResult | MissReason:
         try:
             return await self._retried(
-                shard, lambda t: t.match(self._snapshot, keys, owner, lease_s, timeout_s=timeout_s)
+                shard,
+                lambda t: t.match(self._snapshot, keys, owner, lease_s, timeout_s=deadline.left()),
+                deadline,
             )
         except KVStrataError as error:
             log.warning("match failed", shard=shard, error=str(error))
             return miss_of(error)
 
-    async def _retried(self, shard: ShardId, call: Callable[[ShardTransport], Awaitable[Value]]) -> Value:
+    def _give_back(self, shard: ShardId, lease: LeaseId) -> None:
+        transport = self._peers.transports.get(shard)
+        if transport is not None:
+            self._peers.send("release", transport.release([lease], timeout_s=ERRAND_TIMEOUT_S))
+
+    async def _retried(
+        self, shard: ShardId, call: Callable[[ShardTransport], Awaitable[Value]], deadline: Deadline
+    ) -> Value:
         """Call; if the shard restarted and forgot us, introduce ourselves and call once more."""
         transport = self._peers.transport(shard)
         try:
             return await call(transport)
         except (NotFound, EpochUnknown):
             self._peers.counters["reopened"] += 1
-            opened = await transport.open_namespace(self._spec, self._tenant, timeout_s=REGISTER_TIMEOUT_S)
+            opened = await transport.open_namespace(self._spec, self._tenant, timeout_s=deadline.left())
             if opened != self.namespace:
                 raise Unavailable(f"shard {shard} restarted with another cluster secret") from None
-            await transport.register_epoch(self._spec.model_id, self.epoch, timeout_s=REGISTER_TIMEOUT_S)
+            await transport.register_epoch(self._spec.model_id, self.epoch, timeout_s=deadline.left())
             return await call(transport)
 
     async def _stream(
@@ -283,15 +300,23 @@ class StoreSession:
             reason = verify_identity(frame, self._snapshot, block.key, self.layout.fingerprint)
         except CorruptBlock as error:
             reason = error.reason
+        if reason is None and frame.codec != LOSSLESS_CODEC:
+            reason = MissReason.BAD_HEADER  # encoded by what this client has no decoder for
         if reason is None and payload.nbytes != self.layout.block_nbytes:
             reason = MissReason.OTHER_LAYOUT
         if reason is not None:
             self._peers.counters[f"rejected:{reason.value}"] += 1
-            self._peers.report(block.ref)
+            self._report(block.ref)
             return self._missed(i, block, reason)
         self._peers.counters["verified_blocks"] += 1
         self._peers.counters["read_bytes"] += item.frame.nbytes
         return VerifiedBlock(i, payload, frame.meta.epoch, frame.meta.quality)
+
+    def _report(self, ref: BlockRef) -> None:
+        """A block of the shard's failed verification: let it check its own copy."""
+        transport = self._peers.transports.get(ref.shard)
+        if transport is not None:
+            self._peers.send("report", transport.report([ref], timeout_s=ERRAND_TIMEOUT_S))
 
     def _missed(self, i: int, block: PinnedBlock, reason: MissReason) -> BlockMiss:
         self._peers.counters[f"miss:{reason.value}"] += 1
@@ -304,7 +329,7 @@ class StoreSession:
         quality: Quality,
         owner: str,
         pin_for_s: float | None,
-        timeout_s: float,
+        deadline: Deadline,
     ) -> tuple[list[PinnedBlock | Refusal], LeaseId | None]:
         offers = [
             BlockOffer(b.key, b.parent, b.chain_index, b.placement, HEADER_NBYTES + b.payload.nbytes)
@@ -318,17 +343,17 @@ class StoreSession:
             owner,
             TXN_LEASE_S,
             secrets.token_bytes(16),
-            timeout_s=timeout_s,
+            timeout_s=deadline.left(),
         )
         try:
             granted = [i for i, refusal in enumerate(opened.outcomes) if refusal is None]
             if granted:
                 frames = [(i, self._header(blocks[i], quality), blocks[i].payload) for i in granted]
-                await transport.write(opened.txn, frames, timeout_s=timeout_s)
+                await transport.write(opened.txn, frames, timeout_s=deadline.left())
                 self._peers.counters["written_bytes"] += sum(offers[i].nbytes for i in granted)
-            result = await transport.commit(opened.txn, pin_for_s, timeout_s=timeout_s)
+            result = await transport.commit(opened.txn, pin_for_s, timeout_s=deadline.left())
         except BaseException:
-            await asyncio.shield(self._abandon(transport, opened.txn))
+            self._peers.send("abort", transport.abort(opened.txn, timeout_s=ERRAND_TIMEOUT_S))
             raise
         answers: list[PinnedBlock | Refusal] = [
             found
@@ -338,12 +363,6 @@ class StoreSession:
         ]
         self._peers.counters["published_blocks"] += sum(not isinstance(a, Refusal) for a in answers)
         return answers, result.lease
-
-    async def _abandon(self, transport: ShardTransport, txn: TxnId) -> None:
-        try:
-            await transport.abort(txn, timeout_s=REGISTER_TIMEOUT_S)
-        except KVStrataError:
-            self._peers.counters["aborts_failed"] += 1  # its lease ends it
 
     def _header(self, block: PublishBlock, quality: Quality) -> bytes:
         meta = BlockMeta(
@@ -359,9 +378,9 @@ class StoreSession:
         return encode_header(meta, block.payload)
 
 
-async def _next(queue: asyncio.Queue[ReadItem | MissReason], deadline: float) -> ReadItem | MissReason:
+async def _next(queue: asyncio.Queue[ReadItem | MissReason], deadline: Deadline) -> ReadItem | MissReason:
     try:
-        async with asyncio.timeout_at(deadline):
+        async with asyncio.timeout_at(deadline.at):
             return await queue.get()
     except TimeoutError:
         return MissReason.DEADLINE

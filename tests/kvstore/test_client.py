@@ -10,10 +10,13 @@ from kvstore import failpoints
 from kvstore.answers import BlockMiss, Match, PublishBlock, VerifiedBlock
 from kvstore.client import StoreClient
 from kvstore.errors import EpochConflict, Unauthenticated, Unavailable
+from kvstore.frame import encode_header
 from kvstore.hashing import STRIPE_BLOCKS, KeyChain
-from kvstore.nouns import Epoch, MissReason, PinnedBlock, Quality, Refusal
+from kvstore.nouns import BlockMeta, BlockRef, Epoch, MissReason, PinnedBlock, Quality, Refusal, Tier
+from kvstore.peers import ERRANDS_MAX
 from kvstore.session import StoreSession
 from kvstore.topology import ShardEntry, Topology
+from kvstore.transport.base import ReadItem
 from tests.kvstore.conftest import Served
 from tests.kvstore.oracle import SPEC, TIMEOUT, chain, epoch, payload
 
@@ -116,7 +119,7 @@ async def test_a_flipped_byte_is_rejected_reported_and_written_again(
     at = made.keys.index(flipped) if flipped else -1
     assert [i for i, item in enumerate(got) if item is MissReason.CHECKSUM] == [at]
     assert client.counters["rejected:checksum"] == 1
-    await client._peers.finish_reports()
+    await client._peers.finish_errands()
     assert len((await match(session, made)).blocks) == at
     await publish(session, made)
     assert await read(session, await match(session, made)) == [payload(key, E1) for key in made.keys]
@@ -179,6 +182,88 @@ async def test_a_shard_that_stalls_costs_a_bounded_wait(session: StoreSession) -
     with failpoints.armed("storage.read", failpoints.Delay(asyncio.Event())):
         got = [item async for item in session.read(found.blocks, timeout_s=0.2)]
     assert [item.reason for item in got if isinstance(item, BlockMiss)] == [MissReason.DEADLINE] * 2
+
+
+async def _stall(*_: object, **__: object) -> None:
+    await asyncio.Event().wait()
+
+
+async def test_a_shard_that_forgot_us_and_stalls_costs_the_caller_no_more_than_it_allowed(
+    session: StoreSession, shards: list[Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for shard in shards:
+        await shard.restart()
+    await asyncio.wait_for(_until_connected(session, shards), 20)
+    for shard in shards:
+        monkeypatch.setattr(shard.driver, "open_namespace", _stall)
+    made = chain(session.namespace, 1)
+    began = asyncio.get_running_loop().time()
+    found = await session.match(made.keys, owner="r", lease_s=10.0, timeout_s=0.3)
+    assert (found.blocks, found.miss) == ((), MissReason.DEADLINE)
+    assert asyncio.get_running_loop().time() - began < 2.0
+
+
+async def _until_connected(session: StoreSession, shards: list[Served]) -> None:
+    for transport in session._peers.transports.values():
+        while True:
+            try:
+                await transport.status(timeout_s=TIMEOUT)
+                break
+            except Unavailable:
+                await asyncio.sleep(0.1)
+
+
+async def test_a_shard_that_stalls_in_a_write_costs_the_writer_no_more_than_it_allowed(
+    session: StoreSession, client: StoreClient, shards: list[Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for shard in shards:
+        monkeypatch.setattr(shard.driver, "write", _stall)
+        monkeypatch.setattr(shard.driver, "abort", _stall)
+    began = asyncio.get_running_loop().time()
+    done = await session.publish(
+        blocks_of(chain(session.namespace, 2)),
+        quality=Quality.LOSSLESS,
+        owner="w",
+        pin_for_s=None,
+        timeout_s=0.3,
+    )
+    assert done.blocks == (Refusal.DEADLINE, Refusal.DEADLINE)
+    assert asyncio.get_running_loop().time() - began < 2.0
+    await client._peers.finish_errands()
+    assert client.counters["abort:failed"] == 1
+
+
+async def test_errands_are_bounded(client: StoreClient) -> None:
+    for _ in range(ERRANDS_MAX + 3):
+        client._peers.send("release", asyncio.sleep(0.01))
+    assert client.counters["release:dropped"] == 3
+    await client._peers.finish_errands()
+    client._peers.send("release", asyncio.sleep(0))
+    assert client.counters["release:dropped"] == 3
+
+
+async def test_a_block_in_a_codec_the_reader_has_no_decoder_for_is_a_miss(
+    session: StoreSession, client: StoreClient, shards: list[Served]
+) -> None:
+    """Its payload may well have the length of a raw one: that does not make it raw."""
+    made = chain(session.namespace, 1)
+    body = payload(made.keys[0], E1)
+    meta = BlockMeta(
+        session.namespace,
+        made.keys[0],
+        made.parent(0),
+        0,
+        made.placement(0),
+        E1,
+        Quality.LOSSLESS,
+        SPEC.layout.fingerprint,
+    )
+    held = memoryview(encode_header(meta, body, codec=7) + body)
+    ref = BlockRef(shards[0].driver.shard, shards[0].driver.config.incarnation, 0, 1)
+    block = PinnedBlock(made.keys[0], ref, E1, Quality.LOSSLESS, Tier.HOST)
+    answer = session._verify(0, block, ReadItem(0, held, None))
+    assert isinstance(answer, BlockMiss)
+    assert answer.reason is MissReason.BAD_HEADER
 
 
 async def test_no_token_no_answer(topology: Topology) -> None:

@@ -163,39 +163,40 @@ class ShardService:
 
     async def _write(self, chunks: AsyncIterator[bulk.WriteChunk], context: Context) -> blocks.WriteResponse:
         answer = blocks.WriteResponse()
-        frame, filled, held = bytearray(), 0, 0
+        frame, filled = bytearray(), 0
         try:
             async for chunk in chunks:
                 if not filled:
-                    self._release_nbytes(held)
-                    held = self._admit_nbytes(chunk.frame_nbytes)
-                    frame = bytearray(held)
+                    frame = self._admit_frame(chunk.frame_nbytes)
                 end = filled + len(chunk.data)
-                if end > held or not chunk.data:
+                if end > len(frame) or not chunk.data:
                     raise ConfigError("chunks run past the frame they announced: send frames in order")
                 frame[filled:end] = chunk.data
-                filled = end if end < held else 0
-                if not filled:
+                filled = end
+                if filled == len(frame):
                     view = memoryview(frame)
                     piece = (chunk.index, bytes(view[:HEADER_NBYTES]), view[HEADER_NBYTES:])
                     (refusal,) = await self._shard.write(TxnId(chunk.txn), [piece], timeout_s=_left(context))
                     answer.indexes.append(chunk.index)
                     answer.refusals.append(refusal.value if refusal else "")
+                    self._inflight_nbytes -= len(frame)
+                    frame, filled = bytearray(), 0
         finally:
-            self._release_nbytes(held)
+            self._inflight_nbytes -= len(frame)
         return answer
 
-    def _admit_nbytes(self, nbytes: int) -> int:
-        """Take `nbytes` of the budget. Raises ConfigError for a nonsense size, OverLimit beyond it."""
+    def _admit_frame(self, nbytes: int) -> bytearray:
+        """A buffer within the budget; whoever takes it gives `len` back.
+
+        Raises ConfigError for a nonsense size, OverLimit beyond the budget.
+        """
         if nbytes <= HEADER_NBYTES:
             raise ConfigError(f"a frame of {nbytes} bytes has no room for a header and a payload")
         if self._inflight_nbytes + nbytes > self._inflight_nbytes_max:
             raise OverLimit(f"{self._inflight_nbytes} bytes of writes are in flight: try again later")
+        frame = bytearray(nbytes)
         self._inflight_nbytes += nbytes
-        return nbytes
-
-    def _release_nbytes(self, nbytes: int) -> None:
-        self._inflight_nbytes -= nbytes
+        return frame
 
     def _refs(self, asked: blocks.ReadRequest | control.ReportRequest) -> list[BlockRef]:
         if len(asked.slots) != len(asked.generations):

@@ -24,8 +24,9 @@ from kvstore.server import ServerConfig, ShardServer, is_loopback
 from kvstore.topology import ShardEntry, Topology
 from kvstore.transport.base import CHUNK_NBYTES, ShardStatus
 from kvstore.transport.grpc import methods, wire
-from kvstore.transport.grpc.bulk import parse_write
+from kvstore.transport.grpc.bulk import WriteChunk, parse_write
 from kvstore.transport.grpc.client import GrpcTransport, _chunks
+from kvstore.transport.grpc.service import ShardService
 from kvstore.v1 import control_pb2 as control
 from tests.kvstore.conftest import TOKEN, Served
 from tests.kvstore.oracle import SPEC, TIMEOUT, chain, epoch, frame, new_driver, offer
@@ -130,6 +131,31 @@ async def test_writes_beyond_the_budget_in_flight_are_refused() -> None:
         await transport.write(TxnId(1), [too_big], timeout_s=TIMEOUT)
     await transport.close()
     await server.stop(0)
+
+
+@pytest.mark.parametrize("nbytes", [[400, 400, 900], [400, 0], [900]])
+async def test_the_write_budget_comes_back_whole_however_a_stream_ends(
+    nbytes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def take(*_: object, timeout_s: float) -> list[Refusal | None]:
+        return [None]
+
+    driver = new_driver()
+    monkeypatch.setattr(driver, "write", take)
+    service = ShardService(driver, inflight_nbytes_max=700)
+    with pytest.raises((OverLimit, ConfigError)):
+        await service._write(_announcing(nbytes), _NoDeadline())
+    assert service._inflight_nbytes == 0
+
+
+async def _announcing(nbytes: list[int]) -> AsyncIterator[WriteChunk]:
+    for index, frame_nbytes in enumerate(nbytes):
+        yield WriteChunk(1, index, frame_nbytes, memoryview(bytes(frame_nbytes or 1)))
+
+
+class _NoDeadline:
+    def time_remaining(self) -> None:
+        return None
 
 
 async def test_a_torn_write_is_refused_and_leaves_nothing(served: Served, transport: GrpcTransport) -> None:
