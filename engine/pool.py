@@ -32,11 +32,12 @@ class KVPool:
         self.layout = layout
         self.n_slots = n_slots
         shape = (layout.layers, 2, n_slots, layout.block_tokens, layout.kv_heads, layout.head_dim)
-        data = torch.zeros(shape, dtype=DTYPES[layout.dtype])
+        token_nbytes = layout.token_nbytes // (2 * layout.layers)  # one layer's keys or values
+        # numpy's zeros are mapped when first touched (torch's are written: 1.5 s per GiB); as bytes, since
+        # numpy neither knows bfloat16 nor minds a read-only source.
+        self._bytes: Bytes = np.zeros((*shape[:4], token_nbytes), np.uint8)
+        data = torch.from_numpy(self._bytes).view(DTYPES[layout.dtype])
         self._flat = data.view(layout.layers, 2, n_slots * layout.block_tokens, *shape[-2:])
-        # The same memory as bytes: numpy neither knows bfloat16 nor minds a read-only source.
-        token_nbytes = layout.kv_heads * layout.head_dim * data.element_size()
-        self._bytes: Bytes = data.view(torch.uint8).numpy().reshape(*shape[:4], token_nbytes)
 
     def keys(self, layer: int) -> torch.Tensor:
         """View [slots * block_tokens, kv_heads, head_dim]: token t of slot s is row s * block_tokens + t."""
