@@ -21,13 +21,14 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 
 from engine.attention.base import AttentionBackend, Segment
-from engine.attention.fixed_split import FixedSplitAttention
+from engine.attention.fixed_split import ROWS_MULTIPLE, FixedSplitAttention, tile_width
 from engine.attention.sdpa import SdpaAttention
 from engine.config import EngineConfig
 from engine.detokenizer import IncrementalDetokenizer
-from engine.linear import INVARIANT, PLAIN, check_row_invariance
+from engine.linear import Rowwise, check_row_invariance
 from engine.models.config import ModelConfig
 from engine.models.llama import LlamaModel, StepInput
 from engine.pool import KVPool
@@ -66,10 +67,14 @@ class Engine:
         )
         n_slots = config.pool_blocks or config.pool_nbytes // self.layout.block_nbytes
         self.max_model_len = _max_model_len(config, model_config, n_slots)
-        self._kernel = INVARIANT if config.batch_invariant else PLAIN
-        self._model = LlamaModel(model_config, weights.tensors, self._kernel, self.max_model_len)
-        if config.batch_invariant and config.dtype == "float32":
-            check_row_invariance(self._model.matrices())
+        self._model = LlamaModel(model_config, weights.tensors, self.max_model_len)
+        if config.batch_invariant:
+            weights_width = ROWS_MULTIPLE * tile_width(config.block_tokens)
+            rowwise = [
+                Rowwise(F.silu, self._model.inner_width, DTYPES[config.dtype]),
+                Rowwise(torch.exp2, weights_width, torch.float32),
+            ]
+            check_row_invariance(self._model.products(), rowwise)
         self._attention: AttentionBackend = (
             FixedSplitAttention(model_config.heads) if config.batch_invariant else SdpaAttention()
         )
@@ -276,7 +281,7 @@ class Engine:
 
     def _step_input(self, chunks: list[tuple[Sequence, int]], rows: int) -> StepInput:
         size = self.config.block_tokens
-        token_ids, positions = torch.zeros(2, self._kernel.padded(rows), dtype=torch.int64)
+        token_ids, positions = torch.empty(2, rows, dtype=torch.int64)
         pool_rows = torch.empty(rows, dtype=torch.int64)
         row = 0
         for sequence, count in chunks:
@@ -286,7 +291,7 @@ class Engine:
             positions[taken] = at
             pool_rows[taken] = torch.tensor(sequence.slots)[at // size] * size + at % size
             row += count
-        return StepInput(rows, token_ids, positions, pool_rows)
+        return StepInput(token_ids, positions, pool_rows)
 
     def _advance(self, sequence: Sequence, rows: int) -> list[CompletedBlock]:
         request = sequence.request

@@ -14,9 +14,9 @@ are in the step, on how the prompt was chunked, or on how much room stands behin
     o         = ((p_0 v_0 + p_1 v_1) + p_2 v_2) ... / l
 
 A tile wholly behind a query adds exact zeros, so it does not matter whether it is computed or skipped.
-Row counts only take the kernels that engine/linear.py shows to be invariant. Scores, sums and products are
-float32 whatever the pool's dtype. Source of the idea: fixed split-KV (Flash-Decoding, and He et al. 2025,
-"Defeating nondeterminism in LLM inference").
+Row counts are those for which MKL gives a row the same bits in any company: multiples of 16. Scores, sums
+and products are float32 whatever the pool's dtype. Source of the idea: fixed split-KV (Flash-Decoding, and
+He et al. 2025, "Defeating nondeterminism in LLM inference").
 
 Full tiles whose slots are adjacent in the pool are read in place, others are gathered: reading in place
 saves a copy of the whole context a layer. Time against torch's own kernel: docs/design.md section 8.
@@ -32,12 +32,12 @@ from typing import Final
 import torch
 
 from engine.attention.base import Segment
-from engine.linear import ROWS_MULTIPLE
 from engine.pool import KVPool
 
-__all__ = ["FixedSplitAttention"]
+__all__ = ["ROWS_MULTIPLE", "FixedSplitAttention", "tile_width"]
 
 _LOG2_E: Final = math.log2(math.e)
+ROWS_MULTIPLE: Final = 16
 TILE_TOKENS: Final = 256
 QUERY_BLOCK: Final = 128
 """Positions whose scores are held at once: bounds memory to heads * 128 * context floats."""
@@ -76,7 +76,7 @@ class FixedSplitAttention:
         self._heads = heads
 
     def plan(self, segments: Sequence[Segment], pool: KVPool) -> FixedSplitPlan:
-        width = _tile_width(pool.layout.block_tokens)
+        width = tile_width(pool.layout.block_tokens)
         group = self._heads // pool.layout.kv_heads
         plans = [
             _SegmentPlan(tuple(_tiles(segment, pool, width)), tuple(_query_blocks(segment, group, width)))
@@ -162,7 +162,7 @@ class FixedSplitPlan:
         out[block.row : block.row + block.rows].view(by_position.shape).copy_(by_position)
 
 
-def _tile_width(block_tokens: int) -> int:
+def tile_width(block_tokens: int) -> int:
     """Whole blocks, as near to TILE_TOKENS as they come."""
     return block_tokens * max(1, TILE_TOKENS // block_tokens)
 

@@ -1,21 +1,22 @@
 """The Llama family's forward pass over a paged pool, one step's rows at a time.
 
-Rows of all sequences are computed together; only attention knows where one ends and the next begins.
-Weights stay under their Hugging Face names, unfused, so that those stored in the compute dtype stay views of
-the mapped file, shared by all workers of a host (fusing gate and up was also slower: 404 ms, not 322, a step
-of 512 tokens over 30 layers on 2 threads). Checked against transformers in tests/engine/models/test_llama.py.
+Rows of all sequences are computed together; only attention knows where one ends and the next begins. What
+the same rows are multiplied with is one product: queries, keys and values; gate and up. Embeddings and norms
+stay views of the mapped file where they are stored in the compute dtype; matrices are packed copies
+(linear.py). Checked against transformers in tests/engine/models/test_llama.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 import torch.nn.functional as F
 
 from engine.attention.base import AttentionPlan
-from engine.linear import LinearKernel
+from engine.linear import PackedLinear
 from engine.models.config import ModelConfig
 from engine.models.rope import inverse_frequencies
 from engine.pool import KVPool
@@ -24,29 +25,28 @@ from engine.weights import EMBEDDING, LM_HEAD
 __all__ = ["LlamaModel", "StepInput"]
 
 
+_WIDTH_MULTIPLE: Final = 64
+"""Silu's rows are filled with zeros up to it: torch ends a thread's share in scalar code that rounds
+otherwise than its vectors do, and no share shall end inside one."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """One step's rows. The first `rows` are real, the rest are padding up to the kernel's multiple."""
+    """One step's rows."""
 
-    rows: int
-    token_ids: torch.Tensor  # int64 [padded]
-    positions: torch.Tensor  # int64 [padded]
+    token_ids: torch.Tensor  # int64 [rows]
+    positions: torch.Tensor  # int64 [rows]
     pool_rows: torch.Tensor  # int64 [rows]: where each row's K and V go
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """One decoder layer's weights, [out, in]."""
-
     input_norm: torch.Tensor
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    output: torch.Tensor
+    query_key_value: PackedLinear
+    output: PackedLinear
     inner_norm: torch.Tensor
-    gate: torch.Tensor
-    up: torch.Tensor
-    down: torch.Tensor
+    gate_up: PackedLinear
+    down: PackedLinear
 
 
 class LlamaModel:
@@ -56,56 +56,50 @@ class LlamaModel:
         self,
         config: ModelConfig,
         tensors: Mapping[str, torch.Tensor],
-        kernel: LinearKernel,
         max_model_len: int,
     ) -> None:
         self.config = config
-        self._linear = kernel
         self._embedding = tensors[EMBEDDING]
         self._norm = tensors["model.norm.weight"]
-        self._head = tensors[LM_HEAD]
+        self._head = PackedLinear(tensors[LM_HEAD])
+        self._heads = [config.heads, config.kv_heads, config.kv_heads]
         self._layers = [_layer(tensors, index) for index in range(config.layers)]
         angles = torch.outer(torch.arange(max_model_len).float(), inverse_frequencies(config))
         self._cos = angles.cos().to(self._embedding.dtype)
         self._sin = angles.sin().to(self._embedding.dtype)
 
-    def matrices(self) -> list[torch.Tensor]:
-        """One of each weight that takes part in a product."""
+    @property
+    def inner_width(self) -> int:
+        """Of the rows that silu sees."""
+        return self._layers[0].down.in_features
+
+    def products(self) -> list[PackedLinear]:
+        """One of each that the forward pass computes."""
         first = self._layers[0]
-        projections = [first.query, first.key, first.value, first.output]
-        return [*projections, first.gate, first.up, first.down, self._head]
+        return [first.query_key_value, first.output, first.gate_up, first.down, self._head]
 
     def forward(self, step: StepInput, pool: KVPool, plan: AttentionPlan) -> torch.Tensor:
         """Compute the rows, write their K and V into the pool. The last hidden states."""
         config = self.config
         hidden = F.embedding(step.token_ids, self._embedding)
         cos, sin = self._cos[step.positions].unsqueeze(1), self._sin[step.positions].unsqueeze(1)
-        attended = hidden.new_zeros(hidden.shape[0], config.heads, config.head_dim)
+        attended = hidden.new_empty(hidden.shape[0], config.heads, config.head_dim)
         for index, layer in enumerate(self._layers):
-            normed = self._rms_norm(hidden, layer.input_norm)
-            queries = _rotate(self._heads(normed, layer.query), cos, sin)
-            keys = _rotate(self._heads(normed, layer.key), cos, sin)
-            values = self._heads(normed, layer.value)
-            pool.keys(index)[step.pool_rows] = keys[: step.rows]
-            pool.values(index)[step.pool_rows] = values[: step.rows]
-            plan.attend(index, queries, attended)
-            hidden = hidden + self._linear.apply(attended.flatten(1), layer.output)
-            hidden = hidden + self._mlp(self._rms_norm(hidden, layer.inner_norm), layer)
+            projected = layer.query_key_value(self._rms_norm(hidden, layer.input_norm))
+            queries, keys, values = torch.split(
+                projected.view(len(hidden), -1, config.head_dim), self._heads, 1
+            )
+            pool.keys(index)[step.pool_rows] = _rotate(keys, cos, sin)
+            pool.values(index)[step.pool_rows] = values
+            plan.attend(index, _rotate(queries, cos, sin), attended)
+            hidden = hidden + layer.output(attended.flatten(1))
+            gate, up = layer.gate_up(self._rms_norm(hidden, layer.inner_norm)).chunk(2, dim=1)
+            hidden = hidden + layer.down(F.silu(gate).mul_(up))
         return hidden
 
     def logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """float32 [len(rows), vocabulary] for the rows (int64) that need them."""
-        count = rows.numel()
-        index = F.pad(rows, (0, self._linear.padded(count) - count))
-        normed = self._rms_norm(hidden[index], self._norm)
-        return self._linear.apply(normed, self._head)[:count].float()
-
-    def _heads(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return self._linear.apply(rows, weight).view(rows.shape[0], -1, self.config.head_dim)
-
-    def _mlp(self, rows: torch.Tensor, layer: _Layer) -> torch.Tensor:
-        gate = F.silu(self._linear.apply(rows, layer.gate), inplace=True)
-        return self._linear.apply(gate.mul_(self._linear.apply(rows, layer.up)), layer.down)
+        return self._head(self._rms_norm(hidden[rows], self._norm)).float()
 
     def _rms_norm(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(rows, weight.shape, weight, self.config.rms_norm_eps)
@@ -119,14 +113,18 @@ def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 def _layer(tensors: Mapping[str, torch.Tensor], index: int) -> _Layer:
     prefix = f"model.layers.{index}."
+
+    def matrix(name: str) -> torch.Tensor:
+        return tensors[f"{prefix}{name}_proj.weight"]
+
+    gate, up, down = matrix("mlp.gate"), matrix("mlp.up"), matrix("mlp.down")
+    missing = -gate.shape[0] % _WIDTH_MULTIPLE
+
     return _Layer(
         input_norm=tensors[prefix + "input_layernorm.weight"],
-        query=tensors[prefix + "self_attn.q_proj.weight"],
-        key=tensors[prefix + "self_attn.k_proj.weight"],
-        value=tensors[prefix + "self_attn.v_proj.weight"],
-        output=tensors[prefix + "self_attn.o_proj.weight"],
+        query_key_value=PackedLinear(*map(matrix, ("self_attn.q", "self_attn.k", "self_attn.v"))),
+        output=PackedLinear(matrix("self_attn.o")),
         inner_norm=tensors[prefix + "post_attention_layernorm.weight"],
-        gate=tensors[prefix + "mlp.gate_proj.weight"],
-        up=tensors[prefix + "mlp.up_proj.weight"],
-        down=tensors[prefix + "mlp.down_proj.weight"],
+        gate_up=PackedLinear(F.pad(gate, (0, 0, 0, missing)), F.pad(up, (0, 0, 0, missing))),
+        down=PackedLinear(F.pad(down, (0, missing))),
     )
