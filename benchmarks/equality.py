@@ -28,7 +28,7 @@ from decode.role import DecodeRole  # noqa: E402  torch comes with these: the pr
 from engine.boot import assemble  # noqa: E402
 from engine.config import EngineConfig  # noqa: E402
 from engine.engine import Engine  # noqa: E402
-from engine.monolithic import generate  # noqa: E402
+from engine.monolithic import generate_all  # noqa: E402
 from engine.registry import DEFAULT_MODEL, resolve_model  # noqa: E402
 from engine.types import GenerationRequest, SamplingParams  # noqa: E402
 from engine.worker import EngineThread  # noqa: E402
@@ -130,7 +130,7 @@ def compare(folder: Path, dtype: Any, count: int, tokens: int) -> dict[str, Any]
     engine = Engine.load(folder, config)
     sampling = SamplingParams(max_tokens=tokens, temperature=0.0)
     asked = [GenerationRequest(f"{i}", 1, ids, sampling) for i, ids in enumerate(prompts(engine, count))]
-    alone = [generate(engine, request) for request in asked]
+    alone = generate_all(engine, asked)
     del engine
     first, second, cached = asyncio.run(through_the_store(folder, config, asked))
     return {

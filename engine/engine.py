@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 
 from engine.attention.base import AttentionBackend, Segment
-from engine.attention.fixed_split import ROWS_MULTIPLE, FixedSplitAttention, tile_width
+from engine.attention.fixed_split import FixedSplitAttention, check_attention_invariance, tile_width
+from engine.attention.fixed_split_decode import ROWS_MULTIPLE
 from engine.attention.sdpa import SdpaAttention
 from engine.config import EngineConfig
 from engine.detokenizer import IncrementalDetokenizer
@@ -69,12 +70,7 @@ class Engine:
         self.max_model_len = _max_model_len(config, model_config, n_slots)
         self._model = LlamaModel(model_config, weights.tensors, self.max_model_len)
         if config.batch_invariant:
-            weights_width = ROWS_MULTIPLE * tile_width(config.block_tokens)
-            rowwise = [
-                Rowwise(F.silu, self._model.inner_width, DTYPES[config.dtype]),
-                Rowwise(torch.exp2, weights_width, torch.float32),
-            ]
-            check_row_invariance(self._model.products(), rowwise)
+            _check_invariance(self._model, self.layout)
         self._attention: AttentionBackend = (
             FixedSplitAttention(model_config.heads) if config.batch_invariant else SdpaAttention()
         )
@@ -327,3 +323,19 @@ def _max_model_len(config: EngineConfig, model_config: ModelConfig, n_slots: int
             f"max_model_len is {config.max_model_len}, but the model was made for {made_for}: lower it"
         )
     return config.max_model_len
+
+
+def _check_invariance(model: LlamaModel, layout: KVLayout) -> None:
+    """Prove it for everything of the forward pass that could break it. Raises ConfigError."""
+    dtype, hidden = DTYPES[layout.dtype], model.config.hidden_size
+
+    def rms_norm(rows: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(rows, (hidden,), eps=model.config.rms_norm_eps)
+
+    rowwise = [
+        Rowwise(rms_norm, hidden, dtype),
+        Rowwise(F.silu, model.inner_width, dtype),
+        Rowwise(torch.exp2, ROWS_MULTIPLE * tile_width(layout.block_tokens), torch.float32),
+    ]
+    check_row_invariance(model.products(), rowwise)
+    check_attention_invariance(model.config.heads, layout)

@@ -22,7 +22,7 @@ import torch
 
 from kvstore.errors import ConfigError
 
-__all__ = ["PackedLinear", "Rowwise", "check_row_invariance"]
+__all__ = ["PackedLinear", "Rowwise", "check_row_invariance", "variant"]
 
 _PROBE_ROWS: Final = (1, 2, 3, 7, 16, 33, 129)
 _PROBE_ROWS_MAX: Final = 272
@@ -31,7 +31,7 @@ _ELEMENTS_A_THREAD: Final = 1 << 16
 
 
 class Rowwise(NamedTuple):
-    """An elementwise function as it is used: on how many elements at least, of which type."""
+    """A function of rows, elementwise or a norm, as it is used: on rows of which width and type."""
 
     function: Callable[[torch.Tensor], torch.Tensor]
     width: int
@@ -58,7 +58,7 @@ class PackedLinear:
 
 def check_row_invariance(linears: Iterable[PackedLinear], rowwise: Iterable[Rowwise]) -> None:
     """Prove on this machine, with its threads, that a row's bits do not depend on what is computed with it:
-    for products, and for elementwise functions of whole rows.
+    for products, and for functions of whole rows.
 
     About 0.5 s for SmolLM2-135M. Raises ConfigError.
     """
@@ -69,17 +69,18 @@ def check_row_invariance(linears: Iterable[PackedLinear], rowwise: Iterable[Roww
         for rows in _PROBE_ROWS:
             if not torch.equal(linear(x[-rows:]), whole[-rows:]):
                 shape = f"{linear.out_features} x {linear.in_features}"
-                raise _variant(f"a product of {rows} rows with a {shape} matrix")
+                raise variant(f"a product of {rows} rows with a {shape} matrix")
     elements_max = torch.get_num_threads() * _ELEMENTS_A_THREAD
     for function, width, dtype in rowwise:
         x = torch.randn(-(-elements_max // width), width, generator=generator).to(dtype)
         whole = function(x)
         for rows in range(1, x.shape[0]):
             if not torch.equal(function(x[:rows]), whole[:rows]):
-                raise _variant(f"{function.__name__} of {rows} rows of {width} elements")
+                raise variant(f"{function.__name__} of {rows} rows of {width} elements")
 
 
-def _variant(what: str) -> ConfigError:
+def variant(what: str) -> ConfigError:
+    """The refusal to compute where batch invariance does not hold."""
     return ConfigError(
         f"{what} gives other bits than the same within a larger batch, on this machine with "
         f"{torch.get_num_threads()} threads: set threads to 1 or 2, or batch_invariant to false"

@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Sequence
+
 from engine.engine import Engine
 from engine.types import GenerationRequest
 
-__all__ = ["generate"]
+__all__ = ["generate", "generate_all"]
 
 
 def generate(engine: Engine, request: GenerationRequest) -> tuple[int, ...]:
-    """Run `request` to its end; all its output tokens, those it came with included.
+    """`generate_all` for one request."""
+    return generate_all(engine, [request])[0]
+
+
+def generate_all(
+    engine: Engine, requests: Sequence[GenerationRequest], ended: Callable[[int], None] = lambda _: None
+) -> list[tuple[int, ...]]:
+    """Run the requests to their ends, as many at once as fit; all output tokens of each, those it came with
+    included. `ended` hears how many are done.
 
     Other sequences of the engine go on meanwhile; their events are lost, so give it an idle engine. Raises
-    what `Engine.admit` raises, and RuntimeError if the sequence ends in an error.
+    what `Engine.admit` raises, and RuntimeError if a sequence ends in an error.
     """
-    engine.admit(request)
-    output = list(request.output_ids)
-    while engine.has_work():
+    outputs = {request.request_id: list(request.output_ids) for request in requests}
+    waiting, running = deque(requests), set(outputs)
+    while running:
+        while waiting and (engine.can_admit(waiting[0]) or not engine.has_work()):
+            engine.admit(waiting.popleft())
         for event in engine.step().events:
-            if event.request_id != request.request_id:
+            if event.request_id not in running:
                 continue
             if event.error is not None:
-                raise RuntimeError(f"request {request.request_id}: {event.error}")
-            output.append(event.token_id)
+                raise RuntimeError(f"request {event.request_id}: {event.error}")
+            outputs[event.request_id].append(event.token_id)
             if event.finish is not None:
-                return tuple(output)
-    raise RuntimeError(f"request {request.request_id} left the engine without an end")
+                running.discard(event.request_id)
+                ended(len(outputs) - len(running))
+    return [tuple(output) for output in outputs.values()]

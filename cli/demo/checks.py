@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cli.demo.conversation import ANSWER_TOKENS, Turn, shared_prefix
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.monolithic import generate
+from engine.monolithic import generate_all
 from engine.registry import resolve_model
 from engine.types import GenerationRequest, SamplingParams
 
@@ -35,12 +35,9 @@ def monolithic_answers(
 ) -> list[tuple[int, ...]]:
     """Greedy output tokens of each turn's prompt, from a fresh engine in this process."""
     engine = Engine.load(resolve_model(model), config)
-    answers = []
-    for i, turn in enumerate(turns):
-        sampling = SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0.0)
-        answers.append(generate(engine, GenerationRequest(f"alone-{i}", 0, turn.prompt_ids, sampling)))
-        told(i + 1)
-    return answers
+    sampling = SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0.0)
+    requests = [GenerationRequest(f"alone-{i}", 0, turn.prompt_ids, sampling) for i, turn in enumerate(turns)]
+    return generate_all(engine, requests, told)
 
 
 def judge(

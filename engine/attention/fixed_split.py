@@ -5,7 +5,7 @@ are in the step, on how the prompt was chunked, or on how much room stands behin
 
     context   0        256       512    600        tiles of 256 tokens at absolute positions
               [ tile 0 ][ tile 1 ][ tile 2 ....]   the last one padded with zeros to its full width
-    queries   [ up to 128 positions x heads of the group, padded to 16 rows ]
+    queries   [ up to 128 positions x heads of the group, padded to 4 rows ]
 
     scores_t  = q k_t^T           one product of fixed shape a tile, masked to -inf after the query
     m         = max over all      exact in any order
@@ -14,8 +14,9 @@ are in the step, on how the prompt was chunked, or on how much room stands behin
     o         = ((p_0 v_0 + p_1 v_1) + p_2 v_2) ... / l
 
 A tile wholly behind a query adds exact zeros, so it does not matter whether it is computed or skipped.
-Row counts are those for which MKL gives a row the same bits in any company: multiples of 16. Scores, sums
-and products are float32 whatever the pool's dtype. Source of the idea: fixed split-KV (Flash-Decoding, and
+Row counts are those for which MKL gives a row the same bits in any company: multiples of 4. Scores, sums
+and products are float32 whatever the pool's dtype. Sequences with one new token are computed together, in
+the same order of additions (fixed_split_decode.py). Source of the idea: fixed split-KV (Flash-Decoding, and
 He et al. 2025, "Defeating nondeterminism in LLM inference").
 
 Full tiles whose slots are adjacent in the pool are read in place, others are gathered: reading in place
@@ -26,18 +27,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
 
 from engine.attention.base import Segment
+from engine.attention.fixed_split_decode import DecodeGroup, decode_groups, padded_rows
+from engine.linear import variant
 from engine.pool import KVPool
+from kvstore.nouns import KVLayout
 
-__all__ = ["ROWS_MULTIPLE", "FixedSplitAttention", "tile_width"]
+__all__ = ["FixedSplitAttention", "check_attention_invariance", "tile_width"]
 
 _LOG2_E: Final = math.log2(math.e)
-ROWS_MULTIPLE: Final = 16
 TILE_TOKENS: Final = 256
 QUERY_BLOCK: Final = 128
 """Positions whose scores are held at once: bounds memory to heads * 128 * context floats."""
@@ -59,8 +62,7 @@ class _QueryBlock:
     rows: int
     padded: int  # rows * group, padded
     tiles: int
-    visible: int  # tokens of the last tile that a block of one position sees
-    masks: tuple[tuple[int, torch.Tensor], ...]  # else: (tile, bool [padded, width]: not visible)
+    masks: tuple[tuple[int, torch.Tensor], ...]  # (tile, bool [padded, width]: not visible)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,29 +80,59 @@ class FixedSplitAttention:
     def plan(self, segments: Sequence[Segment], pool: KVPool) -> FixedSplitPlan:
         width = tile_width(pool.layout.block_tokens)
         group = self._heads // pool.layout.kv_heads
-        plans = [
+        chunks = [
             _SegmentPlan(tuple(_tiles(segment, pool, width)), tuple(_query_blocks(segment, group, width)))
             for segment in segments
+            if segment.rows > 1
         ]
-        return FixedSplitPlan(plans, pool, group, width)
+        single = [segment for segment in segments if segment.rows == 1]
+        decoding = list(decode_groups(single, pool, self._heads, width))
+        return FixedSplitPlan(chunks, decoding, pool, group, width)
+
+
+def check_attention_invariance(heads: int, layout: KVLayout) -> None:
+    """Prove on this machine, with its threads, that a position's result does not depend on what it is
+    computed with: alone, among other sequences, in a chunk. A few milliseconds. Raises ConfigError."""
+    generator = torch.Generator().manual_seed(0)
+    width = tile_width(layout.block_tokens)
+    first, rows = 2 * width - 9, QUERY_BLOCK + 2  # the chunk crosses a tile's end and a query block's
+    slots = tuple(range(-(-(first + rows) // layout.block_tokens)))
+    pool = KVPool(replace(layout, layers=1), len(slots))
+    for kept in (pool.keys(0), pool.values(0)):
+        kept.copy_(torch.randn(kept.shape, generator=generator))
+    queries = torch.randn(rows, heads, layout.head_dim, generator=generator).to(pool.keys(0).dtype)
+    backend = FixedSplitAttention(heads)
+    whole, apart = torch.empty_like(queries), torch.empty_like(queries)
+    backend.plan([Segment(0, rows, first, slots)], pool).attend(0, queries, whole)
+    singles = [Segment(row, 1, first + row, slots) for row in range(rows)]
+    for together in (singles[:1], singles[1:18], singles[18:-5]):
+        backend.plan(together, pool).attend(0, queries, apart)
+    backend.plan([Segment(rows - 5, 5, first + rows - 5, slots)], pool).attend(0, queries, apart)
+    if not torch.equal(whole, apart):
+        raise variant("attention to one position")
 
 
 class FixedSplitPlan:
     """Holds the step's scratch memory too: fresh pages for every layer cost more than the products."""
 
-    def __init__(self, plans: list[_SegmentPlan], pool: KVPool, group: int, width: int) -> None:
+    def __init__(
+        self, plans: list[_SegmentPlan], decoding: list[DecodeGroup], pool: KVPool, group: int, width: int
+    ) -> None:
         self._plans = plans
+        self._decoding = decoding
         self._pool = pool
         self._group = group
         self._width = width
         kv_heads, head_dim = pool.layout.kv_heads, pool.layout.head_dim
-        scores = max(block.tiles * block.padded for plan in plans for block in plan.blocks)
+        scores = max((block.tiles * block.padded for plan in plans for block in plan.blocks), default=0)
         self._weights = torch.empty(scores * kv_heads * width)
         dtype = pool.keys(0).dtype
         # A zero behind every sequence's last token; rows before it are overwritten layer by layer.
         self._last_tiles = torch.zeros(len(plans), 2, width, kv_heads, head_dim, dtype=dtype)
 
     def attend(self, layer: int, queries: torch.Tensor, out: torch.Tensor) -> None:
+        for group in self._decoding:
+            group.attend(layer, queries, out)
         flat_keys, flat_values = self._pool.keys(layer), self._pool.values(layer)
         for plan, (last_keys, last_values) in zip(self._plans, self._last_tiles, strict=True):
             keys = [self._load(tile, flat_keys, last_keys) for tile in plan.tiles]
@@ -130,8 +162,6 @@ class FixedSplitPlan:
         weights = self._weights[: math.prod(shape)].view(shape)
         for tile in range(block.tiles):
             torch.bmm(query, keys[tile].transpose(1, 2), out=weights[tile])
-        if block.rows == 1:
-            weights[-1, :, :, block.visible :] = -math.inf
         for tile, hidden in block.masks:
             weights[tile].masked_fill_(hidden, -math.inf)
         highest = weights.amax(-1).amax(0)
@@ -141,7 +171,7 @@ class FixedSplitPlan:
         result = torch.bmm(weights[0], values[0])
         for tile in range(1, block.tiles):
             total = total + sums[tile]
-            result.baddbmm_(weights[tile], values[tile])
+            result += torch.bmm(weights[tile], values[tile])
         result.div_(total.unsqueeze(-1))
         self._ungroup(block, result, out)
 
@@ -180,11 +210,10 @@ def _query_blocks(segment: Segment, group: int, width: int) -> list[_QueryBlock]
     for offset in range(0, segment.rows, QUERY_BLOCK):
         rows = min(QUERY_BLOCK, segment.rows - offset)
         first = segment.start + offset
-        padded = -(-rows * group // ROWS_MULTIPLE) * ROWS_MULTIPLE
+        padded = padded_rows(rows * group)
         tiles = -(-(first + rows) // width)
-        masks = _masks(first, rows, group, padded, width, tiles) if rows > 1 else ()
-        visible = first + rows - (tiles - 1) * width
-        blocks.append(_QueryBlock(segment.row + offset, rows, padded, tiles, visible, masks))
+        masks = _masks(first, rows, group, padded, width, tiles)
+        blocks.append(_QueryBlock(segment.row + offset, rows, padded, tiles, masks))
     return blocks
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from engine.attention.base import AttentionBackend, Segment
-from engine.attention.fixed_split import FixedSplitAttention
+from engine.attention.fixed_split import FixedSplitAttention, check_attention_invariance
 from engine.attention.sdpa import SdpaAttention
 from engine.pool import KVPool
+from kvstore.errors import ConfigError
 from kvstore.nouns import KVLayout
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 6, 2, 16, 32
@@ -79,3 +81,20 @@ def test_tiles_are_whole_blocks_of_any_size(block_tokens: int) -> None:
     FixedSplitAttention(HEADS).plan([segment], pool).attend(0, queries, out)
     expected = naive(queries, pool.keys(0), pool.values(0), 600)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_machine_where_attention_varies_is_refused(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = replace(LAYOUT, dtype=dtype)
+    check_attention_invariance(HEADS, layout)
+    bmm = torch.bmm
+
+    def by_row_count(
+        left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        product: torch.Tensor = bmm(left, right) * (1 + 0.02 * (left.shape[1] == 4))
+        return product if out is None else out.copy_(product)
+
+    monkeypatch.setattr(torch, "bmm", by_row_count)
+    with pytest.raises(ConfigError, match="attention to one position gives other bits"):
+        check_attention_invariance(HEADS, layout)
