@@ -58,9 +58,9 @@ class AttemptLimits:
     """The bounds of every wait. Seconds."""
 
     attempts_max: int = 3
-    prefill_s: float = 120.0
+    prefill_s: float = 120.0  # for the first token, and for decode's first
     call_s: float = 30.0  # handoff, decode.start
-    stall_s: float = 60.0  # between two tokens
+    stall_s: float = 60.0  # between two tokens of decode
     recovery_s: float = 45.0  # for a worker to come back, when none is left
     abort_s: float = 5.0
 
@@ -188,7 +188,7 @@ class Attempts:
         try:
             with member.carrying(handoff.next_position):
                 await self._bounded("start", member.handle.start(handoff), self._limits.call_s)
-                await self._stream.attempt_over(self._limits.stall_s)
+                await self._stream.attempt_over(self._limits.prefill_s, self._limits.stall_s)
         finally:
             pump.detach(self._stream)
 

@@ -49,11 +49,24 @@ class RouterConfig(_Section):
         description="The model's name in the API. None: the last part of `model`",
     )
     running_max: int = Field(256, ge=1, description="Requests served at once; more are answered 429")
+    max_tokens_default: int = Field(
+        1024,
+        ge=1,
+        description="Where a chat without max_tokens ends, with the reason length. Decode keeps room for all "
+        "of it from the start, so a larger one lets fewer requests run at once",
+    )
     body_nbytes_max: int = Field(4 << 20, ge=1024, description="Largest request body")
     attempts_max: int = Field(3, ge=1, le=16, description="Times a request is tried on other workers")
-    prefill_timeout_s: float = Field(600.0, gt=0, description="For a prompt's first token")
+    prefill_timeout_s: float = Field(
+        600.0,
+        gt=0,
+        description="For a prompt's first token, and for decode's: it may wait for room and compute again "
+        "what it cannot read",
+    )
     call_timeout_s: float = Field(30.0, gt=0, description="For a handoff, and for decode to accept it")
-    stall_timeout_s: float = Field(60.0, gt=0, description="Between two tokens; then another worker goes on")
+    stall_timeout_s: float = Field(
+        60.0, gt=0, description="Between two tokens of decode; then another worker goes on"
+    )
     recovery_timeout_s: float = Field(
         60.0, gt=0, description="For a lost worker to return, when none is left"
     )

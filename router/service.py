@@ -74,6 +74,7 @@ class RouterService:
             self._metrics,
             self,
             self._clock,
+            config.router.max_tokens_default,
         )
         self._server: uvicorn.Server | None = None
         self._serving: asyncio.Task[None] | None = None

@@ -41,6 +41,7 @@ class TokenStream:
         self.finished = False
         self._clock = clock
         self._progress_at = clock.now()
+        self._attempt_tokens = 0
         self._queue: deque[TokenEvent] = deque()
         self._attempt_error: WorkerError | None = None
         self._error: RequestError | None = None
@@ -50,8 +51,8 @@ class TokenStream:
     def begin_attempt(self) -> int:
         """From now on only events of the new attempt count."""
         self.attempt += 1
+        self._attempt_tokens = 0
         self._attempt_error = None
-        self._progress_at = self._clock.now()
         return self.attempt
 
     def offer(self, event: TokenEvent) -> str | None:
@@ -69,6 +70,7 @@ class TokenStream:
             )
             return "gap"
         self.accepted.append(event.token_id)
+        self._attempt_tokens += 1
         self.finished = event.finish in _ENDED
         self._progress_at = self._clock.now()
         self._queue.append(event)
@@ -86,15 +88,17 @@ class TokenStream:
         self._error = error
         self._readable.set()
 
-    async def attempt_over(self, stall_s: float) -> None:
+    async def attempt_over(self, begin_s: float, stall_s: float) -> None:
         """Wait until the last token was accepted. Raises the attempt's WorkerError, or WorkerSlow when no
-        token came for `stall_s`."""
+        token came for `stall_s`; `begin_s` until the attempt's second token, which is decode's first: before
+        it decode may wait for room."""
         while not self.finished:
             if self._attempt_error is not None:
                 raise self._attempt_error
-            left = self._progress_at + stall_s - self._clock.now()
+            limit_s = stall_s if self._attempt_tokens > 1 else begin_s
+            left = self._progress_at + limit_s - self._clock.now()
             if left <= 0:
-                raise WorkerSlow(f"no token came for {stall_s:.0f} s")
+                raise WorkerSlow(f"no token came for {limit_s:.0f} s")
             self._changed.clear()
             # Not wait_for: before Python 3.12 it loses a cancellation that meets the event.
             with contextlib.suppress(TimeoutError):  # the clock decides, at the top of the loop

@@ -53,6 +53,9 @@ class Backend:
     metrics: RouterMetrics
     operations: Operations
     clock: Clock
+    max_tokens_default: int = 1024
+    """Of a chat that does not say. OpenAI's own default, the whole context, would be set aside in decode's
+    pool for every chat: a few of them would fill it."""
 
     def check_model(self, name: str | None) -> None:
         """Raises ModelUnknown. Null is allowed where OpenAI's surface has no model field."""
@@ -78,7 +81,9 @@ class Backend:
     async def chat_job(self, body: ChatBody) -> Job:
         """Raises RequestError for an unknown model or too long a prompt."""
         self.check_model(body.model)
-        return self._job("chatcmpl", await self.chat_ids(body.messages), body, None, "messages")
+        return self._job(
+            "chatcmpl", await self.chat_ids(body.messages), body, self.max_tokens_default, "messages"
+        )
 
     async def completion_jobs(self, body: CompletionBody) -> list[Job]:
         self.check_model(body.model)
@@ -93,10 +98,10 @@ class Backend:
         return jobs
 
     def _job(
-        self, prefix: str, ids: Sequence[int], body: GenerationBody, tokens_default: int | None, field: str
+        self, prefix: str, ids: Sequence[int], body: GenerationBody, tokens_default: int, field: str
     ) -> Job:
         room = self._room(ids, body, field)
-        tokens = body.tokens_max or min(tokens_default or room, room)
+        tokens = body.tokens_max or min(tokens_default, room)
         sampling = SamplingParams(
             max_tokens=tokens,
             temperature=1.0 if body.temperature is None else body.temperature,

@@ -18,6 +18,10 @@ def test_defaults_need_no_file() -> None:
     assert (config.model, config.router.host, config.router.port) == ("smollm2-135m", "127.0.0.1", 8000)
 
 
+def test_a_chat_that_does_not_say_ends_after_a_thousand_tokens() -> None:
+    assert RouterConfig().max_tokens_default == 1024
+
+
 def test_flags_win_over_environment_over_file(tmp_path: Path) -> None:
     path = tmp_path / "kvstrata.toml"
     path.write_text("[router]\nport = 1\n[prefill]\nworkers = 2\n[decode]\nworkers = 2\n")

@@ -34,7 +34,7 @@ async def test_the_worked_example_of_the_module() -> None:
     assert stream.offer(event(2, 5)) is None
     assert stream.offer(event(2, 7)) == "gap"
     with pytest.raises(WorkerFailed, match="token 6 was lost"):
-        await stream.attempt_over(1)
+        await stream.attempt_over(1, 1)
     assert stream.accepted == [100, 101, 102, 103, 104, 105]
 
 
@@ -44,10 +44,10 @@ async def test_what_was_accepted_before_a_failure_reaches_the_reader() -> None:
     stream.offer(event(1, 0))
     stream.fail(WorkerGone("gone"))
     with pytest.raises(WorkerGone):
-        await stream.attempt_over(1)
+        await stream.attempt_over(1, 1)
     stream.begin_attempt()
     stream.offer(event(2, 1, FinishReason.LENGTH))
-    await stream.attempt_over(1)
+    await stream.attempt_over(1, 1)
     assert await read_all(stream) == [100, 101]
 
 
@@ -64,7 +64,7 @@ async def test_a_worker_that_ends_with_an_error_ends_the_attempt_in_its_words() 
     stream.begin_attempt()
     stream.offer(TokenEvent("r", 1, 0, -1, FinishReason.ERROR, "the pool is gone"))
     with pytest.raises(WorkerFailed, match="the pool is gone"):
-        await stream.attempt_over(1)
+        await stream.attempt_over(1, 1)
     assert stream.accepted == []
 
 
@@ -75,8 +75,26 @@ async def test_silence_is_bounded_by_the_clock() -> None:
     clock.advance(5)
     stream.offer(event(1, 0))
     clock.advance(5)
+    stream.offer(event(1, 1))
+    clock.advance(5)
     with pytest.raises(WorkerSlow, match="no token came for 5 s"):
-        await stream.attempt_over(5)
+        await stream.attempt_over(60, 5)
+
+
+async def test_the_wait_for_decode_to_begin_is_no_stall() -> None:
+    clock = ManualClock()
+    stream = TokenStream("r", clock)
+    for attempt in (1, 2):
+        stream.begin_attempt()
+        stream.offer(event(attempt, attempt - 1))  # prefill's
+        clock.advance(59)
+        over = asyncio.create_task(stream.attempt_over(60, 5))
+        await asyncio.wait([over], timeout=0.01)
+        assert not over.done()
+        over.cancel()
+    clock.advance(1)
+    with pytest.raises(WorkerSlow, match="no token came for 60 s"):
+        await stream.attempt_over(60, 5)
 
 
 async def test_a_closed_stream_gives_what_it_has_and_then_the_error() -> None:

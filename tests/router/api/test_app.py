@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -13,6 +14,7 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from router.api.gate import Gate
+from router.api.schemas import ChatBody
 from router.attempts import AttemptLimits
 from tests.router.conformance import HELLO, client
 from tests.router.conftest import BODY_NBYTES_MAX, LiveServer
@@ -166,3 +168,10 @@ async def test_totals_never_go_back_when_a_worker_restarts(tmp_path: Path) -> No
     totals.fold("w-2", {"verified_blocks": 2.0})
     totals.fold("w-2", {"verified_blocks": 3.0})
     assert totals.workers["verified_blocks"] == 13.0
+
+
+async def test_a_chat_without_max_tokens_ends_after_the_default(tmp_path: Path) -> None:
+    backend = replace(fake_service(tmp_path).backend, max_tokens_default=3)
+    for asked, tokens in ({}, 3), ({"max_tokens": 7}, 7):
+        body = ChatBody.model_validate(ASK | asked)
+        assert (await backend.chat_job(body)).sampling.max_tokens == tokens
