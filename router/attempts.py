@@ -4,7 +4,8 @@
     attempt 2   prefill(prompt + 0 1 2 3)  -> token 4                   -> handoff -> decode.start -> 5 6 ...
 
 A later attempt goes on from the tokens already accepted: sampling noise is a function of (seed, position),
-so the client sees one answer. It stays within the epoch of the first token: KV and text of two sets of
+so the client sees one answer. A full worker costs a wait, no attempt: the next try comes a little later,
+elsewhere if there is an elsewhere, until patience ends. The answer stays within the epoch of the first token: KV and text of two sets of
 weights in one answer would be neither's. Every wait is bounded; at the end, however it ends, the workers
 are told to free what they hold.
 """
@@ -12,24 +13,30 @@ are told to free what they hold.
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable, Mapping
+from collections import Counter
 from dataclasses import dataclass
 from typing import TypeVar
 
 import structlog
 
-from engine.types import GenerationRequest, Handoff, PrefillStats, SamplingParams
+from engine.types import FirstToken, GenerationRequest, Handoff, PrefillStats, SamplingParams
+from kvstore.clock import Clock
 from kvstore.errors import KVStrataError
 from kvstore.nouns import Epoch
 from router.errors import (
     BadRequest,
     GenerationFailed,
     NotReady,
+    Overloaded,
     RequestError,
+    WorkerBusy,
     WorkerError,
     WorkerFailed,
     WorkerGone,
     WorkerSlow,
+    refused,
 )
 from router.fleet import Fleet, Member, Pair
 from router.handles import DecodeHandle, PrefillHandle, WorkerHandle
@@ -61,7 +68,9 @@ class AttemptLimits:
     prefill_s: float = 120.0  # for the first token, and for decode's first
     call_s: float = 30.0  # handoff, decode.start
     stall_s: float = 60.0  # between two tokens of decode
-    recovery_s: float = 45.0  # for a worker to come back, when none is left
+    recovery_s: float = 45.0  # for a worker to come back, when none is left, or to have room
+    retry_s: float = 0.1  # before a full worker is asked again; doubles
+    retry_s_max: float = 2.0
     abort_s: float = 5.0
 
 
@@ -75,8 +84,12 @@ class Attempts:
         fleet: Fleet,
         pumps: Mapping[str, DecodePump],
         limits: AttemptLimits,
-        failed: Callable[[WorkerError], None],
+        clock: Clock,
+        *,
+        failed: Callable[[str, WorkerError], None],
+        dropped: Counter[str],
     ) -> None:
+        """`failed` is told each attempt's worker and why it failed."""
         self.stats: PrefillStats | None = None
         """Of the first attempt that answered."""
         self._job = job
@@ -84,7 +97,11 @@ class Attempts:
         self._fleet = fleet
         self._pumps = pumps
         self._limits = limits
+        self._clock = clock
         self._failed = failed
+        self._dropped = dropped
+        self._busy_since: float | None = None
+        self._retry_s = limits.retry_s
         self._epoch: Epoch | None = None
         self._avoid: set[str] = set()
         self._at = ""
@@ -104,8 +121,8 @@ class Attempts:
 
     async def free(self) -> None:
         """Tell every worker that may still hold something of this job. Bounded; a dead one holds nothing."""
-        holders, self._holders = self._holders, []
-        await asyncio.gather(*(self._free_at(*holder) for holder in holders))
+        await asyncio.gather(*(self._free_at(*holder) for holder in self._holders))
+        self._holders.clear()  # not before: whoever is cancelled here is followed by one who asks again
 
     async def _free_at(self, worker_id: str, handle: WorkerHandle, attempt: int) -> None:
         try:
@@ -115,28 +132,45 @@ class Attempts:
             log.info("abort was not answered", worker=worker_id, error=str(error))
 
     async def _try_until_done(self) -> None:
-        reasons: list[str] = []
-        for _ in range(self._limits.attempts_max):
+        failures = 0
+        while True:
             pair = await self._pick()
             try:
                 await self._attempt(pair, self._stream.begin_attempt())
                 return
             except WorkerError as error:
-                log.warning("attempt failed", request=self._job.request_id, error=str(error))
-                self._failed(error)
-                reasons.append(str(error))
-                self._avoid.add(self._at)
-                await self.free()
-        raise GenerationFailed(
-            f"{len(reasons)} attempts failed, the last one because: {reasons[-1]}. Retry; if it stays, see "
-            "`kvstrata status` and the workers' logs"
-        )
+                reason = error
+            log.warning("attempt failed", request=self._job.request_id, error=str(reason))
+            self._failed(self._at, reason)
+            self._avoid.add(self._at)
+            await self.free()
+            if isinstance(reason, WorkerBusy):
+                await self._be_patient(reason)
+                continue
+            self._busy_since = None
+            failures += 1
+            if failures == self._limits.attempts_max:
+                raise GenerationFailed(
+                    f"{failures} attempts failed, the last one because: {reason}. Retry; if it stays, see "
+                    "`kvstrata status` and the workers' logs"
+                )
+
+    async def _be_patient(self, busy: WorkerBusy) -> None:
+        """Wait a little. Raises Overloaded or NotReady when the workers stay busy for `recovery_s`."""
+        now, limit_s = self._clock.now(), self._limits.recovery_s
+        if self._busy_since is None:
+            self._busy_since, self._retry_s = now, self._limits.retry_s
+        if now + self._retry_s - self._busy_since > limit_s:
+            told = f"no worker could take the request for {limit_s:.0f} s, the last one said: {busy}. Retry "
+            if busy.full:
+                raise Overloaded(told + "later, ask for fewer tokens, or add workers or raise engine.pool_nbytes")
+            raise NotReady(told + "in a few seconds")
+        await asyncio.sleep(self._retry_s * random.uniform(0.5, 1.0))  # noqa: S311  spreads those who wait
+        self._retry_s = min(2 * self._retry_s, self._limits.retry_s_max)
 
     async def _pick(self) -> Pair:
-        first = self._stream.attempt == 0
-        pair = self._fleet.choose(self._avoid, self._epoch)
-        if pair is None and not first:
-            pair = await self._fleet.choose_within(self._limits.recovery_s, self._avoid, self._epoch)
+        """A pair, waited for where workers are being brought back: a loss of the only one fails nobody."""
+        pair = await self._fleet.choose_within(self._limits.recovery_s, self._avoid, self._epoch)
         if pair is not None:
             return pair
         if self._epoch is not None and self._fleet.epochs():
@@ -168,9 +202,9 @@ class Attempts:
         self._now_at(member, request.attempt)
         with member.carrying(len(request.prompt_ids) + len(request.output_ids)):
             first = await self._bounded("prefill", member.handle.prefill(request), self._limits.prefill_s)
+            self._take_first(first)
             self._epoch = epoch
             self.stats = self.stats or first.stats
-            self._stream.offer(first.event)
             if self._stream.finished:
                 return None
             handing = member.handle.handoff(request.request_id, request.attempt)
@@ -178,6 +212,14 @@ class Attempts:
         if handoff is None:
             raise WorkerFailed(f"prefill worker {member.facts.worker_id} has nothing to hand off")
         return handoff
+
+    def _take_first(self, first: FirstToken) -> None:
+        drop = self._stream.offer(first.event)
+        if drop is not None:
+            self._dropped[drop] += 1
+        self._stream.check()
+        if drop is not None:
+            raise WorkerFailed(f"prefill worker {self._at} answered with a token nobody expects ({drop})")
 
     async def _decode(self, member: Member[DecodeHandle], handoff: Handoff) -> None:
         self._now_at(member, handoff.request.attempt)
@@ -209,6 +251,6 @@ class Attempts:
         except KVStrataError as error:
             if error.status == "INVALID_ARGUMENT":
                 raise BadRequest(str(error)) from error
-            raise WorkerFailed(f"{what} on worker {self._at}: {error}") from error
+            raise refused(f"{what} on worker {self._at}: {error}", error.status) from error
         except Exception as error:
             raise WorkerFailed(f"{what} on worker {self._at}: {type(error).__name__}: {error}") from error

@@ -4,12 +4,13 @@ KVStrataError (kvstore/errors.py)
 +-- RequestError                          answered over HTTP: knows its status, type, param and code
 |   +-- BadRequest            400         the request is wrong: `param` names the field
 |   +-- ModelUnknown          404         this service serves another model
-|   +-- Overloaded            429         as many requests run as may; the client may retry
+|   +-- Overloaded            429         as many requests run as may, or all workers stay full; retry
 |   +-- NotReady              503         starting, draining, or no worker of one epoch is alive
 |   +-- GenerationFailed      500         every attempt failed; the last one's reason is told
 +-- WorkerError                           one attempt is over; another worker may do it
 |   +-- WorkerGone                        the worker is dead or unreachable
 |   +-- WorkerSlow                        no answer, or no token, within the bound
+|   +-- WorkerBusy                        it is full or drains: costs a wait, not an attempt
 |   +-- WorkerFailed                      it answered that it could not, or broke the protocol
 +-- StartFailed                           the service could not be brought up
 """
@@ -28,10 +29,12 @@ __all__ = [
     "Overloaded",
     "RequestError",
     "StartFailed",
+    "WorkerBusy",
     "WorkerError",
     "WorkerFailed",
     "WorkerGone",
     "WorkerSlow",
+    "refused",
 ]
 
 
@@ -92,8 +95,23 @@ class WorkerSlow(WorkerError):
     status = "DEADLINE_EXCEEDED"
 
 
+class WorkerBusy(WorkerError):
+    """`full`: it has no room now (RESOURCE_EXHAUSTED); else it takes no requests now (UNAVAILABLE)."""
+
+    def __init__(self, message: str, *, full: bool) -> None:
+        super().__init__(message)
+        self.full = full
+
+
 class WorkerFailed(WorkerError):
     status = "INTERNAL"
+
+
+def refused(message: str, status: str) -> WorkerError:
+    """What an attempt ends with when a worker answered with an error of this gRPC status."""
+    if status in ("RESOURCE_EXHAUSTED", "UNAVAILABLE"):
+        return WorkerBusy(message, full=status == "RESOURCE_EXHAUSTED")
+    return WorkerFailed(message)
 
 
 class StartFailed(KVStrataError):

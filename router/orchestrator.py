@@ -109,7 +109,16 @@ class Orchestrator:
     async def generate(self, job: Job) -> AsyncGenerator[Piece]:
         """Pieces in order, the last with a finish reason. Raises RequestError, also after some pieces."""
         stream = TokenStream(job.request_id, self._clock)
-        attempts = Attempts(job, stream, self.fleet, self._pumps, self._limits, self._metrics.attempt_failed)
+        attempts = Attempts(
+            job,
+            stream,
+            self.fleet,
+            self._pumps,
+            self._limits,
+            self._clock,
+            failed=self._attempt_failed,
+            dropped=self._dropped,
+        )
         driver = asyncio.create_task(attempts.run(), name=f"drive {job.request_id}")
         record = self._metrics.request(len(job.prompt_ids), self._clock)
         text = _Text(self._tokenizer, job)
@@ -138,10 +147,19 @@ class Orchestrator:
         if self._background:
             await asyncio.wait(self._background, timeout=self._limits.abort_s)
 
+    def _attempt_failed(self, worker_id: str, error: WorkerError) -> None:
+        self._metrics.attempt_failed(error)
+        if isinstance(error, WorkerGone):
+            self._is_gone(worker_id)
+
     def _lost(self, worker_id: str, error: WorkerError) -> None:
-        self.fleet.remove(worker_id)
         self._pumps.pop(worker_id, None)
-        self._gone(worker_id)
+        self._is_gone(worker_id)
+
+    def _is_gone(self, worker_id: str) -> None:
+        """No further attempt meets it, and it is replaced at once. Idempotent."""
+        if self.fleet.remove(worker_id):
+            self._gone(worker_id)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

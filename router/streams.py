@@ -23,7 +23,8 @@ from typing import Final
 
 from engine.types import FinishReason, TokenEvent
 from kvstore.clock import Clock
-from router.errors import RequestError, WorkerError, WorkerFailed, WorkerSlow
+from kvstore.errors import ERRORS
+from router.errors import RequestError, WorkerError, WorkerFailed, WorkerSlow, refused
 
 __all__ = ["TokenStream"]
 
@@ -60,7 +61,7 @@ class TokenStream:
         if event.attempt != self.attempt or self.finished:
             return "old_attempt"
         if event.finish in (FinishReason.ERROR, FinishReason.ABORT):
-            self.fail(WorkerFailed(event.error or f"the worker ended with {event.finish.value}"))
+            self.fail(_reason_of(event))
             return None
         if event.index < len(self.accepted):
             return "seen"
@@ -83,6 +84,11 @@ class TokenStream:
         self._attempt_error = self._attempt_error or error
         self._changed.set()
 
+    def check(self) -> None:
+        """Raises what the attempt has failed with, if it has."""
+        if self._attempt_error is not None:
+            raise self._attempt_error
+
     def close(self, error: RequestError) -> None:
         """The request is over: the consumer gets what was accepted, then the error."""
         self._error = error
@@ -93,8 +99,7 @@ class TokenStream:
         token came for `stall_s`; `begin_s` until the attempt's second token, which is decode's first: before
         it decode may wait for room."""
         while not self.finished:
-            if self._attempt_error is not None:
-                raise self._attempt_error
+            self.check()
             limit_s = stall_s if self._attempt_tokens > 1 else begin_s
             left = self._progress_at + limit_s - self._clock.now()
             if left <= 0:
@@ -116,3 +121,11 @@ class TokenStream:
                 return None
             self._readable.clear()
             await self._readable.wait()
+
+
+def _reason_of(event: TokenEvent) -> WorkerError:
+    """Why a worker ended the sequence. A worker's error is told as "Name: message", the name that of the
+    store's error where it is one."""
+    message = event.error or f"the worker ended with {event.finish.value if event.finish else 'nothing'}"
+    kind = ERRORS.get(message.partition(":")[0])
+    return refused(message, kind.status) if kind is not None else WorkerFailed(message)

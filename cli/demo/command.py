@@ -35,6 +35,10 @@ def demo(
 
 
 def _demo(model: str | None, path: Path | None, json_out: bool) -> int:
+    from engine.process import prepare_process
+
+    prepare_process()  # this process computes too: the answers to compare with
+
     from cli.host import host_locally
     from cli.settings import service_config
 
