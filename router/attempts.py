@@ -4,18 +4,18 @@
     attempt 2   prefill(prompt + 0 1 2 3)  -> token 4                   -> handoff -> decode.start -> 5 6 ...
 
 A later attempt goes on from the tokens already accepted: sampling noise is a function of (seed, position),
-so the client sees one answer. A full worker costs a wait, no attempt: the next try comes a little later,
-elsewhere if there is an elsewhere, until patience ends. The answer stays within the epoch of the first token: KV and text of two sets of
-weights in one answer would be neither's. Every wait is bounded; at the end, however it ends, the workers
-are told to free what they hold.
+so the client sees one answer. It stays within the epoch of the first token: KV and text of two sets of
+weights in one answer would be neither's. A full worker costs a wait, no attempt: the next try comes a little
+later, elsewhere if there is an elsewhere, until patience ends. Every wait is bounded; at the end, however it
+ends, the workers are told to free what they hold.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Mapping
 from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -163,7 +163,9 @@ class Attempts:
         if now + self._retry_s - self._busy_since > limit_s:
             told = f"no worker could take the request for {limit_s:.0f} s, the last one said: {busy}. Retry "
             if busy.full:
-                raise Overloaded(told + "later, ask for fewer tokens, or add workers or raise engine.pool_nbytes")
+                raise Overloaded(
+                    told + "later, ask for fewer tokens, or add workers or raise engine.pool_nbytes"
+                )
             raise NotReady(told + "in a few seconds")
         await asyncio.sleep(self._retry_s * random.uniform(0.5, 1.0))  # noqa: S311  spreads those who wait
         self._retry_s = min(2 * self._retry_s, self._limits.retry_s_max)

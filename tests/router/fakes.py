@@ -62,6 +62,7 @@ class FakePrefill:
     script: Script
     cached: int = 0
     dead: bool = False
+    refuse: Exception | None = None
     hang: asyncio.Event | None = None
     requests: list[GenerationRequest] = field(default_factory=list)
     aborted: list[tuple[str, int]] = field(default_factory=list)
@@ -70,6 +71,8 @@ class FakePrefill:
         self.requests.append(request)
         if self.dead:
             raise WorkerGone("the prefill worker died")
+        if self.refuse is not None:
+            raise self.refuse
         if self.hang is not None:
             await self.hang.wait()
         cached = min(self.cached, len(request.prompt_ids))
@@ -183,12 +186,13 @@ def fake_service(
     decode: int = 1,
     running_max: int = 8,
     limits: AttemptLimits | None = None,
+    gone: Callable[[str], None] = lambda _worker_id: None,
 ) -> FakeService:
     make_tiny_model(folder)
     tokenizer = Tokenizer.from_folder(folder)
     script = Script(tokenizer.encode(text))
     metrics = RouterMetrics()
-    orchestrator = Orchestrator(tokenizer, metrics, running_max=running_max, limits=limits)
+    orchestrator = Orchestrator(tokenizer, metrics, running_max=running_max, limits=limits, gone=gone)
     prefills = [FakePrefill(script) for _ in range(prefill)]
     decodes = [FakeDecode(script) for _ in range(decode)]
     for number, prefill_worker in enumerate(prefills):

@@ -101,7 +101,7 @@ async def test_an_answer_never_goes_on_under_other_weights(tmp_path: Path) -> No
 
 
 async def test_without_workers_of_one_epoch_a_request_is_not_ready(tmp_path: Path) -> None:
-    service = fake_service(tmp_path, TEXT)
+    service = fake_service(tmp_path, TEXT, limits=AttemptLimits(recovery_s=0.05))
     await service.backend.orchestrator.remove("decode-0", "test")
     with pytest.raises(NotReady):
         await answer(service, job())

@@ -13,6 +13,7 @@ import openai
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
+from kvstore.errors import OverLimit, Unavailable
 from router.api.gate import Gate
 from router.api.schemas import ChatBody
 from router.attempts import AttemptLimits
@@ -98,12 +99,27 @@ def test_not_ready_is_503(live_with: Make) -> None:
 
 def test_a_failure_before_the_first_token_has_a_status_also_when_streaming(live_with: Make) -> None:
     server = live_with()
-    server.service.prefill[0].dead = True
+    server.service.prefill[0].refuse = RuntimeError("the pool is broken")
     for stream in (False, True):
         answer = httpx.post(f"{server.url}/v1/chat/completions", json=ASK | {"stream": stream})
         assert answer.status_code == 500
         assert "Traceback" not in answer.text
         assert "3 attempts failed" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("refusal", "status", "retry_after"), [(OverLimit("full"), 429, "1"), (Unavailable("draining"), 503, "2")]
+)
+def test_workers_that_stay_busy_are_told_apart_from_failures(
+    live_with: Make, refusal: Exception, status: int, retry_after: str
+) -> None:
+    server = live_with(limits=AttemptLimits(recovery_s=0.02, retry_s=0.001))
+    server.service.prefill[0].refuse = refusal
+    for stream in (False, True):
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=ASK | {"stream": stream})
+        assert answer.status_code == status
+        assert answer.headers["retry-after"] == retry_after
+        assert str(refusal) in answer.json()["error"]["message"]
 
 
 def test_a_failure_after_it_is_an_event_of_the_stream(live_with: Make) -> None:
