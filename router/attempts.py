@@ -39,7 +39,7 @@ from router.errors import (
     refused,
 )
 from router.fleet import Fleet, Member, Pair
-from router.handles import DecodeHandle, PrefillHandle, WorkerHandle
+from router.handles import DecodeHandle, PrefillHandle, WorkerHandle, abort_within
 from router.pump import DecodePump
 from router.streams import TokenStream
 
@@ -121,15 +121,10 @@ class Attempts:
 
     async def free(self) -> None:
         """Tell every worker that may still hold something of this job. Bounded; a dead one holds nothing."""
-        await asyncio.gather(*(self._free_at(*holder) for holder in self._holders))
+        limit_s, request_id = self._limits.abort_s, self._job.request_id
+        aborts = (abort_within(limit_s, name, handle, request_id, n) for name, handle, n in self._holders)
+        await asyncio.gather(*aborts)
         self._holders.clear()  # not before: whoever is cancelled here is followed by one who asks again
-
-    async def _free_at(self, worker_id: str, handle: WorkerHandle, attempt: int) -> None:
-        try:
-            async with asyncio.timeout(self._limits.abort_s):
-                await handle.abort(self._job.request_id, attempt)
-        except Exception as error:  # whatever it says, its leases expire by themselves
-            log.info("abort was not answered", worker=worker_id, error=str(error))
 
     async def _try_until_done(self) -> None:
         failures = 0

@@ -8,14 +8,19 @@ dead.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import structlog
+
 from engine.types import FirstToken, GenerationRequest, Handoff, TokenEvent
 from kvstore.nouns import Epoch
 
-__all__ = ["DecodeHandle", "Polled", "PrefillHandle", "WorkerFacts", "WorkerHandle"]
+__all__ = ["DecodeHandle", "Polled", "PrefillHandle", "WorkerFacts", "WorkerHandle", "abort_within"]
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,18 @@ class WorkerFacts:
     max_model_len: int
     pid: int
     node_id: str = ""
+
+
+async def abort_within(
+    limit_s: float, worker_id: str, handle: WorkerHandle, request_id: str, attempt: int
+) -> None:
+    """Tell a worker to free what the attempt holds. Never raises: a worker that does not answer holds
+    nothing, or leases that expire by themselves."""
+    try:
+        async with asyncio.timeout(limit_s):
+            await handle.abort(request_id, attempt)
+    except Exception as error:
+        log.info("abort was not answered", worker=worker_id, request=request_id, error=str(error))
 
 
 class Polled(Protocol):

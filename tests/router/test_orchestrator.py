@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.types import SamplingParams
+from engine.types import FinishReason, SamplingParams, TokenEvent
 from kvstore.nouns import Epoch, WeightsDigest
 from router.attempts import AttemptLimits, Job
 from router.errors import GenerationFailed, NotReady, Overloaded
@@ -73,6 +73,20 @@ async def test_doubled_and_stale_events_change_nothing(tmp_path: Path) -> None:
     service.decode[0].mangle = lambda events: [e for e in events for _ in range(3)]
     assert (await answer(service, job()))[0] == TEXT
     assert service.backend.metrics.dropped_events["seen"] > 0
+
+
+async def test_a_sequence_nobody_waits_for_is_aborted_once(tmp_path: Path) -> None:
+    """As one whose abort overtook its start: it would run to its last token."""
+    service = fake_service(tmp_path, TEXT)
+    stray = [TokenEvent("r-stray", attempt, index, 5) for index in range(9) for attempt in (1, 2)]
+    old = [TokenEvent("r-1", 0, 0, 5)]
+    over = [TokenEvent("r-over", 1, 9, 5, FinishReason.LENGTH)]
+    service.decode[0].mangle = lambda events: [*stray, *old, *over, *events]
+    assert (await answer(service, job()))[0] == TEXT
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert service.decode[0].aborted == [("r-stray", 1), ("r-stray", 2), ("r-1", 0)]
+    assert service.backend.metrics.dropped_events["unknown_request"] == len(stray) + len(over)
 
 
 async def test_attempts_are_bounded_and_the_last_reason_is_told(tmp_path: Path) -> None:
