@@ -24,14 +24,14 @@ class EngineConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Compute and KV dtype. batch_invariant is promised for float32 only"
+        "float32", description="Dtype of activations and KV. Products are accumulated in float32 either way"
     )
     threads: int | None = Field(
         None,
         ge=1,
         le=256,
         description="Threads torch computes with, for the whole process. None: every core, but at most "
-        "two in batch-invariant float32, which is proved for no more",
+        "two in batch-invariant mode, which is proved for no more",
     )
     batch_invariant: bool = Field(
         True,
@@ -73,5 +73,4 @@ class EngineConfig(BaseModel):
     def compute_threads(self) -> int:
         """Threads to compute with on this machine."""
         cores = len(os.sched_getaffinity(0))
-        proved = self.batch_invariant and self.dtype == "float32"
-        return self.threads or (min(cores, INVARIANT_THREADS_MAX) if proved else cores)
+        return self.threads or (min(cores, INVARIANT_THREADS_MAX) if self.batch_invariant else cores)

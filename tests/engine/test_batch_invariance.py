@@ -44,10 +44,12 @@ def assert_equal_bits(left: list[torch.Tensor], right: list[torch.Tensor]) -> No
         assert torch.equal(one, other), f"token {index} differs by up to {(one - other).abs().max()}"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("shape", "threads"), [*((shape, 1) for shape in SHAPES), ("smollm2-like", 2)])
 def test_chunk_size_moves_no_bit(
     shape: str,
     threads: int,
+    dtype: str,
     tmp_path: Path,
     make_engine: EngineFactory,
     seen_logits: Logits,
@@ -55,9 +57,9 @@ def test_chunk_size_moves_no_bit(
 ) -> None:
     set_threads(threads)
     folder = make_tiny_model(tmp_path, **SHAPES[shape])
-    whole = final_logits(make_engine(folder, step_tokens_max=PROMPT, running_max=1), seen_logits)
+    whole = final_logits(make_engine(folder, dtype=dtype, step_tokens_max=PROMPT, running_max=1), seen_logits)
     for chunk in (16, 37, 129, 257):
-        engine = make_engine(folder, step_tokens_max=chunk, running_max=1)
+        engine = make_engine(folder, dtype=dtype, step_tokens_max=chunk, running_max=1)
         assert_equal_bits(final_logits(engine, seen_logits), whole)
 
 
@@ -71,28 +73,37 @@ def test_token_by_token_equals_one_shot(
     assert_equal_bits(final_logits(single, seen_logits, length), whole)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("others", "threads"), [(1, 1), (3, 1), (17, 1), (17, 2)])
 def test_company_moves_no_bit(
-    others: int, threads: int, make_engine: EngineFactory, seen_logits: Logits, set_threads: Threads
+    others: int,
+    threads: int,
+    dtype: str,
+    make_engine: EngineFactory,
+    seen_logits: Logits,
+    set_threads: Threads,
 ) -> None:
     """Other sequences, some decoding and some in prefill, share every step."""
     set_threads(threads)
-    alone = final_logits(make_engine(pool_blocks=256), seen_logits)
-    engine = make_engine(pool_blocks=256, step_tokens_max=90)
+    alone = final_logits(make_engine(dtype=dtype, pool_blocks=256), seen_logits)
+    engine = make_engine(dtype=dtype, pool_blocks=256, step_tokens_max=90)
     for index in range(others):
         engine.admit(request(f"other-{index}", prompt(3 + 37 * index % 300, seed=index + 1), 8, seed=99))
     engine.step()
     assert_equal_bits(final_logits(engine, seen_logits), alone)
 
 
-def test_decoding_equals_prefilling_the_same_tokens(make_engine: EngineFactory, seen_logits: Logits) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decoding_equals_prefilling_the_same_tokens(
+    dtype: str, make_engine: EngineFactory, seen_logits: Logits
+) -> None:
     """What decode computes one by one, a resumed attempt computes as a prompt: over a tile's boundary."""
     length, output = 250, 12
-    decoded = final_logits(make_engine(), seen_logits, length, output)
+    decoded = final_logits(make_engine(dtype=dtype), seen_logits, length, output)
     tokens = [int(logits.argmax()) for logits in decoded]
     for known in (1, 5, 6, 7, output - 1):
         seen_logits.clear()
-        engine = make_engine()
+        engine = make_engine(dtype=dtype)
         engine.admit(request("again", prompt(length), output, output=tokens[:known], seed=1))
         run(engine)
         resumed = [seen_logits[1, length + index] for index in range(known, output)]
@@ -145,15 +156,15 @@ def test_the_plain_mode_is_near_but_not_equal(make_engine: EngineFactory, seen_l
 
 @pytest.mark.model
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("dtype", "threads"), [("float32", 1), ("float32", 2), ("bfloat16", 2)])
 def test_the_real_model_is_batch_invariant(
-    threads: int, make_engine: EngineFactory, seen_logits: Logits, set_threads: Threads
+    dtype: str, threads: int, make_engine: EngineFactory, seen_logits: Logits, set_threads: Threads
 ) -> None:
     set_threads(threads)
     folder = resolve_model(DEFAULT_MODEL)
     length = 290
-    whole = final_logits(make_engine(folder, step_tokens_max=length), seen_logits, length)
-    chunked = make_engine(folder, step_tokens_max=137)
+    whole = final_logits(make_engine(folder, dtype=dtype, step_tokens_max=length), seen_logits, length)
+    chunked = make_engine(folder, dtype=dtype, step_tokens_max=137)
     assert_equal_bits(final_logits(chunked, seen_logits, length), whole)
     for index in range(4):
         chunked.admit(request(f"other-{index}", prompt(9 + 50 * index, seed=index), 20, seed=99))
