@@ -138,6 +138,8 @@ class RouterService:
     def not_ready(self) -> str | None:
         if self._reason is not None:
             return self._reason
+        if self._supervising is not None and self._supervising.done():
+            return "nobody watches over shards and workers any more: see the router's log, and restart it"
         if not self._orchestrator.fleet.epochs():
             down = [f"{p.name}: {p.why_down}" for p in self._supervisor.places if p.running is None]
             return "no pair of prefill and decode workers is alive (" + "; ".join(down) + ")"

@@ -23,7 +23,7 @@ from kvstore.clock import Clock, MonotonicClock
 from kvstore.errors import KVStrataError
 from kvstore.nouns import ShardId
 from kvstore.topology import ShardEntry, Topology
-from router.errors import StartFailed, WorkerError, WorkerGone, WorkerSlow
+from router.errors import StartFailed, WorkerError, WorkerFailed, WorkerGone, WorkerSlow
 from router.fleet import Member
 from router.launcher import Kind, LaunchedShard, LaunchedWorker, Launcher
 from router.metrics import RouterMetrics
@@ -66,6 +66,7 @@ class Place:
     since: float = 0.0  # when it came up, or when it may be tried again
     why_down: str = "not started yet"
     launching: asyncio.Task[None] | None = None
+    topology_version: int = 0  # that what runs here was told last
 
     @property
     def worker_id(self) -> str:
@@ -122,9 +123,13 @@ class Supervisor:
             raise
 
     async def run(self) -> None:
-        """Reconcile until cancelled: every `ping_interval_s`, and at once when a worker is reported gone."""
+        """Reconcile until cancelled: every `ping_interval_s`, and at once when a worker is reported gone. A
+        pass that fails is logged, and the next one comes."""
         while True:
-            await self.check()
+            try:
+                await self.check()
+            except Exception:
+                log.exception("a pass of the supervisor failed")
             try:
                 async with asyncio.timeout(self._plan.ping_interval_s):
                     await self._wake.wait()
@@ -151,9 +156,10 @@ class Supervisor:
     # -- reconciling -------------------------------------------------------------------------------
 
     async def check(self) -> None:
-        """One pass: ask everybody, replace who is dead. Launches go on in the background."""
+        """One pass: ask everybody, tell who missed a topology, replace who is dead. Launches go on in the
+        background."""
         alive = [place for place in self.places if place.running is not None]
-        answers = await asyncio.gather(*(self._ping(place) for place in alive))
+        answers = await asyncio.gather(*(self._visit(place) for place in alive))
         for place, failure in zip(alive, answers, strict=True):
             if failure is None and place.missed < self._plan.pings_missed_max:
                 place.missed = 0
@@ -171,21 +177,45 @@ class Supervisor:
         alive = [place for place in self.places if place.running is not None]
         await asyncio.gather(*(self._ping(place, timeout_s) for place in alive))
 
+    async def _visit(self, place: Place) -> WorkerError | None:
+        failure = await self._ping(place)
+        if failure is None:
+            await self._tell_topology(place)
+        return failure
+
     async def _ping(self, place: Place, timeout_s: float | None = None) -> WorkerError | None:
         """Ask for counters, which shows that it lives. Why it did not answer, or None."""
         running, limit_s = place.running, timeout_s or self._plan.ping_s
         try:
             if isinstance(running, LaunchedShard):
                 status = await _within(running.process.status(), limit_s)
-                self._metrics.totals.saw_shard(status)
+                if place.running is running:
+                    self._metrics.totals.saw_shard(status)
             elif isinstance(running, LaunchedWorker):
                 counters = await _within(running.process.counters(), limit_s)
-                self._metrics.totals.fold(running.facts.worker_id, counters)
+                if place.running is running:  # else it has been forgotten, and would count twice
+                    self._metrics.totals.fold(running.facts.worker_id, counters)
         except WorkerError as error:
             return error
         except KVStrataError as error:
             log.warning("ping was refused", place=place.name, error=str(error))
+        except Exception as error:
+            log.exception("ping failed", place=place.name)
+            return WorkerFailed(f"{place.name} answered nonsense: {type(error).__name__}: {error}")
         return None
+
+    async def _tell_topology(self, place: Place) -> None:
+        """Where it has an older one. Who does not take it is told again by the next pass."""
+        running, topology = place.running, self.topology
+        if running is None or place.topology_version >= topology.version:
+            return
+        try:
+            await _within(running.process.set_topology(topology), self._plan.ping_s)
+        except Exception as error:
+            log.warning("could not tell the topology", place=place.name, error=str(error))
+            return
+        if place.running is running:
+            place.topology_version = max(place.topology_version, topology.version)
 
     async def _take_down(self, place: Place, why: str) -> None:
         running, place.running = place.running, None
@@ -236,22 +266,22 @@ class Supervisor:
     async def _launch_shard(self, place: Place) -> None:
         shard = ShardId(place.name)
         launched = await _within(self._launcher.shard(shard), self._plan.start_s)
-        place.running = launched
+        place.running, place.topology_version = launched, 0
         others = tuple(entry for entry in self.topology.shards if entry.shard != shard)
         entries = sorted((*others, ShardEntry(shard, launched.address)), key=lambda entry: entry.shard)
         self.topology = Topology(self.topology.version + 1, tuple(entries))
-        told = [p.running.process.set_topology(self.topology) for p in self.places if p.running is not None]
-        await asyncio.gather(*(_within(t, self._plan.ping_s) for t in told), return_exceptions=True)
+        await asyncio.gather(*(self._tell_topology(place) for place in self.places))
 
     async def _launch_worker(self, place: Place) -> None:
         launched = await _within(self._launcher.worker(place.kind, place.worker_id), self._plan.start_s)
         try:
             await asyncio.gather(*(p.launching for p in self._of(Kind.SHARD) if p.launching is not None))
-            await _within(launched.process.set_topology(self.topology), self._plan.ping_s)
+            topology = self.topology  # a shard may come back while the worker is told: see _visit
+            await _within(launched.process.set_topology(topology), self._plan.ping_s)
         except BaseException:
             launched.process.kill()
             raise
-        place.running = launched
+        place.running, place.topology_version = launched, topology.version
         member: Any = Member(launched.facts, launched.handle)
         if place.kind is Kind.PREFILL:
             self._orchestrator.add_prefill(member)

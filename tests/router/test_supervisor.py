@@ -14,10 +14,13 @@ from kvstore.clock import ManualClock
 from kvstore.nouns import Incarnation, ShardId
 from kvstore.topology import Topology
 from kvstore.transport.base import ShardStatus
-from router.errors import StartFailed, WorkerGone
+from router.config import ServiceConfig
+from router.errors import StartFailed, WorkerGone, WorkerSlow
 from router.launcher import Kind, LaunchedShard, LaunchedWorker
+from router.service import RouterService
 from router.supervisor import Place, Supervision, Supervisor
 from tests.router.fakes import FakeDecode, FakePrefill, FakeService, Script, facts, fake_service
+from tests.tiny_model import make_tiny_model
 
 
 @dataclass
@@ -28,9 +31,17 @@ class FakeProcess:
     killed: bool = False
     drained: bool = False
     topologies: list[Topology] = field(default_factory=list)
+    deaf: int = 0  # topologies it does not hear
+    nonsense: bool = False
+    telling: asyncio.Event | None = None  # held up while it is told
 
     async def set_topology(self, topology: Topology) -> None:
+        if self.deaf:
+            self.deaf -= 1
+            raise WorkerSlow("no answer")
         self.topologies.append(topology)
+        if self.telling is not None:
+            await self.telling.wait()
 
     async def drain(self, timeout_s: float) -> None:
         self.drained = True
@@ -41,6 +52,8 @@ class FakeProcess:
     async def _alive(self) -> None:
         if self.dead:
             raise WorkerGone(f"{self.name} is dead")
+        if self.nonsense:
+            raise TypeError("not what was expected")
         if self.hung:
             await asyncio.Event().wait()
 
@@ -63,6 +76,7 @@ class FakeLauncher:
     script: Script
     made: list[FakeProcess] = field(default_factory=list)
     refuse: Exception | None = None
+    telling: asyncio.Event | None = None  # of what is made from now on
 
     async def shard(self, shard: ShardId) -> LaunchedShard:
         process = self._make(shard)
@@ -76,7 +90,7 @@ class FakeLauncher:
     def _make(self, name: str) -> FakeProcess:
         if self.refuse is not None:
             raise self.refuse
-        self.made.append(FakeProcess(name))
+        self.made.append(FakeProcess(name, telling=self.telling))
         return self.made[-1]
 
     def newest(self, name: str) -> FakeProcess:
@@ -173,6 +187,111 @@ async def test_a_shard_that_comes_back_elsewhere_is_told_to_all(house: House) ->
     assert after.shards[0] == before.shards[0]
     assert after.shards[1].address != before.shards[1].address
     assert house.launcher.newest("decode-0").topologies[-1] == after
+
+
+async def lose(house: House, name: str) -> None:
+    house.launcher.newest(name).dead = True
+    await house.supervisor.check()
+    house.clock.advance(1.1)
+    await house.supervisor.check()
+
+
+async def test_who_missed_a_topology_is_told_again(house: House) -> None:
+    await house.supervisor.start()
+    deaf = house.launcher.newest("prefill-0")
+    deaf.deaf = 1
+    await lose(house, "shard-1")
+    await house.settle()
+    assert deaf.topologies[-1] != house.supervisor.topology
+    for _ in range(2):
+        await house.supervisor.check()
+    assert deaf.topologies[-1] == house.supervisor.topology
+    assert deaf.topologies.count(house.supervisor.topology) == 1
+
+
+async def test_a_shard_that_returns_while_a_worker_starts_is_told_to_it(house: House) -> None:
+    await house.supervisor.start()
+    house.launcher.telling = told = asyncio.Event()
+    await lose(house, "decode-0")
+    launching = house.place("decode-0").launching
+    for _ in range(20):
+        await asyncio.sleep(0)
+    house.launcher.telling = None
+    await lose(house, "shard-0")
+    for _ in range(20):
+        await asyncio.sleep(0)
+    told.set()
+    assert launching is not None
+    await asyncio.wait_for(launching, 5)
+    await house.supervisor.check()
+    assert house.launcher.newest("decode-0").topologies[-1] == house.supervisor.topology
+
+
+async def test_nonsense_counts_as_silence(house: House) -> None:
+    await house.supervisor.start()
+    house.launcher.newest("prefill-0").nonsense = True
+    for _ in range(3):
+        assert "prefill-0.1" in house.workers
+        await house.supervisor.check()
+    assert "prefill-0.1" not in house.workers
+
+
+async def test_a_pass_that_fails_does_not_end_supervision(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await house.supervisor.start()
+    passes, second = 0, asyncio.Event()
+
+    async def check() -> None:
+        nonlocal passes
+        passes += 1
+        if passes == 1:
+            raise TypeError("a bug of ours")
+        second.set()
+
+    monkeypatch.setattr(house.supervisor, "check", check)
+    running = asyncio.create_task(house.supervisor.run())
+    house.supervisor.report_gone("nobody")  # no need to wait for the interval
+    await asyncio.wait_for(second.wait(), 5)
+    running.cancel()
+
+
+async def test_counters_of_the_forgotten_are_not_counted_twice(house: House) -> None:
+    await house.supervisor.start()
+    await house.supervisor.gather(1.0)
+    process = house.launcher.newest("decode-0")
+    asked, answer = asyncio.Event(), asyncio.Event()
+
+    async def late() -> Mapping[str, float]:
+        asked.set()
+        await answer.wait()
+        return {"verified_blocks": 1.0}
+
+    process.counters = late  # type: ignore[method-assign]
+    gathering = asyncio.create_task(house.supervisor.gather(5.0))
+    await asked.wait()
+    process.dead, process.counters = True, process._alive  # type: ignore[assignment, method-assign]
+    await house.supervisor.check()
+    answer.set()
+    await gathering
+    assert house.service.backend.metrics.totals.workers["verified_blocks"] == 2.0
+
+
+async def test_a_service_whose_supervision_has_ended_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def ends(_: Supervisor) -> None:
+        raise RuntimeError("the end")
+
+    monkeypatch.setattr(Supervisor, "run", ends)
+    make_tiny_model(tmp_path)
+    told = list[str]()
+    service = RouterService(ServiceConfig(), tmp_path, FakeLauncher(Script([5])), told=told.append)
+    await service.bring_up()
+    assert service.not_ready() is None
+    await asyncio.sleep(0)
+    assert "nobody watches" in (service.not_ready() or "")
+    await service.close(0.0)
 
 
 async def test_only_silence_in_a_row_is_taken_for_death(house: House) -> None:
