@@ -67,6 +67,9 @@ class RouterConfig(_Section):
     stall_timeout_s: float = Field(
         60.0, gt=0, description="Between two tokens of decode; then another worker goes on"
     )
+    send_timeout_s: float = Field(
+        60.0, gt=0, description="For a client to take a piece of its answer; then its connection ends"
+    )
     recovery_timeout_s: float = Field(
         60.0, gt=0, description="For a lost worker to return, when none is left"
     )

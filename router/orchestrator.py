@@ -69,6 +69,7 @@ class Orchestrator:
         self._pumps: dict[str, DecodePump] = {}
         self._dropped: Counter[str] = metrics.dropped_events
         self._progress_at = self._clock.now()
+        self._streams: set[TokenStream] = set()
         self._background: set[asyncio.Task[None]] = set()
 
     def add_prefill(self, member: Member[PrefillHandle]) -> None:
@@ -95,8 +96,6 @@ class Orchestrator:
                 f"{self.running} requests run and at most {self._running_max} may. Retry in a moment, or "
                 "raise router.running_max"
             )
-        if self.running == 0:
-            self._progress_at = self._clock.now()
         self.running += requests
         self.idle.clear()
         try:
@@ -108,7 +107,10 @@ class Orchestrator:
 
     async def generate(self, job: Job) -> AsyncGenerator[Piece]:
         """Pieces in order, the last with a finish reason. Raises RequestError, also after some pieces."""
-        stream = TokenStream(job.request_id, self._clock)
+        if not self._tokens_awaited:
+            self._progress()
+        stream = TokenStream(job.request_id, self._clock, self._progress)
+        self._streams.add(stream)
         attempts = Attempts(
             job,
             stream,
@@ -124,7 +126,6 @@ class Orchestrator:
         text = _Text(self._tokenizer, job)
         try:
             while (event := await stream.next()) is not None:
-                self._progress_at = self._clock.now()
                 first = record.token(attempts.stats)
                 piece = text.piece(event, attempts.stats if first else None)
                 if piece.finish is not None:
@@ -133,12 +134,14 @@ class Orchestrator:
                 if piece.finish is not None:
                     return
         finally:
+            self._streams.discard(stream)
             record.closed()
             self._spawn(_wind_up(driver, attempts))
 
     def stalled_s(self) -> float:
-        """Seconds since any running request got a token; 0 when none runs."""
-        return self._clock.now() - self._progress_at if self.running else 0.0
+        """Seconds since a worker brought a token for any request; 0 when no request waits for one. How
+        fast clients read does not matter."""
+        return self._clock.now() - self._progress_at if self._tokens_awaited else 0.0
 
     async def close(self) -> None:
         """End the pumps, then what is left of requests. Bounded by the limits' `abort_s`."""
@@ -146,6 +149,13 @@ class Orchestrator:
             await self.remove(worker_id, "the service ends")
         if self._background:
             await asyncio.wait(self._background, timeout=self._limits.abort_s)
+
+    @property
+    def _tokens_awaited(self) -> bool:
+        return any(not stream.finished for stream in self._streams)
+
+    def _progress(self) -> None:
+        self._progress_at = self._clock.now()
 
     def _attempt_failed(self, worker_id: str, error: WorkerError) -> None:
         self._metrics.attempt_failed(error)

@@ -75,6 +75,7 @@ class RouterService:
             self,
             self._clock,
             config.router.max_tokens_default,
+            config.router.send_timeout_s,
         )
         self._server: uvicorn.Server | None = None
         self._serving: asyncio.Task[None] | None = None

@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 from engine.types import FinishReason, TokenEvent
@@ -34,13 +35,15 @@ _ENDED: Final = (FinishReason.STOP, FinishReason.LENGTH)
 class TokenStream:
     """Written by one attempt at a time, read by one consumer. Lives on one event loop."""
 
-    def __init__(self, request_id: str, clock: Clock) -> None:
+    def __init__(self, request_id: str, clock: Clock, progressed: Callable[[], None] = lambda: None) -> None:
+        """`progressed` is told of each accepted token, whether or not anybody reads it."""
         self.request_id = request_id
         self.attempt = 0
         self.accepted: list[int] = []
         """Token ids so far, over all attempts: the next attempt's `output_ids`."""
         self.finished = False
         self._clock = clock
+        self._progressed = progressed
         self._progress_at = clock.now()
         self._attempt_tokens = 0
         self._queue: deque[TokenEvent] = deque()
@@ -74,6 +77,7 @@ class TokenStream:
         self._attempt_tokens += 1
         self.finished = event.finish in _ENDED
         self._progress_at = self._clock.now()
+        self._progressed()
         self._queue.append(event)
         self._readable.set()
         self._changed.set()

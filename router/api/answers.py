@@ -2,7 +2,7 @@
 
 Until the first token there is no response: whatever fails before it has a proper status. After it, an error
 is an event of the stream. In both, a client that leaves ends the generation: closing the generator frees
-the workers.
+the workers. One that stays and reads nothing is taken for gone after a bound.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from typing import Any, TypeVar
 
+import structlog
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
@@ -29,6 +30,8 @@ __all__ = ["answer"]
 T = TypeVar("T")
 Indexed = tuple[int, Piece]
 
+log = structlog.get_logger(__name__)
+
 
 async def answer(
     request: Request, backend: Backend, jobs: Sequence[Job], form: Form, *, stream: bool
@@ -39,7 +42,7 @@ async def answer(
     try:
         if stream:
             first = await _unless_gone(request, anext(pieces))
-            return _EventStream(_events(first, pieces, tally, form))
+            return _EventStream(_events(first, pieces, tally, form), backend.send_timeout_s)
         await _unless_gone(request, _collect(pieces, tally))
     except BaseException:
         await pieces.aclose()
@@ -162,14 +165,16 @@ async def _ended(*tasks: asyncio.Future[Any]) -> None:
 
 
 class _EventStream(Response):
-    """Server-sent events that stop being made as soon as the client is gone, not at the next write."""
+    """Server-sent events that stop being made as soon as the client is gone, not at the next write; or when
+    it takes nothing for `send_s`: then the connection breaks off, and its place is another's."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncGenerator[bytes]) -> None:
+    def __init__(self, chunks: AsyncGenerator[bytes], send_s: float) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._chunks = chunks
+        self._send_s = send_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -179,11 +184,15 @@ class _EventStream(Response):
             await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
                 sending.result()
+        except TimeoutError:
+            log.info("a client stopped reading", send_s=self._send_s)
         finally:
             await _ended(sending, leaving)
             await self._chunks.aclose()
 
     async def _send(self, send: Send) -> None:
         async for chunk in self._chunks:
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            async with asyncio.timeout(self._send_s):
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        async with asyncio.timeout(self._send_s):
+            await send({"type": "http.response.body", "body": b"", "more_body": False})

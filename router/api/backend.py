@@ -57,6 +57,9 @@ class Backend:
     """Of a chat that does not say. OpenAI's own default, the whole context, would be set aside in decode's
     pool for every chat: a few of them would fill it."""
 
+    send_timeout_s: float = 60.0
+    """For a client to take a piece of its answer."""
+
     def check_model(self, name: str | None) -> None:
         """Raises ModelUnknown. Null is allowed where OpenAI's surface has no model field."""
         if name is not None and name != self.model:

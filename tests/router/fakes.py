@@ -20,7 +20,7 @@ from engine.types import (
     PrefillStats,
     TokenEvent,
 )
-from kvstore.clock import MonotonicClock
+from kvstore.clock import Clock, MonotonicClock
 from kvstore.nouns import Epoch, NamespaceId, Quality, WeightsDigest
 from router.api.backend import Backend
 from router.attempts import AttemptLimits
@@ -187,12 +187,17 @@ def fake_service(
     running_max: int = 8,
     limits: AttemptLimits | None = None,
     gone: Callable[[str], None] = lambda _worker_id: None,
+    clock: Clock | None = None,
+    send_timeout_s: float = 60.0,
 ) -> FakeService:
     make_tiny_model(folder)
     tokenizer = Tokenizer.from_folder(folder)
     script = Script(tokenizer.encode(text))
     metrics = RouterMetrics()
-    orchestrator = Orchestrator(tokenizer, metrics, running_max=running_max, limits=limits, gone=gone)
+    clock = clock or MonotonicClock()
+    orchestrator = Orchestrator(
+        tokenizer, metrics, running_max=running_max, limits=limits, gone=gone, clock=clock
+    )
     prefills = [FakePrefill(script) for _ in range(prefill)]
     decodes = [FakeDecode(script) for _ in range(decode)]
     for number, prefill_worker in enumerate(prefills):
@@ -201,5 +206,7 @@ def fake_service(
         orchestrator.add_decode(Member(facts(f"decode-{number}"), decode_worker))
     workers = {f"p{i}": w for i, w in enumerate(prefills)} | {f"d{i}": w for i, w in enumerate(decodes)}
     operations = FakeOperations(metrics, workers)
-    backend = Backend(MODEL, 1, tokenizer, orchestrator, metrics, operations, MonotonicClock())
+    backend = Backend(
+        MODEL, 1, tokenizer, orchestrator, metrics, operations, clock, send_timeout_s=send_timeout_s
+    )
     return FakeService(backend, operations, prefills, decodes)

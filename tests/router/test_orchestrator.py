@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from engine.types import FinishReason, SamplingParams, TokenEvent
+from kvstore.clock import ManualClock
 from kvstore.nouns import Epoch, WeightsDigest
 from router.attempts import AttemptLimits, Job
 from router.errors import GenerationFailed, NotReady, Overloaded
@@ -158,6 +160,30 @@ async def test_a_stop_token_does_not_show(tmp_path: Path) -> None:
     service = fake_service(tmp_path, TEXT)
     dot = service.backend.tokenizer.encode(".")[0]
     assert (await answer(service, job(stop_token_ids=(dot,))))[0] == TEXT[:-1]
+
+
+async def test_only_workers_can_stall_not_readers(tmp_path: Path) -> None:
+    clock = ManualClock()
+    service = fake_service(tmp_path, TEXT, clock=clock)
+    orchestrator, decode = service.backend.orchestrator, service.decode[0]
+    slow = orchestrator.generate(job())
+    await anext(slow)
+    for _ in range(20):
+        await asyncio.sleep(0)  # decode says all it has
+    clock.advance(1000)
+    assert orchestrator.stalled_s() == 0.0  # its reader takes its time; no worker is to blame
+    decode.silent_after = 2
+    hung = orchestrator.generate(replace(job(), request_id="r-2"))
+    await anext(hung)
+    assert orchestrator.stalled_s() == 0.0
+    for _ in range(20):
+        await asyncio.sleep(0)
+    clock.advance(5)
+    await anext(hung)
+    assert orchestrator.stalled_s() == 5.0  # reading what is there is no progress
+    await slow.aclose()
+    await hung.aclose()
+    assert orchestrator.stalled_s() == 0.0
 
 
 async def test_admission_is_bounded(tmp_path: Path) -> None:

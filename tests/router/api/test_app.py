@@ -14,6 +14,7 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from kvstore.errors import OverLimit, Unavailable
+from router.api.app import build_app
 from router.api.gate import Gate
 from router.api.schemas import ChatBody
 from router.attempts import AttemptLimits
@@ -162,6 +163,34 @@ def test_a_client_that_leaves_frees_the_workers(live_with: Make, stream: bool) -
         answer.read()
     asyncio.run_coroutine_threadsafe(asyncio.wait_for(freed.wait(), 10), server.loop).result(12)
     assert server.call(lambda: server.service.backend.orchestrator.running) == 0
+
+
+async def test_a_client_that_stops_reading_gives_its_place_back(tmp_path: Path) -> None:
+    service = fake_service(tmp_path, send_timeout_s=0.02)
+    app = build_app(service.backend, api_key=None, body_nbytes_max=BODY_NBYTES_MAX)
+    body = json.dumps({"model": MODEL, "prompt": "a", "stream": True}).encode()
+    unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return unread.pop() if unread else await asyncio.Future()
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/completions",
+        "headers": [(b"content-type", b"application/json")],
+        "query_string": b"",
+    }
+    await asyncio.wait_for(app(scope, receive, send), 5)
+    assert sent[0]["status"] == 200
+    assert not any(message.get("more_body") is False for message in sent)  # the server breaks it off
+    assert service.backend.orchestrator.running == 0
 
 
 def test_metrics_fold_counters_of_all_workers(live_with: Make) -> None:
