@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -89,14 +90,19 @@ def _model(app: FastAPI, backend: Backend) -> None:
             ids = await backend.chat_ids(body.messages)
         else:
             ids = await backend.text_ids(body.prompt or "", add_special=body.add_special_tokens)
-        texts = [backend.tokenizer.id_to_token(i) for i in ids] if body.return_token_strs else None
+        texts = await asyncio.to_thread(_token_texts, backend, ids) if body.return_token_strs else None
         limit = backend.max_model_len
         return {"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": texts}
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
         backend.check_model(body.model)
-        return {"prompt": backend.tokenizer.decode(body.tokens, skip_special=False)}
+        text = await asyncio.to_thread(backend.tokenizer.decode, body.tokens, skip_special=False)
+        return {"prompt": text}
+
+
+def _token_texts(backend: Backend, ids: list[int]) -> list[str | None]:
+    return [backend.tokenizer.id_to_token(token) for token in ids]
 
 
 def _card(backend: Backend) -> dict[str, Any]:

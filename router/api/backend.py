@@ -26,6 +26,8 @@ __all__ = ["Backend", "Operations"]
 _COMPLETION_TOKENS: Final = 16
 """What OpenAI's text completions generate when they are not told."""
 _SEED_BITS: Final = 64
+_TOKEN_CHARS_MAX: Final = 128
+"""About the longest token a vocabulary has: a run of blanks."""
 
 
 class Operations(Protocol):
@@ -75,11 +77,24 @@ class Backend:
 
     async def chat_ids(self, messages: Sequence[ChatMessage]) -> list[int]:
         """The rendered chat's ids, computed beside the event loop: a long prompt takes milliseconds."""
+        self._check_length(sum(len(message.content or "") for message in messages), "messages")
         rendered = [message.for_template() for message in messages]
         return await asyncio.to_thread(self.tokenizer.encode_chat, rendered)
 
     async def text_ids(self, text: str, *, add_special: bool = True) -> list[int]:
+        self._check_length(len(text), "prompt")
         return await asyncio.to_thread(self.tokenizer.encode, text, add_special=add_special)
+
+    def _check_length(self, chars: int, field: str) -> None:
+        """Raises BadRequest for a text that no context can hold, before it costs a second to tokenise it."""
+        limit = self.max_model_len
+        if chars > limit * _TOKEN_CHARS_MAX:
+            raise BadRequest(
+                f"This model's context is {limit} tokens, and {field} has {chars} characters: far more than "
+                f"fit. Shorten {field}",
+                param=field,
+                code="context_length_exceeded",
+            )
 
     async def chat_job(self, body: ChatBody) -> Job:
         """Raises RequestError for an unknown model or too long a prompt."""
@@ -109,7 +124,7 @@ class Backend:
             max_tokens=tokens,
             temperature=1.0 if body.temperature is None else body.temperature,
             top_p=1.0 if body.top_p is None else body.top_p,
-            top_k=body.top_k or 0,
+            top_k=max(body.top_k or 0, 0),
             seed=secrets.randbits(_SEED_BITS) if body.seed is None else body.seed % (1 << _SEED_BITS),
             stop=tuple(body.stop or ()),
             stop_token_ids=tuple(body.stop_token_ids or ()),

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
 __all__ = [
+    "IDS_MAX",
     "STOP_STRINGS_MAX",
     "ChatBody",
     "ChatMessage",
@@ -25,6 +26,8 @@ __all__ = [
 STOP_STRINGS_MAX: Final = 4
 _STOP_CHARS_MAX: Final = 1024
 _PROMPTS_MAX: Final = 32
+IDS_MAX: Final = 1 << 18
+"""In a body: the longest context of a served family. To check so many takes the event loop 30 ms."""
 _SEED_MIN, _SEED_MAX = -(1 << 63), (1 << 63) - 1
 _TOKEN_ID_MAX: Final = (1 << 31) - 1
 
@@ -57,6 +60,8 @@ def _text_of(content: object) -> object:
     """A message's content: a string, null, or a list of text parts (joined)."""
     if not isinstance(content, list):
         return content
+    if not content:
+        raise ValueError("an empty list has no text: send a string, or a part")
     texts = [
         part["text"]
         for part in content
@@ -67,11 +72,26 @@ def _text_of(content: object) -> object:
     return "".join(texts)
 
 
+def _said(content: str | None, info: ValidationInfo) -> str | None:
+    """Only an assistant may have said nothing."""
+    if content is None and info.data.get("role") != "assistant":
+        raise ValueError("is required: send the message's text")
+    return content
+
+
+def _only_streamed(options: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+    if options is not None and not info.data.get("stream"):
+        raise ValueError("is only allowed with stream true: leave it out or stream")
+    return options
+
+
 def _prompts(prompt: object) -> object:
     """A prompt is a string, a list of strings, a list of token ids, or a list of such lists: to the last form
     or to strings, always as a list of prompts."""
     if isinstance(prompt, str):
         return [prompt]
+    if isinstance(prompt, list) and _ids_of(prompt) > IDS_MAX:  # counted before anything looks at each
+        raise ValueError(f"has more than {IDS_MAX} token ids: send fewer")
     if isinstance(prompt, list) and prompt and all(type(item) is int for item in prompt):
         return [prompt]
     if isinstance(prompt, list) and 0 < len(prompt) <= _PROMPTS_MAX and all(map(_is_prompt, prompt)):
@@ -79,6 +99,11 @@ def _prompts(prompt: object) -> object:
     raise ValueError(
         f"must be a string, a list of token ids (0 and up), or a list of 1 to {_PROMPTS_MAX} such prompts"
     )
+
+
+def _ids_of(prompt: list[Any]) -> int:
+    """How many ids it has at most, without looking at them."""
+    return max(len(prompt), sum(len(item) for item in prompt[:_PROMPTS_MAX] if isinstance(item, list)))
 
 
 def _is_prompt(item: object) -> bool:
@@ -131,13 +156,13 @@ class GenerationBody(_Body):
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
-    top_k: Annotated[int | None, Field(ge=0, le=_TOKEN_ID_MAX)] = None
+    top_k: Annotated[int | None, Field(ge=-1, le=_TOKEN_ID_MAX)] = None  # 0, -1: all
     seed: Annotated[int | None, Field(ge=_SEED_MIN, le=_SEED_MAX)] = None
     stop: Annotated[StopStrings | None, BeforeValidator(_listed)] = None
     stop_token_ids: Annotated[list[TokenIdField] | None, Field(max_length=64)] = None
     ignore_eos: bool | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: Annotated[StreamOptions | None, AfterValidator(_only_streamed)] = None
     return_token_ids: bool | None = None
 
     n: Annotated[Any, _only(1)] = None
@@ -163,7 +188,9 @@ Role = Literal["system", "developer", "user", "assistant"]
 
 class ChatMessage(_Body):
     role: Role
-    content: Annotated[Text | None, BeforeValidator(_text_of)] = None
+    content: Annotated[
+        Text | None, BeforeValidator(_text_of), AfterValidator(_said), Field(validate_default=True)
+    ] = None
     tool_calls: Annotated[Any, _only([])] = None
     function_call: Annotated[Any, _only()] = None
 
@@ -210,4 +237,4 @@ class TokenizeBody(_Body):
 
 class DetokenizeBody(_Body):
     model: Text | None = None
-    tokens: list[TokenIdField]
+    tokens: Annotated[list[TokenIdField], Field(max_length=IDS_MAX)]

@@ -96,6 +96,14 @@ class Conformance:
         assert answer.usage.completion_tokens == 2
         assert answer.choices[0].finish_reason == "length"
 
+    def test_an_assistant_may_have_said_nothing(self, url: str, model: str) -> None:
+        messages: list[Any] = [*HELLO, {"role": "assistant", "content": None}, *HELLO]
+        with client(url) as openai_client:
+            answer = openai_client.chat.completions.create(
+                model=model, messages=messages, max_tokens=2, extra_body={"top_k": -1}
+            )
+        assert answer.choices[0].finish_reason in ("stop", "length")
+
     def test_models_are_listed_with_their_context(self, url: str, model: str) -> None:
         with client(url) as openai_client:
             (card,) = openai_client.models.list().data
@@ -116,7 +124,7 @@ class Conformance:
             ("temperature", "hot"),
             ("top_p", 0),
             ("top_p", 1.5),
-            ("top_k", -1),
+            ("top_k", -2),
             ("max_tokens", 0),
             ("max_tokens", 1.5),
             ("n", 2),
@@ -130,6 +138,11 @@ class Conformance:
             ("messages", [{"role": "wizard", "content": "x"}]),
             ("messages", [{"role": "user", "content": [{"type": "image_url"}]}]),
             ("messages", [{"role": "user", "content": "\ud800"}]),
+            ("messages", [{"role": "user"}]),
+            ("messages", [{"role": "system", "content": None}]),
+            ("messages", [{"role": "user", "content": []}]),
+            ("messages", [{"role": "assistant", "content": []}]),
+            ("stream_options", {"include_usage": True}),
             ("tools", [{"type": "function"}]),
             ("stream", "yes"),
             ("stop_token_ids", [-1]),

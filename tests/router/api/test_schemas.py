@@ -1,0 +1,77 @@
+"""Bodies that would cost the event loop or a tokenizer much are refused before they do."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from pydantic import ValidationError
+
+from router.api.app import build_app
+from router.api.backend import Backend
+from router.api.schemas import IDS_MAX, ChatMessage, CompletionBody, DetokenizeBody
+from router.errors import BadRequest
+from tests.router.fakes import MAX_MODEL_LEN, MODEL, fake_service
+
+MANY = [5] * (IDS_MAX + 1)
+
+
+@pytest.mark.parametrize("prompt", [MANY, [MANY[: IDS_MAX // 2 + 1]] * 2])
+def test_too_many_ids_are_refused(prompt: object) -> None:
+    with pytest.raises(ValidationError, match=f"more than {IDS_MAX} token ids"):
+        CompletionBody.model_validate({"model": MODEL, "prompt": prompt})
+
+
+def test_too_many_tokens_to_spell_are_refused() -> None:
+    DetokenizeBody.model_validate({"tokens": MANY[:-1]})
+    with pytest.raises(ValidationError, match=f"at most {IDS_MAX}"):
+        DetokenizeBody.model_validate({"tokens": MANY})
+
+
+def test_what_no_context_holds_is_refused_at_once() -> None:
+    began = time.process_time()
+    with pytest.raises(ValidationError):
+        CompletionBody.model_validate({"model": MODEL, "prompt": [5] * 5_000_000})
+    assert time.process_time() - began < 0.2
+
+
+async def test_text_far_beyond_the_context_is_not_tokenised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = fake_service(tmp_path).backend
+
+    def unreachable(*_: object, **__: object) -> list[int]:
+        raise AssertionError
+
+    monkeypatch.setattr(backend.tokenizer, "encode", unreachable)
+    text = "a" * (MAX_MODEL_LEN * 128 + 1)
+    with pytest.raises(BadRequest, match=r"context is 512 tokens.*Shorten prompt") as caught:
+        await backend.text_ids(text)
+    assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(BadRequest, match="Shorten messages"):
+        await backend.chat_ids([ChatMessage(role="user", content=text)])
+
+
+async def test_spelling_tokens_leaves_the_event_loop_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend: Backend = fake_service(tmp_path).backend
+    threads: set[threading.Thread] = set()
+
+    def spell(*_: object, **__: object) -> str:
+        threads.add(threading.current_thread())
+        return "a"
+
+    monkeypatch.setattr(backend.tokenizer, "id_to_token", spell)
+    monkeypatch.setattr(backend.tokenizer, "decode", spell)
+    app = build_app(backend, api_key=None, body_nbytes_max=1024)
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
+        asked = {"prompt": "The sea", "return_token_strs": True}
+        strings = (await client.post("/tokenize", json=asked)).json()["token_strs"]
+        assert set(strings) == {"a"}
+        assert (await client.post("/detokenize", json={"tokens": [5]})).json() == {"prompt": "a"}
+    assert threading.current_thread() not in threads
