@@ -20,7 +20,7 @@ from engine.tokenizer import Tokenizer
 from engine.types import FinishReason, PrefillStats, TokenEvent
 from kvstore.clock import Clock, MonotonicClock
 from router.attempts import AttemptLimits, Attempts, Job
-from router.errors import Overloaded, WorkerError, WorkerGone
+from router.errors import BadRequest, Overloaded, WorkerError, WorkerGone
 from router.fleet import Fleet, Member
 from router.handles import DecodeHandle, PrefillHandle
 from router.metrics import RouterMetrics
@@ -90,8 +90,15 @@ class Orchestrator:
 
     @contextmanager
     def admit(self, requests: int = 1) -> Iterator[None]:
-        """Room for so many requests, or Overloaded."""
+        """Room for so many requests, or Overloaded; BadRequest for more than there ever is room for."""
+        if requests > self._running_max:
+            raise BadRequest(
+                f"the body has {requests} prompts and at most {self._running_max} requests run at once here: "
+                "send fewer prompts, or raise router.running_max",
+                param="prompt",
+            )
         if self.running + requests > self._running_max:
+            self._metrics.admission_rejections.labels("running_max").inc()
             raise Overloaded(
                 f"{self.running} requests run and at most {self._running_max} may. Retry in a moment, or "
                 "raise router.running_max"

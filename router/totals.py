@@ -49,8 +49,10 @@ class FleetTotals(Collector):
             if name.startswith(_GAUGE):
                 gauges[name.removeprefix(_GAUGE)] = value
             else:
-                self.workers[name] += max(0.0, value - last.get(name, 0.0))
-                last[name] = value
+                # Answers may overtake each other: an older one adds nothing and takes nothing back.
+                known = last.get(name, 0.0)
+                self.workers[name] += max(0.0, value - known)
+                last[name] = max(value, known)
 
     def forget(self, worker_id: str) -> None:
         """The worker is no more; what it counted stays."""

@@ -45,10 +45,19 @@ def _serving(backend: Backend) -> None:
         raise NotReady(reason)
 
 
+def _admitting(backend: Backend) -> None:
+    """As _serving, counted: a request was not let in."""
+    try:
+        _serving(backend)
+    except NotReady:
+        backend.metrics.admission_rejections.labels("not_ready").inc()
+        raise
+
+
 def _generation(app: FastAPI, backend: Backend) -> None:
     @app.post("/v1/chat/completions")
     async def chat(request: Request, body: ChatBody) -> Response:
-        _serving(backend)
+        _admitting(backend)
         job = await backend.chat_job(body)
         form = ChatForm(
             request_id=job.request_id,
@@ -60,7 +69,7 @@ def _generation(app: FastAPI, backend: Backend) -> None:
 
     @app.post("/v1/completions")
     async def complete(request: Request, body: CompletionBody) -> Response:
-        _serving(backend)
+        _admitting(backend)
         jobs = await backend.completion_jobs(body)
         form = CompletionForm(
             request_id=jobs[0].request_id,

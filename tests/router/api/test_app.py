@@ -81,11 +81,29 @@ async def test_a_body_that_does_not_come_is_408() -> None:
     assert json.loads(sent[1]["body"])["error"]["code"] == "body_timeout"
 
 
-def test_overload_is_429_with_retry_after(live_with: Make) -> None:
+def rejections(server: LiveServer, reason: str) -> float:
+    counter = server.service.backend.metrics.admission_rejections
+    (family,) = counter.collect()
+    return sum(s.value for s in family.samples if s.labels == {"reason": reason} and "total" in s.name)
+
+
+def test_more_prompts_than_ever_run_at_once_are_the_clients_error(live_with: Make) -> None:
     server = live_with(running_max=1)
     answer = httpx.post(f"{server.url}/v1/completions", json={"model": MODEL, "prompt": ["a", "b"]})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "prompt"
+    assert "send fewer prompts" in answer.json()["error"]["message"]
+
+
+def test_overload_is_429_with_retry_after(live_with: Make) -> None:
+    server = live_with(running_max=1)
+    other = server.service.backend.orchestrator.admit()
+    server.call(other.__enter__)
+    answer = httpx.post(f"{server.url}/v1/completions", json={"model": MODEL, "prompt": "a"})
     assert answer.status_code == 429
     assert answer.headers["retry-after"] == "1"
+    assert rejections(server, "running_max") == 1.0
+    server.call(lambda: other.__exit__(None, None, None))
     assert httpx.post(f"{server.url}/v1/chat/completions", json=ASK).status_code == 200
 
 
@@ -96,6 +114,7 @@ def test_not_ready_is_503(live_with: Make) -> None:
     answer = httpx.post(f"{server.url}/v1/chat/completions", json=ASK)
     assert answer.status_code == 503
     assert "starting shard" in answer.json()["error"]["message"]
+    assert rejections(server, "not_ready") == 1.0
 
 
 def test_a_failure_before_the_first_token_has_a_status_also_when_streaming(live_with: Make) -> None:
@@ -220,3 +239,10 @@ async def test_a_chat_without_max_tokens_ends_after_the_default(tmp_path: Path) 
     for asked, tokens in ({}, 3), ({"max_tokens": 7}, 7):
         body = ChatBody.model_validate(ASK | asked)
         assert (await backend.chat_job(body)).sampling.max_tokens == tokens
+
+
+async def test_an_answer_that_was_overtaken_counts_nothing_twice(tmp_path: Path) -> None:
+    totals = fake_service(tmp_path).backend.metrics.totals
+    for count in (10.0, 7.0, 10.0, 11.0):
+        totals.fold("w-1", {"verified_blocks": count})
+    assert totals.workers["verified_blocks"] == 11.0

@@ -75,3 +75,11 @@ async def test_spelling_tokens_leaves_the_event_loop_alone(
         assert set(strings) == {"a"}
         assert (await client.post("/detokenize", json={"tokens": [5]})).json() == {"prompt": "a"}
     assert threading.current_thread() not in threads
+
+
+async def test_a_top_k_of_minus_one_means_all_as_in_vllm(tmp_path: Path) -> None:
+    backend = fake_service(tmp_path).backend
+    for given, meant in (-1, 0), (0, 0), (40, 40), (None, 0):
+        body = CompletionBody.model_validate({"model": MODEL, "prompt": "a", "top_k": given})
+        (job,) = await backend.completion_jobs(body)
+        assert job.sampling.top_k == meant
