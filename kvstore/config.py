@@ -15,18 +15,29 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kvstore.core.state import CoreLimits
 from kvstore.driver import DriverConfig
 from kvstore.errors import ConfigError
 from kvstore.nouns import ShardId
-from kvstore.server import ServerConfig, TlsFiles
+from kvstore.policies import POLICIES
+from kvstore.server import ServerConfig, TlsFiles, is_loopback
 
 ENV_PREFIX: Final = "KVSTRATA_"
 _NESTED: Final = "__"
+_KINDS: Final = {
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+}
+"""What a value should have been, by pydantic's name of the error."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -58,6 +69,22 @@ class StoreConfig(BaseModel):
     reap_interval_s: float = Field(0.5, gt=0, description="How often a shard frees what expired")
     faults: bool = Field(False, description="Allow breaking blocks on purpose (the demo's negative control)")
 
+    @model_validator(mode="after")
+    def _can_start_a_shard(self) -> Self:
+        """Told before a cluster is started for it. Raises ConfigError, which pydantic lets by."""
+        if self.policy not in POLICIES:
+            raise ConfigError(f"store.policy {self.policy!r} is unknown: use {' or '.join(sorted(POLICIES))}")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("TLS needs both store.tls_cert and store.tls_key: set the other one too")
+        if self.tls_ca is not None and self.tls_cert is None:
+            raise ConfigError("store.tls_ca needs store.tls_cert and store.tls_key: set them too")
+        if not (is_loopback(self.host) or self.tls_cert or self.insecure):
+            raise ConfigError(
+                f"store.host {self.host} is not loopback: set store.tls_cert and store.tls_key, or "
+                "store.insecure = true if the network is yours alone"
+            )
+        return self
+
     def driver(self, shard: ShardId, cluster_secret: bytes) -> DriverConfig:
         return DriverConfig(
             shard=shard,
@@ -70,9 +97,6 @@ class StoreConfig(BaseModel):
         )
 
     def server(self, token: str | None) -> ServerConfig:
-        """Raises ConfigError for a listener beyond loopback that is neither TLS nor `insecure`."""
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise ConfigError("TLS needs both store.tls_cert and store.tls_key")
         tls = TlsFiles(self.tls_cert, self.tls_key, self.tls_ca) if self.tls_cert and self.tls_key else None
         return ServerConfig(
             host=self.host,
@@ -95,20 +119,22 @@ def load_config(
     Raises ConfigError that names the file or variable, the key, and what to do.
     """
     tree = _read(path) if path is not None else {}
+    variables: dict[tuple[str, ...], str] = {}
     for name, value in sorted((os.environ if env is None else env).items()):
-        parts = name.removeprefix(ENV_PREFIX).lower().split(_NESTED)
-        if name.startswith(ENV_PREFIX) and len(parts) > 1:  # one word is not a setting: KVSTRATA_CACHE, say
+        parts = tuple(name.removeprefix(ENV_PREFIX).lower().split(_NESTED))
+        # One word may be something else: KVSTRATA_CACHE, say.
+        if name.startswith(ENV_PREFIX) and (len(parts) > 1 or parts[0] in model.model_fields):
             _set(tree, parts, value)
+            variables[parts] = name
     for dotted, value in (overrides or {}).items():
         if value is not None:
-            _set(tree, dotted.split("."), value)
+            _set(tree, tuple(dotted.split(".")), value)
+            variables.pop(tuple(dotted.split(".")), None)
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        where = f" in {path}" if path else ""
-        raise ConfigError(
-            f"settings{where}: " + "; ".join(_explain(model, e) for e in error.errors())
-        ) from None
+        where = f"settings in {path}" if path else "settings"
+        raise ConfigError("; ".join(_explain(model, e, where, variables) for e in error.errors())) from None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -118,13 +144,15 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} does not exist: give the path of a TOML file, or none for the defaults"
         ) from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder: give the path of a TOML file") from None
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{path} cannot be read: {error.strerror}. Give the path of a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
 
 
-def _set(tree: dict[str, Any], parts: list[str], value: Any) -> None:
+def _set(tree: dict[str, Any], parts: tuple[str, ...], value: Any) -> None:
     for part in parts[:-1]:
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
@@ -132,12 +160,28 @@ def _set(tree: dict[str, Any], parts: list[str], value: Any) -> None:
     tree[parts[-1]] = value
 
 
-def _explain(model: type[BaseModel], error: Any) -> str:
-    place = ".".join(str(part) for part in error["loc"])
+def _explain(model: type[BaseModel], error: Any, where: str, variables: Mapping[tuple[str, ...], str]) -> str:
+    """One of pydantic's errors, with the variable or the place in the file that it came from."""
+    loc = tuple(str(part) for part in error["loc"])
+    variable = next((name for parts, name in variables.items() if _is_within(parts, loc)), None)
+    place = variable or f"{where}: {'.'.join(loc)}"
     if error["type"] != "extra_forbidden":
-        return f"{place}: {error['msg']}"
-    near = difflib.get_close_matches(str(error["loc"][-1]), _names(model, error["loc"][:-1]), n=1)
+        return f"{place}: {_worded(error, loc)}"
+    near = difflib.get_close_matches(loc[-1], _names(model, error["loc"][:-1]), n=1)
     return f"{place} is not a setting" + (f": did you mean {near[0]}?" if near else "")
+
+
+def _is_within(parts: tuple[str, ...], loc: tuple[str, ...]) -> bool:
+    """Does one of the two begin with the other? Pydantic names a part of the value, or a section of it."""
+    shorter = min(len(parts), len(loc))
+    return parts[:shorter] == loc[:shorter]
+
+
+def _worded(error: Any, loc: tuple[str, ...]) -> str:
+    if error["type"] not in _KINDS:
+        return str(error["msg"]).removeprefix("Value error, ")
+    cure = ": give bytes, like 4_000_000_000" if loc[-1].endswith("nbytes") else ""
+    return f"{error['input']!r} is not {_KINDS[error['type']]}{cure}"
 
 
 def _names(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:

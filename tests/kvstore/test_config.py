@@ -14,6 +14,8 @@ from kvstore.errors import ConfigError
 class Service(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
+    model: str = "default"
+    epoch: int = 0
     store: StoreConfig = StoreConfig()
 
 
@@ -38,6 +40,13 @@ def test_flags_win_over_environment_over_file(file: Path) -> None:
         ("[store]\nshard = 3\n", "store.shard is not a setting: did you mean shards?"),
         ("[stor]\n", "stor is not a setting: did you mean store?"),
         ("[store]\nshards = 0\n", "store.shards: Input should be greater than or equal to 1"),
+        ("[store]\nshards = 'zwei'\n", "bad.toml: store.shards: 'zwei' is not a whole number"),
+        ("[store]\ninsecure = 'perhaps'\n", "store.insecure: 'perhaps' is not true or false"),
+        ("[store]\ncapacity_nbytes = '4GB'\n", "'4GB' is not a whole number: give bytes, like 4_000_000_000"),
+        ("[store]\npolicy = 'fifo'\n", "store.policy 'fifo' is unknown: use lru"),
+        ("[store]\nhost = '0.0.0.0'\n", "store.host 0.0.0.0 is not loopback: set store.tls_cert"),
+        ("[store]\ntls_key = 'key.pem'\n", "TLS needs both store.tls_cert and store.tls_key"),
+        ("[store]\ntls_ca = 'ca.pem'\n", "store.tls_ca needs store.tls_cert and store.tls_key"),
         ("[store\n", "is not TOML"),
     ],
 )
@@ -47,6 +56,41 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(Service, path, env={})
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("env", "says"),
+    [
+        ({"KVSTRATA_STORE__SHARDS": "zwei"}, "KVSTRATA_STORE__SHARDS: 'zwei' is not a whole number"),
+        ({"KVSTRATA_STORE__SHARD": "2"}, "KVSTRATA_STORE__SHARD is not a setting: did you mean shards?"),
+        ({"KVSTRATA_STOR__SHARDS": "2"}, "KVSTRATA_STOR__SHARDS is not a setting: did you mean store?"),
+        ({"KVSTRATA_STORE__RESOURCES__A": "b"}, "KVSTRATA_STORE__RESOURCES__A: 'b' is not a number"),
+        ({"KVSTRATA_EPOCH": "x"}, "KVSTRATA_EPOCH: 'x' is not a whole number"),
+    ],
+)
+def test_a_wrong_variable_is_named_not_the_file(file: Path, env: dict[str, str], says: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(Service, file, env=env)
+    assert str(error.value) == says
+
+
+def test_a_wrong_value_in_the_file_is_not_blamed_on_a_variable_nor_on_what_a_flag_hides(file: Path) -> None:
+    file.write_text("[store]\nshards = 'zwei'\n")
+    with pytest.raises(ConfigError, match=r"kvstrata\.toml: store\.shards"):
+        load_config(Service, file, env={"KVSTRATA_STORE__LEASES_MAX": "3"})
+    env = {"KVSTRATA_STORE__SHARDS": "drei"}
+    assert load_config(Service, file, {"store.shards": 2}, env).store.shards == 2
+
+
+def test_a_setting_of_one_word_has_its_variable() -> None:
+    env = {"KVSTRATA_MODEL": "other", "KVSTRATA_EPOCH": "3", "KVSTRATA_URL": "http://elsewhere"}
+    config = load_config(Service, None, env=env)
+    assert (config.model, config.epoch) == ("other", 3)
+
+
+def test_a_folder_is_no_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder: give the path of a TOML file"):
+        load_config(Service, tmp_path, env={})
 
 
 def test_a_missing_file_and_a_value_used_as_section(tmp_path: Path) -> None:
