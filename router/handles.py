@@ -1,7 +1,7 @@
 """The workers as the router sees them: what it calls, and what it knows of each.
 
 The methods are those of `prefill.role.PrefillRole` and `decode.role.DecodeRole`, so a role in the same
-process is a handle as it stands; `ray_handles.py` adapts actors. No method bounds its own wait: the caller
+process is a handle as it stands; `ray_launcher.py` adapts actors. No method bounds its own wait: the caller
 does, and takes any exception for the end of the attempt. A handle raises WorkerGone when its process is
 dead.
 """

@@ -10,7 +10,7 @@ import socket
 
 from kvstore.errors import ConfigError
 
-__all__ = ["listen"]
+__all__ = ["end_unread", "listen"]
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -20,6 +20,14 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise ConfigError(_taken(host, port, error)) from None
+
+
+def end_unread(listener: socket.socket, limit_s: float) -> None:
+    """Have the kernel end connections whose peer takes nothing for so long. Else one that is closed while its
+    client does not read waits for it for ever, to deliver what is left. Where there is no such option
+    (only Linux has it) such connections stay until the client goes."""
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(limit_s * 1000)))
 
 
 def _taken(host: str, port: int, error: OSError) -> str:

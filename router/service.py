@@ -25,7 +25,7 @@ from router.api.backend import Backend
 from router.attempts import AttemptLimits
 from router.config import RouterConfig, ServiceConfig, check_exposure, served_name
 from router.launcher import LaunchedShard, Launcher
-from router.listener import listen
+from router.listener import end_unread, listen
 from router.metrics import RouterMetrics
 from router.orchestrator import Orchestrator
 from router.status import shard_rows, worker_rows
@@ -87,6 +87,7 @@ class RouterService:
         """Listen; the URL. Raises ConfigError when the port is taken."""
         router = self._config.router
         listener = listen(router.host, router.port)
+        end_unread(listener, router.send_timeout_s)
         key = router.api_key.get_secret_value() if router.api_key else None
         app = build_app(self._backend, api_key=key, body_nbytes_max=router.body_nbytes_max)
         settings = uvicorn.Config(

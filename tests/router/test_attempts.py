@@ -116,6 +116,9 @@ class Wrong(FakePrefill):
         event = TokenEvent(request.request_id, request.attempt, index, -1, finish, self.error)
         return FirstToken(event, PrefillStats(3, 0))
 
+    async def handoff(self, request_id: str, attempt: int) -> Handoff | None:
+        return None
+
 
 @pytest.mark.parametrize(
     ("error", "told"), [("the logits are not finite", "logits are not finite"), (None, "token 0 was lost")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from kvstore.config import load_config
 from kvstore.errors import ConfigError
 from router.config import RouterConfig, ServiceConfig, check_exposure, served_name
-from router.listener import listen
+from router.listener import end_unread, listen
 
 
 def test_defaults_need_no_file() -> None:
@@ -54,6 +55,18 @@ def test_a_taken_port_names_the_cure() -> None:
 def test_an_address_of_another_machine_names_the_cure() -> None:
     with pytest.raises(ConfigError, match="--host"):
         listen("203.0.113.7", 0)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the kernel has no such option")
+def test_the_kernel_ends_a_connection_that_nobody_reads() -> None:
+    with listen("127.0.0.1", 0) as listener:
+        end_unread(listener, 0.2)
+        with socket.create_connection(listener.getsockname()):
+            accepted, _ = listener.accept()
+            accepted.settimeout(10)
+            with accepted, pytest.raises(TimeoutError) as caught:
+                accepted.sendall(bytes(32 << 20))
+            assert caught.value.errno == errno.ETIMEDOUT  # the kernel's, not the test's bound
 
 
 def test_the_api_key_never_shows() -> None:
