@@ -21,8 +21,13 @@ def down(
 
 
 def _down(address: str, drain_s: float, json_out: bool) -> int:
+    from kvstore.errors import ConfigError
     from router.cluster import find_router, join
 
+    if address == "local":
+        raise ConfigError(
+            "a local service ends with Ctrl-C where it runs; `down` is for clusters: auto or host:port"
+        )
     note("joining the Ray cluster")
     join(address)
     router = find_router()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ _OPEN_S: Final = 120.0
 _CALL_S: Final = 30.0
 _LOOPBACK: Final = "127.0.0.2"
 """Ray takes 127.0.0.1 to mean whatever address the machine has just now, and breaks when that changes."""
+_PROBE_S: Final = 2.0
+_TOKEN_FILE: Final = Path(".ray/auth_token")  # below the home: `ray start` makes and reads it
 _SHM: Final = Path("/dev/shm")  # noqa: S108  the kernel's shared memory, not a temporary file
 
 Told = Callable[[str], None]
@@ -70,15 +73,56 @@ def shared_memory_dir(workdir: Path) -> Path:
 
 
 def join(address: str) -> None:
-    """Join a running cluster. Raises StartFailed when there is none."""
+    """Join a running cluster: `auto`, the one of this machine or of RAY_ADDRESS, or host:port of its head.
+
+    Raises StartFailed when there is none, within seconds: Ray itself would wait for minutes.
+    """
+    _present_token()
+    # Read when Ray is imported: what refuses it, it asks 20 times, and prints a line each.
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "3")
+    head = _head(address)
     try:
-        _init(address=address)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        host, _, port = head.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), _PROBE_S).close()
+    except OSError:
+        found = head if address == "auto" else address
         raise StartFailed(
-            f"no Ray cluster answers at {address!r} ({reason}). Start one (`ray start --head`), or run with "
-            "--address local"
+            f"nothing listens at {found}: give the address of the cluster's head, or `auto`"
         ) from None
+    try:
+        _init(address=head)
+    except ConnectionError:
+        raise StartFailed(
+            f"the Ray cluster at {head} does not let this process in: where it asks for a token, set "
+            "RAY_AUTH_MODE=token, with the token in ~/.ray/auth_token or RAY_AUTH_TOKEN_PATH"
+        ) from None
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise StartFailed(f"cannot join the Ray cluster at {head}: {reason}") from None
+
+
+def _present_token() -> None:
+    """Where there is a token, show it: `ray start` finds it and asks for it, but clients must be told."""
+    given = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if given or (Path.home() / _TOKEN_FILE).is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def _head(address: str) -> str:
+    """host:port of the cluster's head. Raises StartFailed for none."""
+    from ray._private.services import canonicalize_bootstrap_address  # what ray.init calls; no public way
+
+    try:
+        head: str | None = canonicalize_bootstrap_address(address)
+    except ValueError:
+        raise StartFailed(f"{address!r} is no address of a cluster: give `auto`, or host:port") from None
+    except ConnectionError:
+        head = None
+    if head is None:
+        raise StartFailed(
+            "no Ray cluster runs on this machine: start one (`ray start --head`), or set RAY_ADDRESS"
+        )
+    return head
 
 
 def _init(**options: Any) -> None:
