@@ -125,6 +125,13 @@ class ShardDriver:
                 await self._reaper
             self._reaper = None
 
+    def reap(self) -> None:
+        """Free what expired. `start` has it called regularly."""
+        expired = self.core.reap(self._clock.now())
+        self._discard_freed()
+        if expired:
+            log.info("leases expired", shard=self.shard, leases=expired)
+
     def check_integrity(self) -> None:
         """The core's conservation check, and that storage holds just what the core knows to be written.
 
@@ -301,7 +308,9 @@ class ShardDriver:
             self._count_fault("write", error)
             raise Unavailable(f"shard {self.shard} could not store the frame: {error}; try again") from error
         except KVStrataError:
-            self._storage.discard(place)  # nobody waits for these bytes any more
+            # Nobody waits for these bytes, unless a copy of them that came first was committed meanwhile.
+            if self.core.index.at(place.slot, place.generation) is None:
+                self._storage.discard(place)
             raise
         self._discard_freed()
         return refusal
@@ -354,10 +363,7 @@ class ShardDriver:
     async def _reap_forever(self) -> None:
         while True:
             await asyncio.sleep(self.config.reap_interval_s)
-            expired = self.core.reap(self._clock.now())
-            self._discard_freed()
-            if expired:
-                log.info("leases expired", shard=self.shard, leases=expired)
+            self.reap()
 
 
 def _place(ref: BlockRef) -> Place:

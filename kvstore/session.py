@@ -75,6 +75,10 @@ class StoreSession:
     def epoch(self) -> Epoch:
         return self._snapshot.epoch
 
+    @property
+    def min_quality(self) -> Quality:
+        return self._snapshot.min_quality
+
     async def register(self, timeout_s: float) -> None:
         """Register the epoch on every shard that answers. Raises EpochConflict."""
 

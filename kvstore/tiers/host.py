@@ -25,8 +25,8 @@ class HostTier:
         if await failpoints.hit("storage.write") is failpoints.Effect.DROP:
             return
         kept = self._frames.get(place.slot)
-        if kept is not None and kept[0] > place.generation:
-            return  # late: the slot was given to somebody else meanwhile
+        if kept is not None and kept[0] >= place.generation:
+            return  # late: these bytes are here, or the slot was given to somebody else meanwhile
         if kept is not None:
             self._nbytes -= kept[1].nbytes
         self._frames[place.slot] = place.generation, frame
