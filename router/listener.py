@@ -6,6 +6,7 @@ On its own, so that a command can look whether a port is free before it imports 
 from __future__ import annotations
 
 import errno
+import os
 import socket
 
 from kvstore.errors import ConfigError
@@ -17,9 +18,13 @@ def listen(host: str, port: int) -> socket.socket:
     """A listening socket, or ConfigError that says what to do about it."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        address = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)[0][4]
+    except (OSError, UnicodeError):
+        raise ConfigError(f"{host} is no address, nor a known name: choose another with --host") from None
+    try:
+        return socket.create_server(address, family=family, backlog=2048)
     except OSError as error:
-        raise ConfigError(_taken(host, port, error)) from None
+        raise ConfigError(_refused(host, port, error.errno or 0)) from None
 
 
 def end_unread(listener: socket.socket, limit_s: float) -> None:
@@ -30,9 +35,9 @@ def end_unread(listener: socket.socket, limit_s: float) -> None:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(limit_s * 1000)))
 
 
-def _taken(host: str, port: int, error: OSError) -> str:
-    if isinstance(error, socket.gaierror):
-        return f"{host} is no address of this machine: choose another with --host"
-    if error.errno == errno.EADDRINUSE:
+def _refused(host: str, port: int, code: int) -> str:
+    if code == errno.EADDRINUSE:
         return f"port {port} is taken: stop what listens there or choose another with --port"
-    return f"cannot listen on {host}:{port} ({error.strerror}): choose another with --host or --port"
+    if code == errno.EADDRNOTAVAIL:
+        return f"{host} is no address of this machine: choose another with --host"
+    return f"cannot listen on {host}:{port} ({os.strerror(code)}): choose another with --host or --port"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import socket
 from pathlib import Path
 
@@ -52,9 +53,27 @@ def test_a_taken_port_names_the_cure() -> None:
             listen("127.0.0.1", port)
 
 
-def test_an_address_of_another_machine_names_the_cure() -> None:
-    with pytest.raises(ConfigError, match="--host"):
-        listen("203.0.113.7", 0)
+@pytest.mark.parametrize(
+    ("host", "port", "says"),
+    [
+        ("203.0.113.7", 0, "203.0.113.7 is no address of this machine: choose another with --host"),
+        ("example.invalid", 0, "example.invalid is no address, nor a known name: choose another with --host"),
+        ("a..b", 0, "a..b is no address, nor a known name: choose another with --host"),
+        ("127.0.0.1", 1, r"cannot listen on 127.0.0.1:1 \(Permission denied\): choose another with"),
+    ],
+)
+def test_why_it_cannot_listen_is_told_in_one_sentence(
+    host: str, port: int, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if port:  # root may
+        monkeypatch.setattr(socket, "create_server", denied)
+    with pytest.raises(ConfigError) as error:
+        listen(host, port)
+    assert re.fullmatch(says + ".*", str(error.value))
+
+
+def denied(*_args: object, **_options: object) -> socket.socket:
+    raise PermissionError(errno.EACCES, "in words of its own (while attempting to bind on address)")
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the kernel has no such option")
