@@ -12,9 +12,11 @@ __all__ = ["down"]
 
 
 def down(
-    address: Annotated[str, typer.Option(help="The Ray cluster: auto, or host:port.")] = "auto",
+    address: Annotated[
+        str, typer.Option(help="The Ray cluster: auto, the one of this machine; or its head's host:port.")
+    ] = "auto",
     drain: Annotated[float, typer.Option(min=0, help="Seconds for running requests to finish.")] = 5.0,
-    json_out: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    json_out: Annotated[bool, typer.Option("--json", help="One JSON document; on an error none.")] = False,
 ) -> None:
     """End the service in a Ray cluster. (A local one ends with Ctrl-C where it runs.)"""
     raise typer.Exit(reported(lambda: _down(address, drain, json_out)))

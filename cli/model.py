@@ -15,7 +15,7 @@ _MB = 1_000_000
 
 model = typer.Typer(no_args_is_help=True, help="Fetch and list models.")
 
-JsonOut = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+JsonOut = Annotated[bool, typer.Option("--json", help="One JSON document; on an error none.")]
 
 
 @model.command()

@@ -17,7 +17,7 @@ _MIB = 1 << 20
 def status(
     url: Url = "http://127.0.0.1:8000",
     api_key: ApiKey = None,
-    json_out: Annotated[bool, typer.Option("--json", help="As one JSON document.")] = False,
+    json_out: Annotated[bool, typer.Option("--json", help="One JSON document; on an error none.")] = False,
 ) -> None:
     """Show workers, shards and counters of a running service."""
     raise typer.Exit(reported(lambda: _status(url, api_key, json_out)))

@@ -32,17 +32,23 @@ def up(
     decode: Annotated[int | None, typer.Option(min=1, help="Decode workers.")] = None,
     shards: Annotated[int | None, typer.Option(min=1, help="Shards of the store.")] = None,
     address: Annotated[
-        Address, typer.Option(help="local: a Ray cluster of its own. auto: the one that is there, and stay.")
+        Address,
+        typer.Option(
+            help="local: a private Ray cluster, ended with Ctrl-C. auto: the running cluster; the service "
+            "stays until `kvstrata down`."
+        ),
     ] = Address.LOCAL,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Port to listen on. 0: a free one")
+        int | None, typer.Option(min=0, max=65535, help="Port to listen on. 0: a free one.")
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Allow listening beyond loopback.")] = False,
     api_key: Annotated[
         str | None, typer.Option(envvar="KVSTRATA_API_KEY", help="Ask clients for this bearer token.")
     ] = None,
-    json_out: Annotated[bool, typer.Option("--json", help="One JSON document when it serves.")] = False,
+    json_out: Annotated[
+        bool, typer.Option("--json", help="One JSON document when it serves; on an error none.")
+    ] = False,
 ) -> None:
     """Serve a model: shards, prefill and decode workers, and an OpenAI-compatible router."""
     flags = {

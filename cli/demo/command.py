@@ -22,13 +22,18 @@ def demo(
         str | None, typer.Option(help="Registry name, folder, GGUF file or hub id; a chat model.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file; every setting has a default.")] = None,
-    json_out: Annotated[bool, typer.Option("--json", help="One JSON document of the results.")] = False,
+    json_out: Annotated[
+        bool, typer.Option("--json", help="One JSON document of the results; on an error none.")
+    ] = False,
 ) -> None:
     """Hold a conversation through the store, and check every token of it.
 
-    Three turns about a document, then a second reader of the same one. Every answer is compared, token for
-    token, with what one process without a store generates; then a stored byte is flipped, and the answer
-    must not change.
+    Three turns about a document, then a second reader of the same one.
+
+    Every answer is compared, token for token, with what one process without a store generates.
+
+    A stored byte is flipped, and the answer must not change.
+
     Exit code 1 if anything of it does not hold.
     """
     raise typer.Exit(reported(lambda: _demo(model, config, json_out)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import signal
 import socket
 import subprocess
@@ -35,6 +36,12 @@ def test_help_names_every_command() -> None:
         assert f" {name} " in shown.stdout
 
 
+def test_the_version_is_the_packages() -> None:
+    shown = run("--version")
+    assert shown.returncode == 0
+    assert shown.stdout == f"kvstrata {importlib.metadata.version('kvstrata')}\n"
+
+
 def test_wrong_usage_is_exit_code_2() -> None:
     assert run("up", "--prefill", "0").returncode == 2
 
@@ -44,7 +51,9 @@ def test_wrong_usage_is_exit_code_2() -> None:
     [
         (("up", "--host", "0.0.0.0"), "--insecure"),
         (("up", "nowhere.toml"), "give the path of a TOML file"),
+        (("up", "."), "give the path of a TOML file"),
         (("status", "--url", "http://127.0.0.1:9"), "kvstrata up"),
+        (("status", "--json", "--url", "localhost:9"), "write http://localhost:9"),
         (("chat", "--url", "http://127.0.0.1:9"), "kvstrata up"),
         (("model", "pull", "nope"), "smollm2-135m"),
     ],
