@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import yaml
 
 REPO = Path(__file__).resolve().parents[2]
 CHART = REPO / "helm" / "kvstrata"
-SHARED = Path(os.environ.get("KVSTRATA_SHARED") or REPO.parent / "shared")
 
 Object = dict[str, Any]
 
