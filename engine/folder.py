@@ -21,13 +21,18 @@ def read_json_object(path: Path) -> dict[str, Any]:
         if path.stat().st_size > CONFIG_NBYTES_MAX:
             raise ModelCorrupt(
                 f"{path} has {path.stat().st_size} bytes, more than any config has ({CONFIG_NBYTES_MAX})",
-                "Fetch the model again",
+                "Copy or download the model again",
             )
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise ModelNotFound(f"there is no {path.name} in {path.parent}", "Is it a model's folder?") from None
+        raise ModelNotFound(
+            f"there is no {path.name} in {path.parent}",
+            "Give the folder that holds config.json, model.safetensors and tokenizer.json",
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelCorrupt(f"{path} is not readable JSON ({error})", "Fetch the model again") from error
+        raise ModelCorrupt(f"{path} is not readable JSON ({error})", "Copy or download it again") from error
     if not isinstance(value, dict):
-        raise ModelCorrupt(f"{path} holds a JSON {type(value).__name__}, not an object", "Fetch it again")
+        raise ModelCorrupt(
+            f"{path} holds a JSON {type(value).__name__}, not an object", "Copy or download it again"
+        )
     return value

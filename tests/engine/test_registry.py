@@ -132,6 +132,12 @@ def test_a_folder_that_lacks_a_file_names_it(tmp_path: Path, file: str) -> None:
         resolve_model(str(folder))
 
 
+def test_what_is_no_model_folder_is_told_what_one_holds(tmp_path: Path) -> None:
+    holds = r"Give the folder that holds config\.json, model\.safetensors and tokenizer\.json"
+    with pytest.raises(ModelNotFound, match=holds):
+        resolve_model(str(tmp_path))
+
+
 def test_a_folder_with_truncated_weights_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path / "tiny")
     os.truncate(folder / "model.safetensors", 10_000)
