@@ -22,6 +22,20 @@ from router.errors import BadRequest, GenerationFailed, RequestError
 __all__ = ["as_request_error", "error_body", "install", "response_of"]
 
 _CLIENT_CLOSED: Final = 499  # nginx's number; the client is not there to read it
+_WORDS: Final = {
+    "missing": "is missing: send it",
+    "too_short": "is empty: send at least {min_length}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than_equal": "must be at most {le}",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "string_type": "must be a string",
+    "list_type": "must be a list",
+    "literal_error": "must be {expected}",
+}
+"""For pydantic's names of errors, filled from their context; others are told in pydantic's words."""
 
 log = structlog.get_logger(__name__)
 
@@ -80,12 +94,15 @@ def _worded(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
         reason = first.get("ctx", {}).get("error", "not JSON")
         return f"the body is not valid JSON: {reason}", None
     param = _path(first["loc"])
-    message = str(first["msg"]).removeprefix("Value error, ")
+    if param is None:
+        if first["type"] == "missing":
+            return "the body is empty: send a JSON object", None
+        return "the body must be a JSON object, sent as application/json", None
+    words = _WORDS.get(first["type"])
+    message = words.format_map(first.get("ctx", {})) if words else str(first["msg"])
     given = first.get("input")
     shown = "" if first["type"] == "missing" or not _is_short(given) else f" (got {json.dumps(given)})"
-    if param is None:
-        return f"the body must be a JSON object, sent as application/json: {message}", None
-    return f"{param}: {message}{shown}", param
+    return f"{param}: {message.removeprefix('Value error, ')}{shown}", param
 
 
 def _path(loc: Sequence[str | int]) -> str | None:
