@@ -66,7 +66,7 @@ class StoreConfig(BaseModel):
     )
     leases_max: int = Field(16_384, ge=1, description="Leases a shard grants at once")
     lease_s_max: float = Field(600.0, gt=0, description="Longest lease a shard grants, in seconds")
-    reap_interval_s: float = Field(0.5, gt=0, description="How often a shard frees what expired")
+    reap_interval_s: float = Field(0.5, gt=0, le=1, description="How often a shard frees what expired")
     faults: bool = Field(False, description="Allow breaking blocks on purpose (the demo's negative control)")
 
     @model_validator(mode="after")

@@ -94,6 +94,11 @@ class DriverConfig:
     def __post_init__(self) -> None:
         if len(self.cluster_secret) < 16:
             raise ConfigError("the cluster secret needs at least 16 bytes: it keys every namespace id")
+        if self.reap_interval_s > self.limits.pause_s / 2:
+            raise ConfigError(
+                f"a tick of {self.reap_interval_s} s would look like a pause of the shard, no lease would "
+                f"ever end: reap_interval_s must be at most {self.limits.pause_s / 2}"
+            )
         if self.policy not in POLICIES:
             raise ConfigError(f"policy {self.policy!r} is unknown: use one of {sorted(POLICIES)}")
 
@@ -281,7 +286,11 @@ class ShardDriver:
         again = self.core.resolve(ref)
         if isinstance(again, MissReason):
             return again
-        return MissReason.STALE_REFERENCE if copy is None else copy
+        if copy is None:  # storage lost it: out of sight, so that it can be written again
+            self.core.report(again)
+            self._discard_freed()
+            return self.core.missed(MissReason.ABSENT)
+        return copy
 
     async def _write_frames(
         self, txn_id: TxnId, frames: Sequence[tuple[int, bytes, memoryview]]

@@ -14,6 +14,7 @@ from kvstore.errors import (
     EpochConflict,
     EpochUnknown,
     KVStrataError,
+    LeaseExpired,
     OverLimit,
     Unavailable,
 )
@@ -66,7 +67,7 @@ class Peers:
 
     async def finish_errands(self) -> None:
         """Wait for what is under way."""
-        await asyncio.gather(*self._errands)
+        await asyncio.gather(*self._errands, return_exceptions=True)
 
     async def _run(self, what: str, call: Coroutine[Any, Any, object]) -> None:
         try:
@@ -88,4 +89,6 @@ def refusal_of(error: Exception) -> Refusal:
         return Refusal.DEADLINE
     if isinstance(error, EpochUnknown | EpochConflict):
         return Refusal.EPOCH
+    if isinstance(error, LeaseExpired):
+        return Refusal.LEASE_EXPIRED
     return Refusal.NO_SPACE if isinstance(error, OverLimit) else Refusal.SHARD_UNAVAILABLE

@@ -45,7 +45,7 @@ from kvstore.nouns import (
 )
 from kvstore.peers import ERRAND_TIMEOUT_S, Peers, miss_of, refusal_of
 from kvstore.placement import owner as owner_of
-from kvstore.transport.base import BlockOffer, MatchResult, ReadItem, ShardTransport
+from kvstore.transport.base import REQUEST_ID_NBYTES, BlockOffer, MatchResult, ReadItem, ShardTransport
 
 log = structlog.get_logger(__name__)
 
@@ -295,6 +295,9 @@ class StoreSession:
         except KVStrataError as error:
             log.warning("read broke off", shard=shard, error=str(error))
             await queue.put(miss_of(error))
+        except Exception:  # a bug of ours must not make the reader wait for what never comes
+            log.exception("read broke off", shard=shard)
+            await queue.put(MissReason.SHARD_UNAVAILABLE)
 
     def _verify(self, i: int, block: PinnedBlock, item: ReadItem) -> VerifiedBlock | BlockMiss:
         if item.frame is None:
@@ -346,7 +349,7 @@ class StoreSession:
             offers,
             owner,
             TXN_LEASE_S,
-            secrets.token_bytes(16),
+            secrets.token_bytes(REQUEST_ID_NBYTES),
             timeout_s=deadline.left(),
         )
         try:

@@ -23,7 +23,7 @@ from kvstore.core.leases import LeaseTable
 from kvstore.core.seams import ReplacementPolicy
 from kvstore.core.state import Committed, CoreConfig, Matched, Namespace, Offer, Usage
 from kvstore.core.transactions import Txn, TxnTable
-from kvstore.errors import ConfigError, EpochUnknown, NotFound, OverLimit
+from kvstore.errors import ConfigError, EpochUnknown, LeaseExpired, NotFound, OverLimit
 from kvstore.nouns import (
     BlockKey,
     BlockRef,
@@ -121,6 +121,11 @@ class ShardCore:
             return MissReason.STALE_REFERENCE
         return version
 
+    def missed(self, reason: MissReason) -> MissReason:
+        """Counted: the driver found out what the core could not know."""
+        self.counters[_MISS_LABEL[reason]] += 1
+        return reason
+
     def renew(self, lease: LeaseId, lease_s: float, now: float) -> bool:
         self._leases.observe(now)
         return self._leases.renew(lease, lease_s, now)
@@ -157,6 +162,8 @@ class ShardCore:
         self._leases.observe(now)
         retried = self._txns.of_request(request_id)
         if retried is not None:
+            if (retried.namespace, retried.epoch, retried.quality) != (namespace_id, epoch, quality):
+                raise ConfigError("the request id belongs to another transaction: make a random one for each")
             return retried
         if len(offers) > self.config.limits.offers_max:
             raise OverLimit(
@@ -174,11 +181,11 @@ class ShardCore:
         return txn
 
     def txn(self, txn_id: TxnId, now: float) -> Txn:
-        """Raises NotFound when the transaction is over: committed, aborted, or its lease expired."""
+        """Raises LeaseExpired when the transaction is over: committed, aborted, or its lease expired."""
         self._leases.observe(now)
         txn = self._txns.get(txn_id)
         if not self._txns.is_open(txn) or not self._leases.is_live(txn.lease, now):
-            raise NotFound(f"transaction {txn_id} is over or its lease expired: begin another")
+            raise LeaseExpired(f"transaction {txn_id} is over or its lease expired: begin another")
         return txn
 
     def written(self, txn: Txn, index: int, refusal: Refusal | None, now: float) -> None:
@@ -212,10 +219,14 @@ class ShardCore:
         return answer
 
     def abort(self, txn_id: TxnId) -> None:
-        """Free what the transaction staged. Idempotent."""
-        txn = self._txns.find_open(txn_id)
-        if txn is not None:
+        """Free what the transaction staged, or what its commit pinned. Idempotent."""
+        txn = self._txns.find(txn_id)
+        if txn is None:
+            return
+        if txn.answer is None:
             self.release([txn.lease])
+        elif txn.answer.lease is not None:  # the writer never heard of its commit, nor of the pins it got
+            self.release([txn.answer.lease])
 
     def report(self, version: Version) -> None:
         """The driver found the version's stored bytes corrupt: out of sight, so it can be written again."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from kvstore.core.chain import Version
 from kvstore.core.state import Committed, Offer
-from kvstore.errors import NotFound, OverLimit
+from kvstore.errors import LeaseExpired, OverLimit
 from kvstore.nouns import Epoch, LeaseId, NamespaceId, Quality, Refusal, TxnId
 
 
@@ -74,14 +74,15 @@ class TxnTable:
         return txn.id in self._open
 
     def get(self, txn_id: TxnId) -> Txn:
-        """An open transaction, or one that was committed and is remembered. Raises NotFound."""
-        txn = self._open.get(txn_id) or self._ended.get(txn_id)
+        """As `find`. Raises LeaseExpired."""
+        txn = self.find(txn_id)
         if txn is None:
-            raise NotFound(f"transaction {txn_id} is over or its lease expired: begin another")
+            raise LeaseExpired(f"transaction {txn_id} is over or its lease expired: begin another")
         return txn
 
-    def find_open(self, txn_id: TxnId) -> Txn | None:
-        return self._open.get(txn_id)
+    def find(self, txn_id: TxnId) -> Txn | None:
+        """An open transaction, or one that was committed and is remembered."""
+        return self._open.get(txn_id) or self._ended.get(txn_id)
 
     def end(self, txn: Txn, answer: Committed | None) -> None:
         """Close a transaction. Only one that was committed is remembered, without what it offered."""

@@ -32,6 +32,7 @@ from kvstore.nouns import (
 
 WIRE_VERSION: Final = 1
 WIRE_VERSIONS_READ: Final = frozenset({1})  # our own and, once there is one, the one before
+REQUEST_ID_NBYTES: Final = 16  # random, made by the client: what makes a begin repeatable
 CHUNK_NBYTES: Final = 1 << 20  # bulk streams move frames in pieces of about this size
 
 

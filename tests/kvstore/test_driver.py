@@ -10,7 +10,7 @@ import pytest
 from kvstore import failpoints
 from kvstore.clock import ManualClock
 from kvstore.driver import DriverConfig, ShardDriver
-from kvstore.errors import EpochConflict, EpochUnknown, NotFound
+from kvstore.errors import ConfigError, EpochConflict, EpochUnknown, LeaseExpired
 from kvstore.nouns import (
     BlockKey,
     BlockRef,
@@ -200,7 +200,7 @@ async def test_writer_dead_mid_write_leaves_nothing(shard: Shard) -> None:
     shard.later(4)
     status = await shard.driver.status(timeout_s=TIMEOUT)
     assert (status.staged_nbytes, status.leases, status.versions) == (0, 0, 0)
-    with pytest.raises(NotFound, match="begin another"):
+    with pytest.raises(LeaseExpired, match="begin another"):
         await shard.driver.write(opened.txn, [(1, *frame(made, 1, E1))], timeout_s=TIMEOUT)
     assert (await put(shard.driver, made, [0, 1], E1, request_id=b"again")).lease is None
 
@@ -218,7 +218,7 @@ async def test_writer_whose_lease_ends_while_a_frame_is_copied(shard: Shard) -> 
         await asyncio.sleep(0)
         shard.later(4)
         gate.set()
-        with pytest.raises(NotFound):
+        with pytest.raises(LeaseExpired):
             await writing
     assert (await shard.driver.status(timeout_s=TIMEOUT)).versions == 0
 
@@ -364,3 +364,38 @@ async def test_the_reaper_runs_without_traffic() -> None:
     await asyncio.wait_for(reaped.wait(), TIMEOUT)
     assert (await shard.driver.status(timeout_s=TIMEOUT)).leases == 0
     await shard.driver.close()
+
+
+async def test_the_late_copy_of_a_frame_takes_nothing_from_the_committed_one(shard: Shard) -> None:
+    made = chain(shard.namespace, 1)
+    opened = await shard.driver.begin(
+        shard.namespace, E1, Quality.LOSSLESS, [offer(made, 0)], "w", 5.0, b"r", timeout_s=TIMEOUT
+    )
+    gate = asyncio.Event()
+    with failpoints.armed("storage.write", failpoints.Delay(gate)):
+        late = asyncio.ensure_future(
+            shard.driver.write(opened.txn, [(0, *frame(made, 0, E1))], timeout_s=TIMEOUT)
+        )
+        await asyncio.sleep(0)
+    assert await shard.driver.write(opened.txn, [(0, *frame(made, 0, E1))], timeout_s=TIMEOUT) == [None]
+    done = await shard.driver.commit(opened.txn, None, timeout_s=TIMEOUT)
+    gate.set()
+    with pytest.raises(LeaseExpired):
+        await late
+    assert await get(shard.driver, refs_of(done)) == [payload(made.keys[0], E1)]
+
+
+async def test_a_block_whose_bytes_are_lost_is_absent_and_can_be_written_again(shard: Shard) -> None:
+    made = chain(shard.namespace, 1)
+    with failpoints.armed("storage.write", failpoints.Effect.DROP):
+        (lost,) = refs_of(await put(shard.driver, made, [0], E1))
+    assert await get(shard.driver, [lost]) == [MissReason.ABSENT]
+    status = await shard.driver.status(timeout_s=TIMEOUT)
+    assert (status.versions, status.counters["miss:absent"]) == (0, 1)
+    (again,) = refs_of(await put(shard.driver, made, [0], E1, request_id=b"again"))
+    assert await get(shard.driver, [again]) == [payload(made.keys[0], E1)]
+
+
+def test_a_tick_that_looks_like_a_pause_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"reap_interval_s must be at most 1\.0"):
+        new_driver(reap_interval_s=1.1)

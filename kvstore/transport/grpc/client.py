@@ -8,12 +8,14 @@ yielded before stands.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
-from typing import Any, TypeVar
+import contextlib
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
 
 import grpc
 
 from kvstore import failpoints
+from kvstore.deadline import Deadline
 from kvstore.errors import Unavailable, WireVersionMismatch
 from kvstore.frame import HEADER_NBYTES, PAYLOAD_NBYTES_MAX
 from kvstore.nouns import (
@@ -51,8 +53,6 @@ from kvstore.v1 import blocks_pb2 as blocks
 from kvstore.v1 import control_pb2 as control
 from kvstore.v1 import topology_pb2 as topology
 
-Value = TypeVar("Value")
-
 
 class GrpcTransport:
     """Lazy: nothing is sent before the first call. Belongs to one event loop."""
@@ -67,6 +67,7 @@ class GrpcTransport:
         self._shard = shard
         self.address = address
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._greeted = self._closed = False
         self._control = _channel(address, "control", credentials)
         self._bulk = _channel(address, "bulk", credentials)
 
@@ -76,13 +77,14 @@ class GrpcTransport:
 
     async def hello(self, *, timeout_s: float) -> ShardHello:
         asked = control.HelloRequest(wire_versions=sorted(WIRE_VERSIONS_READ, reverse=True), client="python")
-        answer = await self._call(methods.HELLO, asked, timeout_s)
+        answer = await self._unary(methods.HELLO, asked, timeout_s)
         if answer.wire_version not in WIRE_VERSIONS_READ:
             raise WireVersionMismatch(f"shard {self.shard} speaks wire version {answer.wire_version}")
         if answer.shard != self.shard:
             raise Unavailable(
                 f"{self.address} is shard {answer.shard}, not {self.shard}: refresh the topology"
             )
+        self._greeted = True
         return ShardHello(
             self.shard, Incarnation(answer.incarnation), answer.wire_version, answer.disk_version
         )
@@ -104,30 +106,31 @@ class GrpcTransport:
     ) -> MatchResult:
         await failpoints.hit("transport.match")
         asked = wire.match_out(snapshot, keys, owner, lease_s)
-        return wire.match_result_in(self.shard, await self._call(methods.MATCH, asked, timeout_s))
+        with self._named_errors():
+            return wire.match_result_in(self.shard, await self._call(methods.MATCH, asked, timeout_s))
 
     async def read(self, refs: Sequence[BlockRef], *, timeout_s: float) -> AsyncIterator[ReadItem]:
+        deadline = await self._introduced(timeout_s)
         for run_start, run in _runs_of_one_incarnation(refs):
             asked = blocks.ReadRequest(
                 incarnation=run[0].incarnation,
                 slots=[ref.slot for ref in run],
                 generations=[ref.generation for ref in run],
             )
-            call: Any = self._bulk.unary_stream(
-                methods.READ.path, methods.READ.asked.SerializeToString, bulk.parse_read
-            )
-            stream = call(asked, timeout=timeout_s, metadata=self._metadata)
-            try:
-                async for item in _items(stream):
-                    await failpoints.hit("transport.read")
-                    yield ReadItem(run_start + item.index, item.frame, item.miss)
-            except grpc.aio.AioRpcError as error:
-                raise wire.error_in(error, self.shard) from None
-            finally:
-                stream.cancel()
+            with self._named_errors():
+                call: Any = self._bulk.unary_stream(
+                    methods.READ.path, methods.READ.asked.SerializeToString, bulk.parse_read
+                )
+                stream = call(asked, timeout=deadline.left(), metadata=self._metadata)
+                try:
+                    async for item in _items(stream):
+                        await failpoints.hit("transport.read")
+                        yield ReadItem(run_start + item.index, item.frame, item.miss)
+                finally:
+                    stream.cancel()
 
     async def renew(self, leases: Sequence[LeaseId], lease_s: float, *, timeout_s: float) -> list[bool]:
-        asked = control.RenewRequest(leases=leases, lease_ms=round(lease_s * 1000))
+        asked = control.RenewRequest(leases=leases, lease_ms=wire.lease_ms(lease_s))
         return list((await self._call(methods.RENEW, asked, timeout_s)).held)
 
     async def release(self, leases: Sequence[LeaseId], *, timeout_s: float) -> None:
@@ -157,28 +160,32 @@ class GrpcTransport:
             chain_indexes=[o.chain_index for o in offers],
             nbytes=[o.nbytes for o in offers],
             owner=owner,
-            lease_ms=round(lease_s * 1000),
+            lease_ms=wire.lease_ms(lease_s),
             request_id=request_id,
         )
-        answer = await self._call(methods.BEGIN, asked, timeout_s)
-        return TxnOpened(TxnId(answer.txn), wire.refusals_in(answer.refusals))
+        with self._named_errors():
+            answer = await self._call(methods.BEGIN, asked, timeout_s)
+            return TxnOpened(TxnId(answer.txn), wire.refusals_in(answer.refusals))
 
     async def write(
         self, txn: TxnId, frames: Sequence[tuple[int, bytes, memoryview]], *, timeout_s: float
     ) -> list[Refusal | None]:
         await failpoints.hit("transport.write")
-        call: Any = self._bulk.stream_unary(
-            methods.WRITE.path, response_deserializer=methods.WRITE.answer.FromString
-        )
-        stream = call(_chunks(txn, frames), timeout=timeout_s, metadata=self._metadata)
-        answer = await self._answered(stream)
-        outcomes = dict(zip(answer.indexes, wire.refusals_in(answer.refusals), strict=True))
+        deadline = await self._introduced(timeout_s)
+        with self._named_errors():
+            call: Any = self._bulk.stream_unary(
+                methods.WRITE.path, response_deserializer=methods.WRITE.answer.FromString
+            )
+            chunks = _chunks(txn, frames)
+            answer = await call(chunks, timeout=deadline.left(), metadata=self._metadata)
+            outcomes = dict(zip(answer.indexes, wire.refusals_in(answer.refusals), strict=True))
         return [outcomes.get(index, Refusal.UNWRITTEN) for index, _, _ in frames]
 
     async def commit(self, txn: TxnId, pin_for_s: float | None, *, timeout_s: float) -> CommitResult:
         await failpoints.hit("transport.commit")
-        asked = control.CommitRequest(txn=txn, pin_for_ms=round((pin_for_s or 0) * 1000))
-        return wire.commit_in(self.shard, await self._call(methods.COMMIT, asked, timeout_s))
+        asked = control.CommitRequest(txn=txn, pin_for_ms=wire.lease_ms(pin_for_s or 0))
+        with self._named_errors():
+            return wire.commit_in(self.shard, await self._call(methods.COMMIT, asked, timeout_s))
 
     async def abort(self, txn: TxnId, *, timeout_s: float) -> None:
         await self._call(methods.ABORT, control.AbortRequest(txn=txn), timeout_s)
@@ -202,17 +209,43 @@ class GrpcTransport:
         return wire.topology_in(answer.topology)
 
     async def close(self) -> None:
+        """What is under way ends in Unavailable, and so does what comes after."""
+        self._closed = True
         await asyncio.gather(self._control.close(), self._bulk.close())
 
-    async def _call(self, method: Method[Asked, Answer], asked: Asked, timeout_s: float) -> Answer:
-        call = self._control.unary_unary(method.path, **method.codec())
-        return await self._answered(call(asked, timeout=timeout_s, metadata=self._metadata))
+    async def _introduced(self, timeout_s: float) -> Deadline:
+        """Who is behind the address is asked before anything else, and again when it was gone."""
+        deadline = Deadline(timeout_s)
+        if not self._greeted:
+            await self.hello(timeout_s=timeout_s)
+        return deadline
 
-    async def _answered(self, call: Awaitable[Value]) -> Value:
+    async def _call(self, method: Method[Asked, Answer], asked: Asked, timeout_s: float) -> Answer:
+        deadline = await self._introduced(timeout_s)
+        return await self._unary(method, asked, deadline.left())
+
+    async def _unary(self, method: Method[Asked, Answer], asked: Asked, timeout_s: float) -> Answer:
+        with self._named_errors():
+            call = self._control.unary_unary(method.path, **method.codec())
+            answer: Answer = await call(asked, timeout=timeout_s, metadata=self._metadata)
+            return answer
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Whatever fails on the way comes out as one of `errors.py`'s."""
         try:
-            return await call
+            yield
         except grpc.aio.AioRpcError as error:
-            raise wire.error_in(error, self.shard) from None
+            named = wire.error_in(error, self.shard)
+            self._greeted = self._greeted and not isinstance(named, Unavailable)
+            raise named from None
+        except (asyncio.CancelledError, grpc.aio.UsageError):
+            task = asyncio.current_task()
+            if not self._closed or (task is not None and task.cancelling()):
+                raise  # it is the caller who is cancelled, or we who are wrong
+            raise Unavailable(f"the connection to shard {self.shard} was closed") from None
+        except ValueError as error:
+            raise Unavailable(f"shard {self.shard} answers what we do not understand: {error}") from error
 
 
 def _channel(address: str, traffic: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:

@@ -12,6 +12,7 @@ MESSAGE_NBYTES_MAX: Final = 8 << 20
 LOOKAHEAD_NBYTES: Final = 16 << 20
 KEEPALIVE_MS: Final = 30_000
 PING_INTERVAL_MIN_MS: Final = 15_000
+RECONNECT_MS: Final = (200, 2_000)  # first and longest wait: a shard that is back is found within seconds
 
 Options = list[tuple[str, int | str]]
 
@@ -31,6 +32,8 @@ def channel_options(traffic: str) -> Options:
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.initial_reconnect_backoff_ms", RECONNECT_MS[0]),
+        ("grpc.max_reconnect_backoff_ms", RECONNECT_MS[1]),
         ("grpc.enable_retries", 0),  # retries are ours: they know the caller's deadline
     ]
 

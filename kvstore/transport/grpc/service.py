@@ -7,17 +7,24 @@ admitted against a budget: beyond it the shard says RESOURCE_EXHAUSTED rather th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final
 
 import grpc
 import structlog
 
-from kvstore.errors import ConfigError, KVStrataError, OverLimit, WireVersionMismatch
+from kvstore.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    KVStrataError,
+    OverLimit,
+    WireVersionMismatch,
+)
 from kvstore.frame import HEADER_NBYTES
 from kvstore.nouns import BlockRef, Incarnation, LeaseId, TxnId
 from kvstore.topology import Topology
-from kvstore.transport.base import CHUNK_NBYTES, WIRE_VERSIONS_READ, ShardTransport
+from kvstore.transport.base import CHUNK_NBYTES, REQUEST_ID_NBYTES, WIRE_VERSIONS_READ, ShardTransport
 from kvstore.transport.grpc import bulk, methods, wire
 from kvstore.transport.grpc.methods import Method
 from kvstore.v1 import blocks_pb2 as blocks
@@ -122,7 +129,7 @@ class ShardService:
             wire.offers_in(asked),
             asked.owner,
             asked.lease_ms / 1000,
-            asked.request_id,
+            wire.fixed(asked.request_id, REQUEST_ID_NBYTES, "request_id"),
             timeout_s=_left(context),
         )
         return control.BeginResponse(txn=opened.txn, refusals=wire.refusals_out(opened.outcomes))
@@ -150,18 +157,27 @@ class ShardService:
 
     async def _read(self, asked: blocks.ReadRequest, context: Context) -> AsyncIterator[bytes]:
         try:
-            async for item in self._shard.read(self._refs(asked), timeout_s=_left(context)):
-                if item.frame is None:
-                    miss = item.miss.value if item.miss else ""
-                    yield bulk.pack_miss(item.index, miss)
-                    continue
-                nbytes = item.frame.nbytes
-                for start in range(0, nbytes, CHUNK_NBYTES):
-                    yield bulk.pack_read(item.index, nbytes, item.frame[start : start + CHUNK_NBYTES])
+            async with _bounded(context):
+                async for chunk in self._chunks(asked, context):
+                    yield chunk
         except KVStrataError as error:
             await _abort_named(context, error)
 
+    async def _chunks(self, asked: blocks.ReadRequest, context: Context) -> AsyncIterator[bytes]:
+        async for item in self._shard.read(self._refs(asked), timeout_s=_left(context)):
+            if item.frame is None:
+                miss = item.miss.value if item.miss else ""
+                yield bulk.pack_miss(item.index, miss)
+                continue
+            nbytes = item.frame.nbytes
+            for start in range(0, nbytes, CHUNK_NBYTES):
+                yield bulk.pack_read(item.index, nbytes, item.frame[start : start + CHUNK_NBYTES])
+
     async def _write(self, chunks: AsyncIterator[bulk.WriteChunk], context: Context) -> blocks.WriteResponse:
+        async with _bounded(context):
+            return await self._store(chunks, context)
+
+    async def _store(self, chunks: AsyncIterator[bulk.WriteChunk], context: Context) -> blocks.WriteResponse:
         answer = blocks.WriteResponse()
         frame, filled = bytearray(), 0
         try:
@@ -204,6 +220,17 @@ class ShardService:
         incarnation = Incarnation(asked.incarnation)
         columns = zip(asked.slots, asked.generations, strict=True)
         return [BlockRef(self._shard.shard, incarnation, slot, generation) for slot, generation in columns]
+
+
+@contextlib.asynccontextmanager
+async def _bounded(context: Context) -> AsyncIterator[None]:
+    """A peer that stops sending or reading holds its place no longer than the call may take."""
+    limit_s = _left(context)
+    try:
+        async with asyncio.timeout(limit_s):
+            yield
+    except TimeoutError:
+        raise DeadlineExceeded(f"the stream was not done within {limit_s:.1f} s") from None
 
 
 def _left(context: Context) -> float:

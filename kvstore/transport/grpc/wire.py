@@ -11,7 +11,14 @@ from typing import Final
 
 import grpc
 
-from kvstore.errors import ERRORS, ConfigError, DeadlineExceeded, KVStrataError, Unavailable
+from kvstore.errors import (
+    ERRORS,
+    ConfigError,
+    DeadlineExceeded,
+    KVStrataError,
+    OverLimit,
+    Unavailable,
+)
 from kvstore.nouns import (
     KEY_NBYTES,
     NAMESPACE_ID_NBYTES,
@@ -40,6 +47,7 @@ from kvstore.v1 import topology_pb2 as topology
 
 ERROR_METADATA: Final = "kvstrata-error"
 _DIGEST: Final = WEIGHTS_DIGEST_NBYTES
+_LEASE_S_MAX: Final = 86_400.0
 
 
 def fixed(data: bytes, nbytes: int, what: str) -> bytes:
@@ -124,6 +132,11 @@ def spec_in(message: control.OpenNamespaceRequest) -> NamespaceSpec:
     )
 
 
+def lease_ms(seconds: float) -> int:
+    """As the wire has it. The shard has bounds of its own; here it only has to fit."""
+    return round(min(max(seconds, 0.0), _LEASE_S_MAX) * 1000)
+
+
 def match_out(
     snapshot: Snapshot, keys: Sequence[BlockKey], owner: str, lease_s: float
 ) -> control.MatchRequest:
@@ -136,7 +149,7 @@ def match_out(
         revision=revision,
         keys=b"".join(keys),
         owner=owner,
-        lease_ms=round(lease_s * 1000),
+        lease_ms=lease_ms(lease_s),
     )
 
 
@@ -260,4 +273,6 @@ def error_in(error: grpc.aio.AioRpcError, shard: str) -> KVStrataError:
         return kind(detail)
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded(f"shard {shard} did not answer in time")
+    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:  # of gRPC's own bounds
+        return OverLimit(f"shard {shard}: {detail}")
     return Unavailable(f"shard {shard}: {detail}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kvstore.errors import ConfigError, EpochUnknown, NotFound, OverLimit
-from kvstore.nouns import BlockRef, MissReason, Refusal
+from kvstore.errors import ConfigError, EpochUnknown, LeaseExpired, OverLimit
+from kvstore.nouns import BlockRef, MissReason, NamespaceId, Refusal
 from tests.kvstore.core.conftest import E1, E2, INT8, LOSSLESS, MODEL, NBYTES, Shard, epoch
 
 
@@ -93,7 +93,7 @@ def test_answers_are_forgotten_in_order_and_in_time() -> None:
     txns = [shard.begin([n], request=bytes([n])) for n in range(3)]
     for txn in txns:
         shard.commit(txn)
-    with pytest.raises(NotFound, match="begin another"):
+    with pytest.raises(LeaseExpired, match="begin another"):
         shard.commit(txns[0])
     assert shard.commit(txns[1]) == (Refusal.UNWRITTEN,)
     assert shard.begin([0], request=bytes([0])).id != txns[0].id
@@ -108,7 +108,7 @@ def test_a_writer_that_dies_leaves_nothing(shard: Shard) -> None:
     usage = shard.core.usage()
     assert (usage.staged_nbytes, usage.live_nbytes, shard.core.leases) == (0, NBYTES, 0)
     assert shard.core.counters["expired:txn"] == 1
-    with pytest.raises(NotFound, match="begin another"):
+    with pytest.raises(LeaseExpired, match="begin another"):
         shard.commit(txn)
     assert shard.begin([1, 2]).refusals == [None, None]
 
@@ -191,3 +191,24 @@ def test_every_change_takes_a_revision_and_nothing_else_does(shard: Shard) -> No
     shard.hits([0, 1])
     shard.begin([2])
     assert shard.core.revision == start + 2
+
+
+def test_aborting_a_commit_whose_answer_was_lost_gives_its_pins_back(shard: Shard) -> None:
+    txn = shard.begin([0, 1])
+    shard.write(txn)
+    shard.commit(txn, pin_for_s=600.0)
+    assert shard.core.leases == 1
+    shard.core.abort(txn.id)
+    shard.core.abort(txn.id)
+    assert (shard.core.leases, shard.hits([0, 1])) == (0, 2)
+    shard.core.check_integrity()
+
+
+def test_a_request_id_of_another_transaction_is_refused(shard: Shard) -> None:
+    txn = shard.begin([0], request=b"mine")
+    assert shard.begin([0], request=b"mine") is txn
+    shard.open(NamespaceId(bytes([1]) * 16), MODEL)
+    with pytest.raises(ConfigError, match="another transaction"):
+        shard.begin([0], namespace=NamespaceId(bytes([1]) * 16), request=b"mine")
+    with pytest.raises(ConfigError, match="another transaction"):
+        shard.begin([0], E2, request=b"mine")

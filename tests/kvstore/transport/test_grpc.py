@@ -19,10 +19,10 @@ from kvstore.errors import (
     WireVersionMismatch,
 )
 from kvstore.frame import HEADER_NBYTES
-from kvstore.nouns import BlockRef, MissReason, Quality, Refusal, ShardId, Snapshot, TxnId
+from kvstore.nouns import BlockRef, Incarnation, MissReason, Quality, Refusal, ShardId, Snapshot, TxnId
 from kvstore.server import ServerConfig, ShardServer, is_loopback
 from kvstore.topology import ShardEntry, Topology
-from kvstore.transport.base import CHUNK_NBYTES, ShardStatus
+from kvstore.transport.base import CHUNK_NBYTES, ShardHello, ShardStatus
 from kvstore.transport.grpc import methods, wire
 from kvstore.transport.grpc.bulk import WriteChunk, parse_write
 from kvstore.transport.grpc.client import GrpcTransport, _chunks
@@ -158,12 +158,106 @@ class _NoDeadline:
         return None
 
 
+async def test_a_peer_that_stops_sending_holds_its_bytes_no_longer_than_its_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kvstore.transport.grpc.service.TIMEOUT_S_MAX", 0.1)
+    service = ShardService(new_driver(), inflight_nbytes_max=2000)
+
+    async def half_a_frame() -> AsyncIterator[WriteChunk]:
+        yield WriteChunk(1, 0, 1000, memoryview(bytes(500)))
+        await asyncio.Event().wait()
+
+    with pytest.raises(DeadlineExceeded, match=r"not done within 0\.1 s"):
+        await service._write(half_a_frame(), _NoDeadline())
+    assert service._inflight_nbytes == 0
+
+
+async def test_no_other_call_is_made_before_who_is_there_is_known(served: Served) -> None:
+    impostor = GrpcTransport(ShardId("shard-9"), served.address, TOKEN)
+    for call in (
+        impostor.status(timeout_s=TIMEOUT),
+        impostor.write(TxnId(1), [], timeout_s=TIMEOUT),
+        anext(impostor.read([BlockRef(ShardId("shard-9"), Incarnation(1), 0, 1)], timeout_s=TIMEOUT)),
+    ):
+        with pytest.raises(Unavailable, match="refresh the topology"):
+            await call
+    await impostor.close()
+
+
+async def test_a_channel_closed_under_a_call_is_an_unavailable_shard(
+    served: Served, transport: GrpcTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A topology change closes what it replaces; who is on the line must not take that for a cancellation."""
+
+    async def stall(*, timeout_s: float) -> ShardStatus:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    await transport.hello(timeout_s=TIMEOUT)
+    monkeypatch.setattr(served.driver, "status", stall)
+    under_way = asyncio.ensure_future(transport.status(timeout_s=TIMEOUT))
+    await asyncio.sleep(0.05)
+    await transport.close()
+    with pytest.raises(Unavailable, match="was closed"):
+        await under_way
+    with pytest.raises(Unavailable, match="was closed"):
+        await transport.status(timeout_s=TIMEOUT)
+
+
+async def test_a_cancelled_caller_stays_cancelled(
+    served: Served, transport: GrpcTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def stall(*, timeout_s: float) -> ShardStatus:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    monkeypatch.setattr(served.driver, "status", stall)
+    under_way = asyncio.ensure_future(transport.status(timeout_s=TIMEOUT))
+    await asyncio.sleep(0.05)
+    under_way.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await under_way
+
+
+async def test_a_word_that_a_newer_peer_says_is_no_crash(
+    served: Served, transport: GrpcTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "match_result_out", lambda _: control.MatchResponse(miss="of_the_future"))
+    namespace = await transport.open_namespace(SPEC, "t", timeout_s=TIMEOUT)
+    with pytest.raises(Unavailable, match=r"do not understand.*of_the_future"):
+        await transport.match(Snapshot(namespace, E1), [], "r", 1.0, timeout_s=TIMEOUT)
+
+
+@pytest.mark.parametrize("lease_s", [-1.0, 1e12, float("inf")])
+async def test_any_lease_fits_the_wire(transport: GrpcTransport, lease_s: float) -> None:
+    assert await transport.renew([], lease_s, timeout_s=TIMEOUT) == []
+
+
+async def test_a_bound_of_grpcs_own_is_over_limit_and_not_a_dead_shard() -> None:
+    server = ShardServer(new_driver(), ServerConfig(concurrent_calls_max=1))
+    transport = GrpcTransport(ShardId("shard-0"), await server.start())
+    answers = await asyncio.gather(
+        *(transport.hello(timeout_s=TIMEOUT) for _ in range(50)), return_exceptions=True
+    )
+    assert {type(a) for a in answers} <= {ShardHello, OverLimit}
+    assert OverLimit in {type(a) for a in answers}
+    await transport.close()
+    await server.stop(0)
+
+
+async def test_a_begin_without_a_request_id_of_its_own_is_refused(transport: GrpcTransport) -> None:
+    namespace = await transport.open_namespace(SPEC, "t", timeout_s=TIMEOUT)
+    with pytest.raises(ConfigError, match="request_id"):
+        await transport.begin(namespace, E1, Quality.LOSSLESS, [], "w", 5.0, b"", timeout_s=TIMEOUT)
+
+
 async def test_a_torn_write_is_refused_and_leaves_nothing(served: Served, transport: GrpcTransport) -> None:
     namespace = await transport.open_namespace(SPEC, "t", timeout_s=TIMEOUT)
     await transport.register_epoch(SPEC.model_id, E1, timeout_s=TIMEOUT)
     made = chain(namespace, 1)
     begun = await transport.begin(
-        namespace, E1, Quality.LOSSLESS, [offer(made, 0)], "w", 5.0, b"r", timeout_s=TIMEOUT
+        namespace, E1, Quality.LOSSLESS, [offer(made, 0)], "w", 5.0, bytes(16), timeout_s=TIMEOUT
     )
     header, body = frame(made, 0, E1)
     torn = memoryview(b"\xff" + bytes(body[1:]))
