@@ -7,7 +7,6 @@
     +-- EpochUnknown           FAILED_PRECONDITION  the epoch was never registered on this shard
     +-- EpochConflict          ALREADY_EXISTS       an epoch number is bound to other weights
     +-- LeaseExpired           ABORTED              the owner did not renew in time; its work is gone
-    +-- NotOwner               FAILED_PRECONDITION  another shard owns the key: refresh the topology
     +-- OverLimit              RESOURCE_EXHAUSTED   a queue, message, lease or slot bound was reached
     +-- WireVersionMismatch    UNIMPLEMENTED        the peers share no wire version
     +-- Unauthenticated        UNAUTHENTICATED      no token, or not a valid one
@@ -61,10 +60,6 @@ class LeaseExpired(KVStrataError):
     status = "ABORTED"
 
 
-class NotOwner(KVStrataError):
-    status = "FAILED_PRECONDITION"
-
-
 class OverLimit(KVStrataError):
     status = "RESOURCE_EXHAUSTED"
 
@@ -94,7 +89,6 @@ ERRORS: Final[dict[str, type[KVStrataError]]] = {
         EpochUnknown,
         LeaseExpired,
         NotFound,
-        NotOwner,
         OverLimit,
         Unauthenticated,
         Unavailable,

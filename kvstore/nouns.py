@@ -189,7 +189,6 @@ class MissReason(enum.Enum):
     NOT_YET = "not_yet"  # created after, or retired at or before, the snapshot's revision
     COMPACTED = "compacted"  # the snapshot's revision is below the horizon or of another incarnation
     STALE_REFERENCE = "stale_reference"  # incarnation or generation of the reference is past
-    LEASE_EXPIRED = "lease_expired"  # the pin that held the bytes is gone
     CHECKSUM = "checksum"  # the payload's or the header's checksum does not match
     BAD_HEADER = "bad_header"  # not a frame, truncated, or a format version we do not read
     OTHER_KEY = "other_key"  # a well-formed frame of another block
@@ -212,7 +211,6 @@ class Refusal(enum.Enum):
     CHECKSUM = "checksum"  # the bytes that arrived are not the bytes that were framed
     BAD_HEADER = "bad_header"
     MISMATCH = "mismatch"  # the frame is not of the txn's namespace, epoch, quality or layout
-    NOT_OWNER = "not_owner"  # placement gives the block to another shard
     LEASE_EXPIRED = "lease_expired"
     SHARD_UNAVAILABLE = "shard_unavailable"
     DEADLINE = "deadline"
