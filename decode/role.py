@@ -16,6 +16,7 @@ import structlog
 from decode.events import EventLog
 from decode.onboarding import check_handoff, onboard_and_admit
 from decode.sequence import Decoding
+from engine.aborted import AbortedAttempts
 from engine.boot import Worker
 from engine.types import Handoff, PollResult, TokenEvent, WorkerInfo
 from kvstore.errors import KVStrataError, OverLimit, Unavailable
@@ -35,6 +36,7 @@ class DecodeRole:
         self._counters = worker.role_counters
         self._live: dict[str, Decoding] = {}  # the newest attempt of each request
         self._events = EventLog(worker.limits.events_max)
+        self._aborted = AbortedAttempts(worker.clock)
         self._draining = False
         self._gone = asyncio.Event()  # set whenever a sequence leaves
 
@@ -44,8 +46,8 @@ class DecodeRole:
     async def start(self, handoff: Handoff) -> None:
         """Take the handoff over; its tokens come by `poll`. Returns when it is accepted.
 
-        A start of a superseded attempt, or a repeated one, is accepted and does nothing. Raises OverLimit
-        when the worker is full, Unavailable when it drains, EpochConflict for a handoff of other weights.
+        A start of a superseded or aborted attempt, or a repeated one, is accepted and does nothing. Raises
+        OverLimit when the worker is full, Unavailable when it drains, EpochConflict for other weights.
         """
         run = Decoding(handoff, self._told)
         live = self._live.get(run.request_id)
@@ -56,7 +58,8 @@ class DecodeRole:
         except KVStrataError:
             self._give_back_leases(run)
             raise
-        if live is not None and live.attempt > run.attempt:
+        superseded = live is not None and live.attempt > run.attempt
+        if superseded or self._aborted.covers(run.request_id, run.attempt):
             self._give_back_leases(run)
             return
         if live is not None:
@@ -72,7 +75,9 @@ class DecodeRole:
         return await self._events.wait(cursor, min(timeout_s, self._limits.poll_timeout_s_max))
 
     async def abort(self, request_id: str, attempt: int) -> None:
-        """Stop and free what this attempt, or an earlier one, holds. No event says so. Idempotent."""
+        """Stop and free what this attempt, or an earlier one, holds, also what is on its way here. No event
+        says so. Idempotent."""
+        self._aborted.remember(request_id, attempt)
         run = self._live.get(request_id)
         if run is not None and run.attempt <= attempt:
             self._counters["decode:aborted"] += 1

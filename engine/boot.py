@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import structlog
 
@@ -24,7 +25,7 @@ from engine.onboard import Onboarding
 from engine.publisher import Publisher, PublishLimits
 from engine.registry import resolve_model
 from engine.store_link import Connect, StoreLink
-from engine.types import WorkerInfo
+from engine.types import GenerationRequest, SamplingParams, WorkerInfo
 from engine.worker import EngineThread, WorkerLoop
 from engine.worker_config import RoleLimits, WorkerConfig
 from kvstore.client import StoreClient
@@ -33,6 +34,8 @@ from kvstore.errors import OverLimit
 from kvstore.nouns import Epoch, NamespaceSpec
 
 __all__ = ["Worker", "assemble", "boot"]
+
+_WARM_UP_TOKENS: Final = 64
 
 log = structlog.get_logger(__name__)
 
@@ -101,6 +104,7 @@ async def boot(config: WorkerConfig, *, node_id: str = "", clock: Clock | None =
     try:
         folder = await asyncio.to_thread(resolve_model, config.model)
         engine = await thread.submit(Engine.load, folder, config.engine)
+        await thread.submit(_warm_up, engine)
     except BaseException:
         await thread.close()
         raise
@@ -108,6 +112,17 @@ async def boot(config: WorkerConfig, *, node_id: str = "", clock: Clock | None =
     worker = assemble(config, engine, thread, connect, node_id=node_id, clock=clock)
     log.info("worker ready", worker=config.worker_id, model=worker.info.model_id, pid=worker.info.pid)
     return worker
+
+
+def _warm_up(engine: Engine) -> None:
+    """Pay for what the first products and pages cost before somebody waits for them."""
+    tokens = min(_WARM_UP_TOKENS, engine.max_model_len - 2)
+    sampling = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+    request = GenerationRequest("warm-up", 0, (0,) * tokens, sampling)
+    if tokens > 0 and engine.can_admit(request):
+        engine.admit(request)
+        while engine.has_work():
+            engine.step()
 
 
 def assemble(

@@ -20,6 +20,7 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 import torch
 import torch.nn.functional as F
 
@@ -46,6 +47,8 @@ from kvstore.nouns import KVLayout, MissReason
 __all__ = ["Engine"]
 
 Payload = memoryview | npt.NDArray[np.uint8]
+
+log = structlog.get_logger(__name__)
 
 
 class Engine:
@@ -100,15 +103,14 @@ class Engine:
         """Would a step compute anything?"""
         return self.running > 0
 
-    def can_ever_admit(self, request: GenerationRequest, *, hold: bool = False) -> bool:
+    def can_ever_admit(self, request: GenerationRequest) -> bool:
         """Would it fit an empty engine? If not, waiting does not help."""
-        tokens = len(request.prompt_ids) + len(request.output_ids)
-        return tokens < self.max_model_len and self._blocks_needed(request, hold) <= len(self._slots)
+        return len(request.prompt_ids) + len(request.output_ids) < self.max_model_len
 
     def can_admit(self, request: GenerationRequest, *, hold: bool = False) -> bool:
         """Does it fit now? `admit` with the same arguments then does not raise OverLimit."""
         return (
-            self.can_ever_admit(request, hold=hold)
+            self.can_ever_admit(request)
             and self.running < self.config.running_max
             and self._slots.can_allocate(self._blocks_needed(request, hold))
         )
@@ -205,11 +207,6 @@ class Engine:
         what = f"request {request.request_id} of {known} tokens"
         if known >= self.max_model_len:
             return OverLimit(f"{what} leaves no room for output: this engine takes {self.max_model_len}")
-        if needed > len(self._slots):
-            return OverLimit(
-                f"{what} needs {needed} KV blocks, the pool has {len(self._slots)}: "
-                "lower max_tokens or raise pool_nbytes"
-            )
         return OverLimit(
             f"{what} needs {needed} KV blocks of {self._slots.n_free} free and a place among "
             f"{self.config.running_max} running sequences ({self.running} taken): wait for others to end"
@@ -322,7 +319,10 @@ def _max_model_len(config: EngineConfig, model_config: ModelConfig, n_slots: int
         raise ConfigError(
             f"max_model_len is {config.max_model_len}, but the model was made for {made_for}: lower it"
         )
-    return config.max_model_len
+    held = n_slots * config.block_tokens
+    if held < config.max_model_len:
+        log.warning("the KV pool is smaller than max_model_len", tokens=held, wanted=config.max_model_len)
+    return min(config.max_model_len, held)
 
 
 def _check_invariance(model: LlamaModel, layout: KVLayout) -> None:

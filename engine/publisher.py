@@ -130,7 +130,9 @@ class Publication:
             count = min(len(self._pending), limits.batch_blocks_max)
             batch = [self._pending.popleft() for _ in range(count)]
             try:
-                if not self._gap:
+                if self._gap:
+                    self._publisher.counters["publish:dropped"] += len(batch)
+                else:
                     await self._publish(session, batch)
             finally:
                 self._publisher.inflight_nbytes -= sum(block.payload.nbytes for block in batch)

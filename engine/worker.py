@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import ParamSpec, Protocol, TypeVar
 
 import numpy as np
@@ -38,7 +39,7 @@ log = structlog.get_logger(__name__)
 class SyncEngine(Protocol):
     """What the loop asks of `engine.Engine`, always from the engine thread."""
 
-    def can_ever_admit(self, request: GenerationRequest, *, hold: bool = False) -> bool: ...
+    def can_ever_admit(self, request: GenerationRequest) -> bool: ...
 
     def can_admit(self, request: GenerationRequest, *, hold: bool = False) -> bool: ...
 
@@ -181,7 +182,7 @@ class WorkerLoop:
     # -- admission ---------------------------------------------------------------------------------
 
     async def _wait_for_room(self, request: GenerationRequest, hold: bool) -> None:
-        if not await self._thread.submit(self._engine.can_ever_admit, request, hold=hold):
+        if not await self._thread.submit(self._engine.can_ever_admit, request):
             raise ConfigError(
                 f"request {request.request_id} of {len(request.prompt_ids)} prompt tokens and max_tokens "
                 f"{request.sampling.max_tokens} does not fit this engine even when it is empty: shorten "
@@ -245,7 +246,7 @@ class WorkerLoop:
         self.counters["engine:tokens_computed"] += result.tokens_computed
         for block in result.blocks:
             if (admitted := self._current(block)) is not None:
-                admitted.sink.on_block(block)
+                self._tell(block.request_id, admitted, partial(admitted.sink.on_block, block))
         for event in result.events:
             if (admitted := self._current(event)) is None:
                 continue
@@ -254,7 +255,18 @@ class WorkerLoop:
             if event.finish is not None and not admitted.hold:
                 del self._admitted[event.request_id]  # the engine has released it
                 self._freed.set()
-            admitted.sink.on_token(event)
+            self._tell(event.request_id, admitted, partial(admitted.sink.on_token, event))
+
+    def _tell(self, request_id: str, admitted: _Admitted, tell: Callable[[], None]) -> None:
+        """A sink that raises is its own sequence's end, and nobody else's."""
+        try:
+            tell()
+        except Exception as error:
+            self.counters["engine:failed_sinks"] += 1
+            log.exception("what a sequence yields could not be told", request=request_id)
+            self.release(request_id, admitted.attempt)
+            with contextlib.suppress(Exception):  # told twice that it failed, it can do no more
+                admitted.sink.on_error(error)
 
     def _current(self, told: CompletedBlock | TokenEvent) -> _Admitted | None:
         """Who the news is for; None when its attempt was released or superseded while the step ran."""
@@ -268,6 +280,6 @@ class WorkerLoop:
         for request_id, admitted in [*self._admitted.items()]:
             if admitted.running:
                 self.release(request_id, admitted.attempt)
-                admitted.sink.on_error(error)
+                self._tell(request_id, admitted, partial(admitted.sink.on_error, error))
         # Releases are queued; look for work again behind them, so that a request that came meanwhile runs.
         self._work.set()

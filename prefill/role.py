@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import structlog
 
+from engine.aborted import AbortedAttempts
 from engine.boot import Worker
 from engine.errors import RequestAborted
 from engine.types import FirstToken, GenerationRequest, Handoff, WorkerInfo
@@ -41,6 +42,7 @@ class PrefillRole:
         self._limits = worker.limits
         self._counters = worker.role_counters
         self._live: dict[str, Prefilling] = {}  # the newest attempt of each request
+        self._aborted = AbortedAttempts(worker.clock)
         self._draining = False
         self._gone = asyncio.Event()  # set whenever a request leaves
         self._sweeper = asyncio.create_task(self._sweep_forever(), name="sweep parked prompts")
@@ -79,7 +81,8 @@ class PrefillRole:
         return handoff
 
     async def abort(self, request_id: str, attempt: int) -> None:
-        """Stop and free what this attempt, or an earlier one, holds. Idempotent."""
+        """Stop and free what this attempt, or an earlier one, holds, or will when it comes. Idempotent."""
+        self._aborted.remember(request_id, attempt)
         run = self._live.get(request_id)
         if run is not None and run.request.attempt <= attempt:
             self._counters["prefill:aborted"] += 1
@@ -134,6 +137,8 @@ class PrefillRole:
         """Make it the live attempt of its request. Raises before anything is held."""
         if self._draining:
             raise Unavailable(f"worker {self._worker.info.worker_id} is draining: ask another")
+        if self._aborted.covers(request.request_id, request.attempt):
+            raise RequestAborted(f"attempt {request.attempt} of {request.request_id} was aborted already")
         earlier = self._live.get(request.request_id)
         if earlier is not None:
             if earlier.request.attempt >= request.attempt:

@@ -121,6 +121,18 @@ async def test_an_abort_inside_any_call_of_the_engine_leaves_nothing(folder: Pat
         await pair.assert_nothing_held()
 
 
+async def test_an_abort_that_overtakes_its_start_ends_it_all_the_same(folder: Path) -> None:
+    async with pair_over(folder, [shard()]) as pair:
+        handoff = await handed_off(pair, request(prompt(20), max_tokens=400))
+        await pair.decode.abort("r", 1)
+        await pair.decode.start(handoff)
+        await pair.assert_nothing_held()
+        again = replace(handoff.request, attempt=2)
+        await pair.decode.start(await handed_off(pair, again))
+        await pair.events_of(["r"])
+        await pair.assert_nothing_held()
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("call", ["read", "begin", "write", "commit", "release"])
 async def test_an_abort_inside_any_call_of_the_store_leaves_nothing(

@@ -155,13 +155,12 @@ def test_what_does_not_fit_now_fits_later(make_engine: EngineFactory) -> None:
 
 def test_what_never_fits_says_so(make_engine: EngineFactory) -> None:
     engine = make_engine(pool_blocks=4, max_model_len=1000)
-    large = request("a", prompt(40), 500)
-    assert not engine.can_ever_admit(large)
-    with pytest.raises(OverLimit, match="the pool has 4: lower max_tokens or raise pool_nbytes"):
-        engine.admit(large)
-    with pytest.raises(OverLimit, match="leaves no room for output"):
-        engine.admit(request("a", prompt(1000), 1))
-    assert engine.can_admit(large, hold=True), "prefill needs room for the prompt alone"
+    never = request("a", prompt(128), 1)
+    assert not engine.can_ever_admit(never)
+    with pytest.raises(OverLimit, match="leaves no room for output: this engine takes 128"):
+        engine.admit(never)
+    engine.admit(request("a", prompt(40), 500))
+    assert events(engine, "a")[-1].finish is FinishReason.LENGTH, "it ends where the pool does"
 
 
 def test_running_sequences_are_bounded_and_parked_ones_do_not_count(make_engine: EngineFactory) -> None:
@@ -261,6 +260,7 @@ def test_slots_are_conserved_whatever_happens(seed: int, make_engine: EngineFact
 def test_max_model_len_must_suit_model_and_pool(make_engine: EngineFactory) -> None:
     assert make_engine(pool_blocks=8).max_model_len == 8 * 32
     assert make_engine(pool_blocks=100).max_model_len == 2048
+    assert make_engine(pool_blocks=8, max_model_len=2000).max_model_len == 8 * 32  # what never fits is told
     with pytest.raises(ConfigError, match="made for 2048"):
         make_engine(max_model_len=4096)
     with pytest.raises(ConfigError, match="raise pool_nbytes"):

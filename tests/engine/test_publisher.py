@@ -81,7 +81,7 @@ async def test_beyond_the_bound_blocks_are_dropped_counted_and_the_chain_stays_g
     scene.shard.gate.open()
     assert await publication.settle(WAIT_S)
     publication.offer(block(5))  # there is room again, but nobody could reach it
-    assert scene.publisher.counters["publish:dropped"] == 3
+    assert scene.publisher.counters["publish:dropped"] == 6
     assert scene.publisher.inflight_nbytes == 0
     assert sorted(publication.pins) == []  # the gap was known before the first batch was sent
     publication.close()

@@ -33,7 +33,7 @@ class FakeEngine:
         self.open = threading.Event()
         self.open.set()
 
-    def can_ever_admit(self, request: GenerationRequest, *, hold: bool = False) -> bool:
+    def can_ever_admit(self, request: GenerationRequest) -> bool:
         return len(request.prompt_ids) < 100
 
     def can_admit(self, request: GenerationRequest, *, hold: bool = False) -> bool:
@@ -211,6 +211,48 @@ async def test_a_failed_step_fails_what_ran_in_it_and_the_loop_goes_on(
     assert (loop.held, loop.running) == (1, 0)
 
 
+class BrokenSink(Sink):
+    """Fails where it is told to; what it does with an error comes last."""
+
+    def __init__(self, at: str) -> None:
+        super().__init__()
+        self.at = at
+
+    def on_block(self, block: CompletedBlock) -> None:
+        super().on_block(block)
+        self._break("block")
+
+    def on_token(self, event: TokenEvent) -> None:
+        super().on_token(event)
+        self._break("token")
+
+    def on_error(self, error: Exception) -> None:
+        super().on_error(error)
+        raise error
+
+    def _break(self, where: str) -> None:
+        if where == self.at:
+            raise LookupError(f"no place for a {where}")
+
+
+@pytest.mark.parametrize("where", ["block", "token", "error"])
+async def test_a_sink_that_fails_ends_its_own_sequence_and_the_loop_goes_on(
+    loop: WorkerLoop, engine: FakeEngine, where: str
+) -> None:
+    engine.fail_steps = int(where == "error")
+    broken = BrokenSink(where)
+    await loop.admit(ask("broken", max_tokens=10**6), broken, timeout_s=WAIT_S)
+    await broken.end()
+    assert len(broken.told) == {"block": 2, "token": 1, "error": 0}[where], "it hears no more"
+    assert isinstance(broken.errors[0], RuntimeError if where == "error" else LookupError)
+    after = Sink()
+    await loop.admit(ask("after"), after, timeout_s=WAIT_S)
+    assert await after.end() == ["token 0", "block 1", "token 1", "token 2"]
+    assert loop.counters["engine:failed_sinks"] == 1
+    await loop.settled()
+    assert (loop.held, engine.sequences) == (0, {})
+
+
 async def test_a_cancelled_admission_leaves_nothing_in_the_engine(
     loop: WorkerLoop, engine: FakeEngine
 ) -> None:
@@ -251,3 +293,21 @@ async def test_release_is_idempotent_and_frees_what_waits(loop: WorkerLoop, engi
         await waiting
     await waits.end()
     assert engine.calls.count("release held") == 1
+
+
+async def test_a_sink_that_raises_ends_its_own_sequence_and_no_other(
+    loop: WorkerLoop, engine: FakeEngine
+) -> None:
+    class Broken(Sink):
+        def on_token(self, event: TokenEvent) -> None:
+            raise RuntimeError("nobody can be told")
+
+    broken, sound = Broken(), Sink()
+    await loop.admit(ask("broken", max_tokens=50), broken, timeout_s=WAIT_S)
+    await loop.admit(ask("sound"), sound, timeout_s=WAIT_S)
+    await broken.end()
+    assert await sound.end() == ["token 0", "block 1", "token 1", "token 2"]
+    assert [str(error) for error in broken.errors] == ["nobody can be told"]
+    assert loop.counters["engine:failed_sinks"] == 1
+    await loop.settled()
+    assert "broken" not in engine.sequences

@@ -179,6 +179,15 @@ async def test_giving_up_after_any_turn_of_the_event_loop_leaves_nothing(folder:
         await pair.assert_nothing_held()
 
 
+async def test_an_abort_that_overtakes_its_prefill_ends_it_all_the_same(folder: Path) -> None:
+    async with pair_over(folder, [shard()]) as pair:
+        await pair.prefill.abort("r", 1)
+        with pytest.raises(RequestAborted, match="aborted already"):
+            await pair.prefill.prefill(request(prompt(20)))
+        await pair.assert_nothing_held()
+        await pair.prefill.prefill(request(prompt(20), attempt=2))
+
+
 async def test_a_worker_that_holds_enough_refuses_more(folder: Path) -> None:
     async with pair_over(folder, [shard()], requests_max=1) as pair:
         await pair.prefill.prefill(request(prompt(20)))
