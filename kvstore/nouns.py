@@ -30,6 +30,9 @@ BLOCK_TOKENS: Final = 32
 ROOT_KEY: Final = BlockKey(bytes(KEY_NBYTES))
 """The parent of every chain's first block."""
 
+OFFERS_MAX: Final = 1_024
+"""Blocks of one transaction: what every shard takes and no writer exceeds."""
+
 DTYPE_NBYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 

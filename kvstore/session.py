@@ -7,10 +7,9 @@ session opens its namespace and registers its epoch there again, once, and retri
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Final, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from typing import Any, Final, TypeVar
 
 import structlog
 
@@ -24,11 +23,11 @@ from kvstore.errors import (
     NotFound,
     Unavailable,
 )
-from kvstore.frame import HEADER_NBYTES, LOSSLESS_CODEC, decode_frame, encode_header, verify_identity
+from kvstore.frame import LOSSLESS_CODEC, decode_frame, verify_identity
 from kvstore.hashing import placement_keys
 from kvstore.nouns import (
+    OFFERS_MAX,
     BlockKey,
-    BlockMeta,
     BlockRef,
     Epoch,
     KVLayout,
@@ -41,16 +40,15 @@ from kvstore.nouns import (
     Refusal,
     ShardId,
     Snapshot,
-    Tier,
 )
 from kvstore.peers import ERRAND_TIMEOUT_S, Peers, miss_of, refusal_of
 from kvstore.placement import owner as owner_of
-from kvstore.transport.base import REQUEST_ID_NBYTES, BlockOffer, MatchResult, ReadItem, ShardTransport
+from kvstore.publication import Publication
+from kvstore.transport.base import MatchResult, ReadItem, ShardTransport
 
 log = structlog.get_logger(__name__)
 
 READ_AHEAD: Final = 4  # frames of one shard that wait for their turn, at most
-TXN_LEASE_S: Final = 30.0
 LEASE_CALL_S: Final = 5.0  # renew and release, on all shards at once
 
 Value = TypeVar("Value")
@@ -100,18 +98,22 @@ class StoreSession:
         if not placed:
             return Match((), (), MissReason.SHARD_UNAVAILABLE if keys else None)
         deadline = Deadline(timeout_s)
-        results = await asyncio.gather(
-            *(
-                self._match_on(shard, [keys[i] for i in mine], owner, lease_s, deadline)
-                for shard, mine in placed.items()
-            )
-        )
-        answers = dict(zip(placed, results, strict=True))
+        answers: dict[ShardId, MatchResult | MissReason] = dict.fromkeys(placed, MissReason.SHARD_UNAVAILABLE)
+
+        async def match_on(shard: ShardId, mine: list[int]) -> None:
+            answers[shard] = await self._match_on(shard, [keys[i] for i in mine], owner, lease_s, deadline)
+
+        try:
+            await _all(match_on(*part) for part in placed.items())
+        except BaseException:
+            for shard, lease in _leases_of(answers):
+                self._give_back(shard, lease)
+            raise
         hits = {
             i: hit
             for shard, mine in placed.items()
-            if isinstance(answers[shard], MatchResult)
-            for i, hit in zip(mine, answers[shard].hits, strict=False)  # type: ignore[union-attr]
+            if isinstance(answer := answers[shard], MatchResult)
+            for i, hit in zip(mine, answer.hits, strict=False)
         }
         run = next((i for i in range(len(keys)) if i not in hits), len(keys))
         blocks = tuple(
@@ -119,11 +121,7 @@ class StoreSession:
             for i in range(run)
         )
         used = {block.ref.shard for block in blocks}
-        leases = [
-            (shard, answer.lease)
-            for shard, answer in answers.items()
-            if isinstance(answer, MatchResult) and answer.lease is not None
-        ]
+        leases = _leases_of(answers)
         for shard, lease in leases:
             if shard not in used:
                 self._give_back(shard, lease)
@@ -180,9 +178,15 @@ class StoreSession:
         pin_for_s: float | None,
         timeout_s: float,
     ) -> Published:
-        """Commit the blocks on their shards, one transaction a shard, in parallel."""
+        """Commit the blocks on their shards, in parallel: one transaction for each OFFERS_MAX of a shard."""
         deadline = Deadline(timeout_s)
         placed = self._place([block.placement for block in blocks])
+        parts = [
+            (shard, mine[start : start + OFFERS_MAX])
+            for shard, mine in placed.items()
+            for start in range(0, len(mine), OFFERS_MAX)
+        ]
+        as_what = Publication(self.namespace, self.epoch, quality, self.layout.fingerprint, owner, pin_for_s)
         answers: list[PinnedBlock | Refusal] = [Refusal.SHARD_UNAVAILABLE] * len(blocks)
         leases: list[tuple[ShardId, LeaseId]] = []
 
@@ -191,9 +195,7 @@ class StoreSession:
             try:
                 async with asyncio.timeout_at(deadline.at):
                     found, lease = await self._retried(
-                        shard,
-                        lambda t: self._transact(t, chosen, quality, owner, pin_for_s, deadline),
-                        deadline,
+                        shard, lambda t: as_what.transact(self._peers, t, chosen, deadline), deadline
                     )
             except (KVStrataError, TimeoutError) as error:
                 refusal = refusal_of(error)
@@ -204,7 +206,12 @@ class StoreSession:
             if lease is not None:
                 leases.append((shard, lease))
 
-        await asyncio.gather(*(publish_on(shard, mine) for shard, mine in placed.items()))
+        try:
+            await _all(publish_on(*part) for part in parts)
+        except BaseException:
+            for shard, lease in leases:
+                self._give_back(shard, lease)
+            raise
         for answer in answers:
             if isinstance(answer, Refusal):
                 self._peers.counters[f"refused:{answer.value}"] += 1
@@ -269,17 +276,34 @@ class StoreSession:
     async def _retried(
         self, shard: ShardId, call: Callable[[ShardTransport], Awaitable[Value]], deadline: Deadline
     ) -> Value:
-        """Call; if the shard restarted and forgot us, introduce ourselves and call once more."""
+        """Call; if the shard restarted and forgot us, introduce ourselves and call once more.
+
+        An error that is none of our tree is logged, counted, and comes out as Unavailable.
+        """
         transport = self._peers.transport(shard)
         try:
-            return await call(transport)
-        except (NotFound, EpochUnknown):
-            self._peers.counters["reopened"] += 1
-            opened = await transport.open_namespace(self._spec, self._tenant, timeout_s=deadline.left())
-            if opened != self.namespace:
-                raise Unavailable(f"shard {shard} restarted with another cluster secret") from None
-            await transport.register_epoch(self._spec.model_id, self.epoch, timeout_s=deadline.left())
-            return await call(transport)
+            try:
+                return await call(transport)
+            except (NotFound, EpochUnknown):
+                await self._reopen(transport, deadline)
+                return await call(transport)
+        except KVStrataError:
+            raise
+        except Exception as error:
+            raise self._unexpected(shard, error) from error
+
+    async def _reopen(self, transport: ShardTransport, deadline: Deadline) -> None:
+        self._peers.counters["reopened"] += 1
+        opened = await transport.open_namespace(self._spec, self._tenant, timeout_s=deadline.left())
+        if opened != self.namespace:
+            raise Unavailable(f"shard {transport.shard} restarted with another cluster secret") from None
+        await transport.register_epoch(self._spec.model_id, self.epoch, timeout_s=deadline.left())
+
+    def _unexpected(self, shard: ShardId, error: Exception) -> Unavailable:
+        """A bug, ours or the shard's, must cost a caller no more than the shard."""
+        self._peers.counters["unexpected_errors"] += 1
+        log.exception("a shard's call failed in a way it never should", shard=shard)
+        return Unavailable(f"shard {shard}: {type(error).__name__}: {error}")
 
     async def _stream(
         self,
@@ -295,9 +319,8 @@ class StoreSession:
         except KVStrataError as error:
             log.warning("read broke off", shard=shard, error=str(error))
             await queue.put(miss_of(error))
-        except Exception:  # a bug of ours must not make the reader wait for what never comes
-            log.exception("read broke off", shard=shard)
-            await queue.put(MissReason.SHARD_UNAVAILABLE)
+        except Exception as error:  # nor may it make the reader wait for what never comes
+            await queue.put(miss_of(self._unexpected(shard, error)))
 
     def _verify(self, i: int, block: PinnedBlock, item: ReadItem) -> VerifiedBlock | BlockMiss:
         if item.frame is None:
@@ -329,61 +352,6 @@ class StoreSession:
         self._peers.counters[f"miss:{reason.value}"] += 1
         return BlockMiss(i, block.key, reason)
 
-    async def _transact(
-        self,
-        transport: ShardTransport,
-        blocks: Sequence[PublishBlock],
-        quality: Quality,
-        owner: str,
-        pin_for_s: float | None,
-        deadline: Deadline,
-    ) -> tuple[list[PinnedBlock | Refusal], LeaseId | None]:
-        offers = [
-            BlockOffer(b.key, b.parent, b.chain_index, b.placement, HEADER_NBYTES + b.payload.nbytes)
-            for b in blocks
-        ]
-        opened = await transport.begin(
-            self.namespace,
-            self.epoch,
-            quality,
-            offers,
-            owner,
-            TXN_LEASE_S,
-            secrets.token_bytes(REQUEST_ID_NBYTES),
-            timeout_s=deadline.left(),
-        )
-        try:
-            granted = [i for i, refusal in enumerate(opened.outcomes) if refusal is None]
-            if granted:
-                frames = [(i, self._header(blocks[i], quality), blocks[i].payload) for i in granted]
-                await transport.write(opened.txn, frames, timeout_s=deadline.left())
-                self._peers.counters["written_bytes"] += sum(offers[i].nbytes for i in granted)
-            result = await transport.commit(opened.txn, pin_for_s, timeout_s=deadline.left())
-        except BaseException:
-            self._peers.send("abort", transport.abort(opened.txn, timeout_s=ERRAND_TIMEOUT_S))
-            raise
-        answers: list[PinnedBlock | Refusal] = [
-            found
-            if isinstance(found, Refusal)
-            else PinnedBlock(block.key, found, self.epoch, quality, Tier.HOST)
-            for block, found in zip(blocks, result.blocks, strict=True)
-        ]
-        self._peers.counters["published_blocks"] += sum(not isinstance(a, Refusal) for a in answers)
-        return answers, result.lease
-
-    def _header(self, block: PublishBlock, quality: Quality) -> bytes:
-        meta = BlockMeta(
-            self.namespace,
-            block.key,
-            block.parent,
-            block.chain_index,
-            block.placement,
-            self.epoch,
-            quality,
-            self.layout.fingerprint,
-        )
-        return encode_header(meta, block.payload)
-
 
 async def _next(queue: asyncio.Queue[ReadItem | MissReason], deadline: Deadline) -> ReadItem | MissReason:
     try:
@@ -391,6 +359,21 @@ async def _next(queue: asyncio.Queue[ReadItem | MissReason], deadline: Deadline)
             return await queue.get()
     except TimeoutError:
         return MissReason.DEADLINE
+
+
+async def _all(calls: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """All calls, each to its end: when this raises, none goes on behind the caller's back."""
+    async with asyncio.TaskGroup() as group:
+        for call in calls:
+            group.create_task(call)
+
+
+def _leases_of(answers: Mapping[ShardId, MatchResult | MissReason]) -> list[tuple[ShardId, LeaseId]]:
+    return [
+        (shard, answer.lease)
+        for shard, answer in answers.items()
+        if isinstance(answer, MatchResult) and answer.lease is not None
+    ]
 
 
 def _by_shard(leases: Sequence[tuple[ShardId, LeaseId]]) -> dict[ShardId, list[LeaseId]]:

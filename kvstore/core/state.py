@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kvstore.core.chain import Version
 from kvstore.nouns import (
+    OFFERS_MAX,
     BlockKey,
     BlockRef,
     Incarnation,
@@ -25,7 +26,7 @@ class CoreLimits:
     leases_max: int = 16_384
     txns_max: int = 1_024
     keys_max: int = 8_192  # of one match
-    offers_max: int = 1_024  # of one transaction
+    offers_max: int = OFFERS_MAX  # of one transaction
     namespaces_max: int = 4_096
     models_max: int = 1_024  # with epochs on this shard
     epochs_max: int = 65_536  # registered, of one model
