@@ -36,7 +36,7 @@ class EngineConfig(BaseModel):
     batch_invariant: bool = Field(
         True,
         description="Logits that do not depend, to the bit, on batch or chunk shapes. False is faster "
-        "(docs/design.md section 8) but output may then differ between one process and many",
+        "(docs/benchmarks.md) but output may then differ between one process and many",
     )
     block_tokens: int = Field(
         BLOCK_TOKENS, ge=1, le=1024, description="Tokens of one KV block, in the pool and in the store"

@@ -9,7 +9,7 @@ Slots are taken at admission for the worst case (prompt and max_tokens), so noth
 sequence's blocks are adjacent where the pool allows: attention then reads them in place. A request that
 does not fit now is the caller's to keep; `can_admit` asks first.
 
-Synchronous and owned by one thread. A step's cost is docs/design.md section 8.
+Synchronous and owned by one thread. What a step costs: docs/benchmarks.md.
 """
 
 from __future__ import annotations

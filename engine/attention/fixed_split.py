@@ -20,7 +20,7 @@ the same order of additions (fixed_split_decode.py). Source of the idea: fixed s
 He et al. 2025, "Defeating nondeterminism in LLM inference").
 
 Full tiles whose slots are adjacent in the pool are read in place, others are gathered: reading in place
-saves a copy of the whole context a layer. Time against torch's own kernel: docs/design.md section 8.
+saves a copy of the whole context a layer. Time against torch's own kernel: docs/benchmarks.md.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class WatchedEngine(Engine):
 async def test_a_worker_has_computed_before_it_is_ready(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, int], steps: list[int]
 ) -> None:
-    monkeypatch.setattr("engine.boot.Engine", WatchedEngine)
+    monkeypatch.setitem(boot.__globals__, "Engine", WatchedEngine)
     computed.clear()
     engines.clear()
     config = WorkerConfig(

@@ -293,21 +293,3 @@ async def test_release_is_idempotent_and_frees_what_waits(loop: WorkerLoop, engi
         await waiting
     await waits.end()
     assert engine.calls.count("release held") == 1
-
-
-async def test_a_sink_that_raises_ends_its_own_sequence_and_no_other(
-    loop: WorkerLoop, engine: FakeEngine
-) -> None:
-    class Broken(Sink):
-        def on_token(self, event: TokenEvent) -> None:
-            raise RuntimeError("nobody can be told")
-
-    broken, sound = Broken(), Sink()
-    await loop.admit(ask("broken", max_tokens=50), broken, timeout_s=WAIT_S)
-    await loop.admit(ask("sound"), sound, timeout_s=WAIT_S)
-    await broken.end()
-    assert await sound.end() == ["token 0", "block 1", "token 1", "token 2"]
-    assert [str(error) for error in broken.errors] == ["nobody can be told"]
-    assert loop.counters["engine:failed_sinks"] == 1
-    await loop.settled()
-    assert "broken" not in engine.sequences
