@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import httpx
 
-ANSWER_TOKENS: Final = 48
+ANSWER_TOKENS: Final = 32
 TURN_TIMEOUT_S: Final = 120.0
 QUESTIONS: Final = (
     ("first reader", "Who founded the Tidal Archive, and in which year?"),
