@@ -64,6 +64,7 @@ class StoreConfig(BaseModel):
     inflight_nbytes_max: int = Field(
         512 << 20, ge=1 << 20, description="Bytes of writes a shard holds before storing"
     )
+    slots_max: int = Field(65_536, ge=1, description="Blocks a shard holds at once, however small")
     leases_max: int = Field(16_384, ge=1, description="Leases a shard grants at once")
     lease_s_max: float = Field(600.0, gt=0, description="Longest lease a shard grants, in seconds")
     reap_interval_s: float = Field(0.5, gt=0, le=1, description="How often a shard frees what expired")
@@ -90,7 +91,9 @@ class StoreConfig(BaseModel):
             shard=shard,
             capacity_nbytes=self.capacity_nbytes,
             cluster_secret=cluster_secret,
-            limits=CoreLimits(leases_max=self.leases_max, lease_s_max=self.lease_s_max),
+            limits=CoreLimits(
+                slots_max=self.slots_max, leases_max=self.leases_max, lease_s_max=self.lease_s_max
+            ),
             policy=self.policy,
             reap_interval_s=self.reap_interval_s,
             faults=self.faults,

@@ -34,8 +34,9 @@ class TlsFiles:
     ca: Path | None = None
 
     def server_credentials(self) -> grpc.ServerCredentials:
-        pair = (self.key.read_bytes(), self.cert.read_bytes())
-        root = self.ca.read_bytes() if self.ca else None
+        """Raises ConfigError for a file that cannot be read."""
+        pair = (_pem(self.key), _pem(self.cert))
+        root = _pem(self.ca) if self.ca else None
         return grpc.ssl_server_credentials([pair], root, require_client_auth=root is not None)
 
 
@@ -57,6 +58,13 @@ class ServerConfig:
             )
 
 
+def _pem(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}. Give the path of a PEM file") from None
+
+
 def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
@@ -69,7 +77,8 @@ def is_loopback(host: str) -> bool:
 class ShardServer:
     def __init__(self, shard: ShardTransport, config: ServerConfig) -> None:
         self._config = config
-        self._service = ShardService(shard, config.inflight_nbytes_max)
+        streams_max = max(1, config.concurrent_calls_max // 2)  # the other half is for calls without bytes
+        self._service = ShardService(shard, config.inflight_nbytes_max, streams_max)
         self._health = health.aio.HealthServicer()
         interceptors = [_TokenCheck(config.token)] if config.token else []
         self._server = grpc.aio.server(
@@ -81,7 +90,8 @@ class ShardServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
 
     async def start(self) -> str:
-        """Bind and serve; the address clients use. Raises ConfigError when the port is taken."""
+        """Bind and serve; the address clients use. Raises ConfigError when the port is taken, or TLS files
+        cannot be read."""
         config = self._config
         wanted = f"[{config.host}]:{config.port}" if ":" in config.host else f"{config.host}:{config.port}"
         try:

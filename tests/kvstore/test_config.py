@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from kvstore.config import StoreConfig, load_config
 from kvstore.errors import ConfigError
+from kvstore.nouns import ShardId
 
 
 class Service(BaseModel):
@@ -106,3 +107,8 @@ def test_a_listener_beyond_loopback_needs_tls_or_a_word() -> None:
     assert StoreConfig(host="10.0.0.1", insecure=True).server(token="t").host == "10.0.0.1"
     with pytest.raises(ConfigError, match="both"):
         StoreConfig(tls_cert=Path("cert.pem")).server(token="t")
+
+
+def test_the_bounds_of_a_shard_reach_its_core() -> None:
+    limits = StoreConfig(slots_max=7, leases_max=8, lease_s_max=9.0).driver(ShardId("s"), bytes(16)).limits
+    assert (limits.slots_max, limits.leases_max, limits.lease_s_max) == (7, 8, 9.0)

@@ -1,7 +1,8 @@
 """The server's side of the wire: requests in, the shard's answers out, errors by name.
 
 Any `ShardTransport` can stand behind it; in production it is the driver. Bytes of writes in flight are
-admitted against a budget: beyond it the shard says RESOURCE_EXHAUSTED rather than queueing.
+admitted against a budget, and streams against a number: beyond them the shard says RESOURCE_EXHAUSTED
+rather than queueing.
 """
 
 from __future__ import annotations
@@ -38,10 +39,12 @@ Context = Any  # grpc.aio.ServicerContext: its generics say nothing here
 
 
 class ShardService:
-    def __init__(self, shard: ShardTransport, inflight_nbytes_max: int) -> None:
+    def __init__(self, shard: ShardTransport, inflight_nbytes_max: int, streams_max: int) -> None:
         self._shard = shard
         self._inflight_nbytes_max = inflight_nbytes_max
         self._inflight_nbytes = 0
+        self._streams_max = streams_max
+        self._streams = 0
         self.topology = Topology(0, ())
 
     def handlers(self) -> list[grpc.GenericRpcHandler]:
@@ -66,7 +69,7 @@ class ShardService:
             by_service.setdefault(method.service, {})[method.name] = made
         by_service[methods.BLOCKS] = {
             methods.READ.name: grpc.unary_stream_rpc_method_handler(
-                self._read, methods.READ.asked.FromString
+                _named_errors(self._read), methods.READ.asked.FromString
             ),
             methods.WRITE.name: grpc.stream_unary_rpc_method_handler(
                 _named_errors(self._write), bulk.parse_write, methods.WRITE.answer.SerializeToString
@@ -106,7 +109,7 @@ class ShardService:
         result = await self._shard.match(
             wire.snapshot_in(asked),
             wire.split_keys(asked.keys),
-            asked.owner,
+            wire.owner_in(asked.owner),
             asked.lease_ms / 1000,
             timeout_s=_left(context),
         )
@@ -127,7 +130,7 @@ class ShardService:
             wire.epoch_in(asked.epoch),
             wire.quality_in(asked.quality),
             wire.offers_in(asked),
-            asked.owner,
+            wire.owner_in(asked.owner),
             asked.lease_ms / 1000,
             wire.fixed(asked.request_id, REQUEST_ID_NBYTES, "request_id"),
             timeout_s=_left(context),
@@ -155,13 +158,10 @@ class ShardService:
     async def _get_topology(self, asked: Any, context: Context) -> topology.GetTopologyResponse:
         return topology.GetTopologyResponse(topology=wire.topology_out(self.topology))
 
-    async def _read(self, asked: blocks.ReadRequest, context: Context) -> AsyncIterator[bytes]:
-        try:
-            async with _bounded(context):
-                async for chunk in self._chunks(asked, context):
-                    yield chunk
-        except KVStrataError as error:
-            await _abort_named(context, error)
+    async def _read(self, asked: blocks.ReadRequest, context: Context) -> None:
+        async with self._stream(context):
+            async for chunk in self._chunks(asked, context):
+                await context.write(chunk)
 
     async def _chunks(self, asked: blocks.ReadRequest, context: Context) -> AsyncIterator[bytes]:
         async for item in self._shard.read(self._refs(asked), timeout_s=_left(context)):
@@ -174,8 +174,26 @@ class ShardService:
                 yield bulk.pack_read(item.index, nbytes, item.frame[start : start + CHUNK_NBYTES])
 
     async def _write(self, chunks: AsyncIterator[bulk.WriteChunk], context: Context) -> blocks.WriteResponse:
-        async with _bounded(context):
+        async with self._stream(context):
             return await self._store(chunks, context)
+
+    @contextlib.asynccontextmanager
+    async def _stream(self, context: Context) -> AsyncIterator[None]:
+        """A place among the streams, held no longer than the call may take, whatever the peer does.
+
+        Raises OverLimit when all are taken, so that there is always room for calls without bytes.
+        """
+        if self._streams >= self._streams_max:
+            raise OverLimit(f"{self._streams} streams are open on this shard: try again later")
+        limit_s = _left(context)
+        self._streams += 1
+        try:
+            async with asyncio.timeout(limit_s):
+                yield
+        except TimeoutError:
+            raise DeadlineExceeded(f"the stream was not done within {limit_s:.1f} s") from None
+        finally:
+            self._streams -= 1
 
     async def _store(self, chunks: AsyncIterator[bulk.WriteChunk], context: Context) -> blocks.WriteResponse:
         answer = blocks.WriteResponse()
@@ -220,17 +238,6 @@ class ShardService:
         incarnation = Incarnation(asked.incarnation)
         columns = zip(asked.slots, asked.generations, strict=True)
         return [BlockRef(self._shard.shard, incarnation, slot, generation) for slot, generation in columns]
-
-
-@contextlib.asynccontextmanager
-async def _bounded(context: Context) -> AsyncIterator[None]:
-    """A peer that stops sending or reading holds its place no longer than the call may take."""
-    limit_s = _left(context)
-    try:
-        async with asyncio.timeout(limit_s):
-            yield
-    except TimeoutError:
-        raise DeadlineExceeded(f"the stream was not done within {limit_s:.1f} s") from None
 
 
 def _left(context: Context) -> float:

@@ -48,6 +48,7 @@ from kvstore.v1 import topology_pb2 as topology
 ERROR_METADATA: Final = "kvstrata-error"
 _DIGEST: Final = WEIGHTS_DIGEST_NBYTES
 _LEASE_S_MAX: Final = 86_400.0
+_OWNER_CHARS_MAX: Final = 256
 
 
 def fixed(data: bytes, nbytes: int, what: str) -> bytes:
@@ -61,6 +62,13 @@ def split_keys(data: bytes) -> list[BlockKey]:
     if len(data) % KEY_NBYTES:
         raise ConfigError(f"a key column of {len(data)} bytes is not a multiple of {KEY_NBYTES}")
     return [BlockKey(data[i : i + KEY_NBYTES]) for i in range(0, len(data), KEY_NBYTES)]
+
+
+def owner_in(name: str) -> str:
+    """Who holds a lease. Kept as long as the lease, hence bounded. Raises ConfigError."""
+    if len(name) > _OWNER_CHARS_MAX:
+        raise ConfigError(f"an owner's name of {len(name)} characters: at most {_OWNER_CHARS_MAX}")
+    return name
 
 
 def namespace_in(data: bytes) -> NamespaceId:
@@ -134,7 +142,7 @@ def spec_in(message: control.OpenNamespaceRequest) -> NamespaceSpec:
 
 def lease_ms(seconds: float) -> int:
     """As the wire has it. The shard has bounds of its own; here it only has to fit."""
-    return round(min(max(seconds, 0.0), _LEASE_S_MAX) * 1000)
+    return round(min(max(0.0, seconds), _LEASE_S_MAX) * 1000)  # in this order: not a number is 0 too
 
 
 def match_out(

@@ -212,3 +212,5 @@ def test_a_request_id_of_another_transaction_is_refused(shard: Shard) -> None:
         shard.begin([0], namespace=NamespaceId(bytes([1]) * 16), request=b"mine")
     with pytest.raises(ConfigError, match="another transaction"):
         shard.begin([0], E2, request=b"mine")
+    with pytest.raises(ConfigError, match="another transaction"):
+        shard.begin([0, 1], request=b"mine")

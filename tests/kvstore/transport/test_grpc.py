@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -20,13 +23,14 @@ from kvstore.errors import (
 )
 from kvstore.frame import HEADER_NBYTES
 from kvstore.nouns import BlockRef, Incarnation, MissReason, Quality, Refusal, ShardId, Snapshot, TxnId
-from kvstore.server import ServerConfig, ShardServer, is_loopback
+from kvstore.server import ServerConfig, ShardServer, TlsFiles, is_loopback
 from kvstore.topology import ShardEntry, Topology
-from kvstore.transport.base import CHUNK_NBYTES, ShardHello, ShardStatus
+from kvstore.transport.base import CHUNK_NBYTES, ReadItem, ShardHello, ShardStatus
 from kvstore.transport.grpc import methods, wire
 from kvstore.transport.grpc.bulk import WriteChunk, parse_write
 from kvstore.transport.grpc.client import GrpcTransport, _chunks
 from kvstore.transport.grpc.service import ShardService
+from kvstore.v1 import blocks_pb2 as blocks
 from kvstore.v1 import control_pb2 as control
 from tests.kvstore.conftest import TOKEN, Served
 from tests.kvstore.oracle import SPEC, TIMEOUT, chain, epoch, frame, new_driver, offer
@@ -142,7 +146,7 @@ async def test_the_write_budget_comes_back_whole_however_a_stream_ends(
 
     driver = new_driver()
     monkeypatch.setattr(driver, "write", take)
-    service = ShardService(driver, inflight_nbytes_max=700)
+    service = ShardService(driver, inflight_nbytes_max=700, streams_max=1)
     with pytest.raises((OverLimit, ConfigError)):
         await service._write(_announcing(nbytes), _NoDeadline())
     assert service._inflight_nbytes == 0
@@ -162,7 +166,7 @@ async def test_a_peer_that_stops_sending_holds_its_bytes_no_longer_than_its_dead
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("kvstore.transport.grpc.service.TIMEOUT_S_MAX", 0.1)
-    service = ShardService(new_driver(), inflight_nbytes_max=2000)
+    service = ShardService(new_driver(), inflight_nbytes_max=2000, streams_max=1)
 
     async def half_a_frame() -> AsyncIterator[WriteChunk]:
         yield WriteChunk(1, 0, 1000, memoryview(bytes(500)))
@@ -170,7 +174,57 @@ async def test_a_peer_that_stops_sending_holds_its_bytes_no_longer_than_its_dead
 
     with pytest.raises(DeadlineExceeded, match=r"not done within 0\.1 s"):
         await service._write(half_a_frame(), _NoDeadline())
-    assert service._inflight_nbytes == 0
+    assert (service._inflight_nbytes, service._streams) == (0, 0)
+
+
+async def test_a_peer_that_stops_reading_holds_its_place_no_longer_than_its_deadline(
+    served: Served, transport: GrpcTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvstore.transport.grpc.service.TIMEOUT_S_MAX", 0.3)
+
+    async def endless(*_: object, timeout_s: float) -> AsyncIterator[ReadItem]:
+        for index in itertools.count():
+            yield ReadItem(index, memoryview(bytes(CHUNK_NBYTES)), None)
+
+    monkeypatch.setattr(served.driver, "read", endless)
+    await transport.hello(timeout_s=TIMEOUT)
+    open_read: Any = transport._bulk.unary_stream(methods.READ.path, methods.READ.asked.SerializeToString)
+    unread = open_read(blocks.ReadRequest(), metadata=transport._metadata)  # no deadline, and nobody reads
+    await unread.read()
+    service = served.server._service
+    assert service._streams == 1
+    async with asyncio.timeout(TIMEOUT):
+        while service._streams:  # noqa: ASYNC110 - a peer that reads nothing is told nothing
+            await asyncio.sleep(0.01)
+    monkeypatch.undo()
+    assert (await transport.status(timeout_s=TIMEOUT)).shard == "shard-0"
+    unread.cancel()
+
+
+async def test_streams_leave_room_for_calls_without_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = ShardServer(new_driver(), ServerConfig(concurrent_calls_max=4))
+    transport = GrpcTransport(ShardId("shard-0"), await server.start())
+    opened = [asyncio.Event(), asyncio.Event()]
+    waiting = iter(opened)
+
+    async def stall(*_: object, timeout_s: float) -> list[Refusal | None]:
+        next(waiting).set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    monkeypatch.setattr(server._service._shard, "write", stall)
+    frames = [(0, b"h" * HEADER_NBYTES, memoryview(bytes(800)))]
+    writing = [asyncio.ensure_future(transport.write(TxnId(1), frames, timeout_s=TIMEOUT)) for _ in opened]
+    for event in opened:
+        await asyncio.wait_for(event.wait(), TIMEOUT)
+    with pytest.raises(OverLimit, match="2 streams are open"):
+        await transport.write(TxnId(1), frames, timeout_s=TIMEOUT)
+    assert (await transport.status(timeout_s=TIMEOUT)).shard == "shard-0"
+    for call in writing:
+        call.cancel()
+    await asyncio.gather(*writing, return_exceptions=True)
+    await transport.close()
+    await server.stop(0)
 
 
 async def test_no_other_call_is_made_before_who_is_there_is_known(served: Served) -> None:
@@ -229,7 +283,7 @@ async def test_a_word_that_a_newer_peer_says_is_no_crash(
         await transport.match(Snapshot(namespace, E1), [], "r", 1.0, timeout_s=TIMEOUT)
 
 
-@pytest.mark.parametrize("lease_s", [-1.0, 1e12, float("inf")])
+@pytest.mark.parametrize("lease_s", [-1.0, 1e12, float("inf"), float("nan")])
 async def test_any_lease_fits_the_wire(transport: GrpcTransport, lease_s: float) -> None:
     assert await transport.renew([], lease_s, timeout_s=TIMEOUT) == []
 
@@ -244,6 +298,13 @@ async def test_a_bound_of_grpcs_own_is_over_limit_and_not_a_dead_shard() -> None
     assert OverLimit in {type(a) for a in answers}
     await transport.close()
     await server.stop(0)
+
+
+async def test_an_owners_name_is_bounded(transport: GrpcTransport) -> None:
+    snapshot = Snapshot(await transport.open_namespace(SPEC, "t", timeout_s=TIMEOUT), E1)
+    await transport.match(snapshot, [], "o" * 256, 1.0, timeout_s=TIMEOUT)
+    with pytest.raises(ConfigError, match="owner's name of 257"):
+        await transport.match(snapshot, [], "o" * 257, 1.0, timeout_s=TIMEOUT)
 
 
 async def test_a_begin_without_a_request_id_of_its_own_is_refused(transport: GrpcTransport) -> None:
@@ -297,6 +358,12 @@ async def test_a_taken_port_is_an_error_not_a_share(served: Served) -> None:
     server = ShardServer(new_driver(), ServerConfig(port=port))
     with pytest.raises(ConfigError, match="choose another port"):
         await server.start()
+
+
+async def test_tls_files_that_are_not_there_are_named(tmp_path: Path) -> None:
+    tls = TlsFiles(tmp_path / "cert.pem", tmp_path / "key.pem")
+    with pytest.raises(ConfigError, match=r"key\.pem cannot be read: No such file"):
+        await ShardServer(new_driver(), ServerConfig(tls=tls)).start()
 
 
 def test_only_loopback_without_tls_or_a_word() -> None:
