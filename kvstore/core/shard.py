@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 
 from kvstore.core import integrity
 from kvstore.core.chain import NO_CHAIN, State, Version, visible
@@ -133,7 +132,7 @@ class ShardCore:
     def release(self, leases: Sequence[LeaseId]) -> None:
         """Drop leases with their pins, or abort the transactions they hold. Idempotent.
 
-        However many leases a chain was held by, its tail is let go first: it is to go first.
+        However many leases a chain was held by, it is let go of at once: its tail is to go first.
         """
         let_go: list[Version] = []
         for lease in leases:
@@ -143,7 +142,7 @@ class ShardCore:
                 self._txns.end(txn, None)
             if self._leases.end(lease):
                 let_go += self._held.pop(lease)
-        self._unpin(let_go)
+        self.index.unpin(let_go)
 
     # -- writing -----------------------------------------------------------------------------------
 
@@ -162,7 +161,8 @@ class ShardCore:
         self._leases.observe(now)
         retried = self._txns.of_request(request_id)
         if retried is not None:
-            if (retried.namespace, retried.epoch, retried.quality) != (namespace_id, epoch, quality):
+            same = (retried.namespace, retried.epoch, retried.quality) == (namespace_id, epoch, quality)
+            if not same or (retried.answer is None and retried.offers != tuple(offers)):
                 raise ConfigError("the request id belongs to another transaction: make a random one for each")
             return retried
         if len(offers) > self.config.limits.offers_max:
@@ -215,7 +215,7 @@ class ShardCore:
         lease = self._grant(txn.owner, pin_for_s, kept, now) if pin_for_s and kept else None
         answer = Committed(self.revision, blocks, lease)
         self._txns.end(txn, answer)
-        self._unpin(pinned)
+        self.index.unpin(pinned)
         return answer
 
     def abort(self, txn_id: TxnId) -> None:
@@ -281,10 +281,6 @@ class ShardCore:
     def _hold(self, lease: LeaseId, version: Version) -> None:
         self.index.pin(version)
         self._held[lease].append(version)
-
-    def _unpin(self, versions: list[Version]) -> None:
-        for version in sorted(versions, key=attrgetter("chain_index"), reverse=True):
-            self.index.unpin(version)
 
     def _rivals(self, txn: Txn, key: BlockKey) -> list[Version]:
         """Versions of the key that make offering it again pointless: same epoch, as good or better."""

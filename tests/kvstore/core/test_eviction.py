@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from kvstore.core.chain import Version
+from kvstore.core.eviction import Evictables
 from kvstore.core.state import Offer
 from kvstore.errors import EpochConflict, EpochUnknown, OverLimit
 from kvstore.nouns import Epoch, NamespaceId, Refusal, WeightsDigest
@@ -38,6 +40,40 @@ def test_the_leaf_goes_before_its_parent_in_whatever_order_leases_end() -> None:
     shard.release(*reversed(leases))
     shard.put([100])
     assert shard.hits([0, 1, 2, 3]) == 3
+
+
+def test_what_is_let_go_together_moves_the_chain_above_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    above, siblings = 50, 40
+    shard = Shard(blocks=above + siblings)
+    shard.put(range(above))
+    fan = [Offer(key(1000 + n), key(above - 1), above, key(0), NBYTES) for n in range(siblings)]
+    txn = shard.core.begin(NAMESPACE, E1, LOSSLESS, fan, "writer", 10.0, b"fan", shard.now)
+    shard.write(txn)
+    moved: list[object] = []
+    insert = Evictables.insert
+
+    def counted(self: Evictables, version: Version) -> None:
+        moved.append(version)
+        insert(self, version)
+
+    monkeypatch.setattr(Evictables, "insert", counted)
+    shard.commit(txn)
+    assert len(moved) == above + siblings
+    monkeypatch.undo()
+    for n in range(siblings):  # every block built on the chain goes before the chain does
+        shard.put([2000 + 100 * n])
+    assert shard.hits(range(above)) == above
+
+
+def test_a_hole_in_a_use_does_not_let_a_parent_go_first() -> None:
+    """Blocks 3 and 1 are let go together; 2 was idle all the while: 3, then 2, then 1, then 0."""
+    shard = Shard(blocks=4)
+    shard.put([0, 1, 2, 3])
+    shard.release(shard.match([3]).lease, shard.match([1]).lease)
+    for left, n in ((3, 100), (2, 200), (1, 300), (0, 400)):
+        shard.put([n])
+        there = [n for n in range(4) if shard.core.index.chain(NAMESPACE, key(n)).versions]
+        assert there == list(range(left))
 
 
 def test_past_epochs_go_first_the_oldest_of_them_first() -> None:
