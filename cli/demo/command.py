@@ -117,10 +117,8 @@ def _show(turns: list[Turn], verdict: Verdict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        "", "asked", "prompt", "cached", "TTFT", "tokens/s", "KV came from", title="The conversation"
-    )
-    for column in (2, 3, 4, 5):
+    table = Table("", "prompt", "cached", "TTFT", "tokens/s", "KV came from", title="The conversation")
+    for column in (1, 2, 3, 4):
         table.columns[column].justify = "right"
     for number, turn in enumerate(turns, 1):
         computed = len(turn.prompt_ids) - turn.cached_tokens
