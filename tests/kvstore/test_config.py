@@ -44,6 +44,10 @@ def test_flags_win_over_environment_over_file(file: Path) -> None:
         ("[store]\nshards = 'zwei'\n", "bad.toml: store.shards: 'zwei' is not a whole number"),
         ("[store]\ninsecure = 'perhaps'\n", "store.insecure: 'perhaps' is not true or false"),
         ("[store]\ncapacity_nbytes = '4GB'\n", "'4GB' is not a whole number: give bytes, like 4_000_000_000"),
+        (
+            "[store]\nreap_interval_s = 1.5\n",
+            "store.reap_interval_s: Input should be less than or equal to 1",
+        ),
         ("[store]\npolicy = 'fifo'\n", "store.policy 'fifo' is unknown: use lru"),
         ("[store]\nhost = '0.0.0.0'\n", "store.host 0.0.0.0 is not loopback: set store.tls_cert"),
         ("[store]\ntls_key = 'key.pem'\n", "TLS needs both store.tls_cert and store.tls_key"),
