@@ -278,7 +278,8 @@ class StoreSession:
     ) -> Value:
         """Call; if the shard restarted and forgot us, introduce ourselves and call once more.
 
-        An error that is none of our tree is logged, counted, and comes out as Unavailable.
+        An error that is none of our tree is logged, counted, and comes out as Unavailable; a failed assertion
+        of this process is let out: it is what simulations look for.
         """
         transport = self._peers.transport(shard)
         try:
@@ -287,7 +288,7 @@ class StoreSession:
             except (NotFound, EpochUnknown):
                 await self._reopen(transport, deadline)
                 return await call(transport)
-        except KVStrataError:
+        except (KVStrataError, AssertionError):
             raise
         except Exception as error:
             raise self._unexpected(shard, error) from error
@@ -363,9 +364,12 @@ async def _next(queue: asyncio.Queue[ReadItem | MissReason], deadline: Deadline)
 
 async def _all(calls: Iterable[Coroutine[Any, Any, None]]) -> None:
     """All calls, each to its end: when this raises, none goes on behind the caller's back."""
-    async with asyncio.TaskGroup() as group:
-        for call in calls:
-            group.create_task(call)
+    try:
+        async with asyncio.TaskGroup() as group:
+            for call in calls:
+                group.create_task(call)
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
 
 
 def _leases_of(answers: Mapping[ShardId, MatchResult | MissReason]) -> list[tuple[ShardId, LeaseId]]:

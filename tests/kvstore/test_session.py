@@ -127,6 +127,22 @@ async def test_an_error_nobody_foresaw_costs_only_the_shard_it_came_from(
     assert client.counters["unexpected_errors"] == 3
 
 
+async def test_a_failed_assertion_is_heard(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one process with the shard, as in a simulation: taken for a dead shard it would go unseen."""
+    client, drivers = local
+    session = await client.open(SPEC, E1)
+    made = chain(session.namespace, LONG)
+
+    async def fail(*_: object, **__: object) -> None:
+        raise AssertionError("a bug of ours")
+
+    monkeypatch.setattr(busy(session, made, drivers)[-1], "begin", fail)
+    with pytest.raises(AssertionError, match="a bug of ours"):
+        await publish(session, made, pin_for_s=60.0)
+    await client._peers.finish_errands()
+    assert [driver.core.leases for driver in drivers] == [0, 0, 0]
+
+
 async def test_a_publication_longer_than_a_transaction_is_split() -> None:
     driver = local_shard("shard-0", frames=OFFERS_MAX + 1)
     async with StoreClient.over([driver]) as client:
