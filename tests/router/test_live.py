@@ -17,7 +17,7 @@ from tests.serving import Up, running
 pytestmark = [pytest.mark.serving, pytest.mark.model, pytest.mark.timeout(300)]
 
 MODEL = "smollm2-135m"
-STORY: list[Any] = [{"role": "user", "content": "Tell me a long story about a lighthouse. " * 12}]
+STORY: list[Any] = [{"role": "user", "content": "Tell me a long story about a lighthouse. " * 8}]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_a_second_turn_finds_the_first_in_the_store(up: Up) -> None:
 @pytest.mark.parametrize("role", ["decode", "prefill"])
 def test_a_worker_killed_while_it_streams_changes_nothing(up: Up, role: str) -> None:
     messages: list[Any] = [{"role": "user", "content": f"Count and explain, for the {role} worker."}]
-    undisturbed = ask(up.url, messages, max_tokens=48, ignore_eos=True)
+    undisturbed = ask(up.url, messages, max_tokens=20, ignore_eos=True)
     (victim,) = [worker for worker in up.status()["workers"] if worker["role"] == role]
     pieces = []
     with client(up.url) as openai_client:
@@ -82,7 +82,7 @@ def test_a_worker_killed_while_it_streams_changes_nothing(up: Up, role: str) -> 
             model=MODEL,
             messages=messages,
             temperature=0,
-            max_tokens=48,
+            max_tokens=20,
             stream=True,
             extra_body={"ignore_eos": True},
         )

@@ -22,6 +22,7 @@ from kvstore.nouns import (
     Incarnation,
     ShardId,
 )
+from kvstore.publication import TXN_LEASE_S
 from kvstore.tiers.base import Place
 from kvstore.tiers.host import HostTier
 from kvstore.transport.sim import Faults, SimClock, SimHost, SimNetwork, VirtualTimeLoop
@@ -131,7 +132,7 @@ async def _live(seed: int) -> Report:
         world.network.faults = Faults(linger=0.0)
         for client in clients:
             await client.end()
-        await asyncio.sleep(3 * 30.0)  # longer than any lease, a transaction's included
+        await asyncio.sleep(1.3 * TXN_LEASE_S)  # longer than any lease by any clock here
         for host in world.hosts.values():
             _nothing_is_left(host)
     finally:
