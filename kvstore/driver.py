@@ -26,7 +26,7 @@ from kvstore.arrival import copy_and_verify, is_intact
 from kvstore.clock import Clock, MonotonicClock
 from kvstore.core.chain import State, Version
 from kvstore.core.shard import ShardCore
-from kvstore.core.state import CoreConfig, CoreLimits, Namespace, Offer
+from kvstore.core.state import CoreConfig, CoreLimits, Matched, Namespace, Offer
 from kvstore.core.transactions import Txn
 from kvstore.errors import (
     ConfigError,
@@ -61,7 +61,6 @@ from kvstore.transport.base import (
     WIRE_VERSION,
     BlockOffer,
     CommitResult,
-    MatchHit,
     MatchResult,
     ReadItem,
     ShardHello,
@@ -168,15 +167,16 @@ class ShardDriver:
         self, snapshot: Snapshot, keys: Sequence[BlockKey], owner: str, lease_s: float, *, timeout_s: float
     ) -> MatchResult:
         matched = self._serving().match(snapshot, keys, owner, lease_s, self._clock.now())
-        hits = tuple(MatchHit(v.ref, v.epoch, v.quality, v.tier, v.nbytes) for v in matched.versions)
         revision = Revision(self.config.incarnation, self.core.revision)
-        return MatchResult(hits, matched.lease, matched.miss, revision)
+        return match_result(matched, revision)
 
-    async def read(self, refs: Sequence[BlockRef], *, timeout_s: float) -> AsyncIterator[ReadItem]:
+    async def read(
+        self, namespace: NamespaceId, refs: Sequence[BlockRef], *, timeout_s: float
+    ) -> AsyncIterator[ReadItem]:
         self._check_count(len(refs))
         end = self._clock.now() + timeout_s
         for i, ref in enumerate(refs):
-            frame = await self._within(self._read_frame(ref), end - self._clock.now(), "read")
+            frame = await self._within(self._read_frame(namespace, ref), end - self._clock.now(), "read")
             yield ReadItem(i, None, frame) if isinstance(frame, MissReason) else ReadItem(i, frame, None)
 
     async def renew(self, leases: Sequence[LeaseId], lease_s: float, *, timeout_s: float) -> list[bool]:
@@ -219,10 +219,10 @@ class ShardDriver:
         self._serving().abort(txn)
         self._discard_freed()
 
-    async def report(self, refs: Sequence[BlockRef], *, timeout_s: float) -> int:
+    async def report(self, namespace: NamespaceId, refs: Sequence[BlockRef], *, timeout_s: float) -> int:
         """Check our own copy of what a reader found corrupt; retire what really is."""
         self._check_count(len(refs))
-        return await self._within(self._retire_corrupt(refs), timeout_s, "report")
+        return await self._within(self._retire_corrupt(namespace, refs), timeout_s, "report")
 
     async def status(self, *, timeout_s: float) -> ShardStatus:
         usage = self._serving().usage()
@@ -274,8 +274,8 @@ class ShardDriver:
                 f"{what} on {self.shard} took longer than {timeout_s:.3f} s: ask for less, or wait longer"
             ) from None
 
-    async def _read_frame(self, ref: BlockRef) -> memoryview | MissReason:
-        version = self._serving().resolve(ref)
+    async def _read_frame(self, namespace: NamespaceId, ref: BlockRef) -> memoryview | MissReason:
+        version = self._serving().resolve(namespace, ref)
         if isinstance(version, MissReason):
             return version
         try:
@@ -283,7 +283,7 @@ class ShardDriver:
         except OSError as error:
             self._count_fault("read", error)
             return MissReason.SHARD_UNAVAILABLE
-        again = self.core.resolve(ref)
+        again = self.core.resolve(namespace, ref)
         if isinstance(again, MissReason):
             return again
         if copy is None:  # storage lost it: out of sight, so that it can be written again
@@ -345,11 +345,11 @@ class ShardDriver:
             nbytes, lambda: copy_and_verify(header, payload, expected, namespace.block_nbytes)
         )
 
-    async def _retire_corrupt(self, refs: Sequence[BlockRef]) -> int:
+    async def _retire_corrupt(self, namespace: NamespaceId, refs: Sequence[BlockRef]) -> int:
         retired = 0
         for ref in refs:
-            version = self._serving().resolve(ref)
-            copy = await self._read_frame(ref)
+            version = self._serving().resolve(namespace, ref)
+            copy = await self._read_frame(namespace, ref)
             if isinstance(version, MissReason) or isinstance(copy, MissReason):
                 continue  # already counted: reused since, or storage could not tell
             intact = await beside_the_loop(copy.nbytes, functools.partial(is_intact, copy))
@@ -381,3 +381,20 @@ def _place(ref: BlockRef) -> Place:
 
 def _namespace(spec: NamespaceSpec) -> Namespace:
     return Namespace(spec.model_id, spec.layout.fingerprint, spec.layout.block_nbytes)
+
+
+def match_result(matched: Matched, revision: Revision) -> MatchResult:
+    versions = matched.versions
+    epochs = tuple(dict.fromkeys(v.epoch for v in versions))
+    return MatchResult(
+        slots=[v.ref.slot for v in versions],
+        generations=[v.ref.generation for v in versions],
+        epochs=epochs,
+        epoch_indexes=[epochs.index(v.epoch) for v in versions] if len(epochs) > 1 else (),
+        qualities=[int(v.quality) for v in versions],
+        tiers=[int(v.tier) for v in versions],
+        nbytes=[v.nbytes for v in versions],
+        lease=matched.lease,
+        miss=matched.miss,
+        revision=revision,
+    )

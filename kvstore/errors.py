@@ -9,7 +9,9 @@
     +-- LeaseExpired           ABORTED              the owner did not renew in time; its work is gone
     +-- OverLimit              RESOURCE_EXHAUSTED   a queue, message, lease or slot bound was reached
     +-- WireVersionMismatch    UNIMPLEMENTED        the peers share no wire version
+    +-- Compacted              OUT_OF_RANGE         a revision below the horizon, or of another incarnation
     +-- Unauthenticated        UNAUTHENTICATED      no token, or not a valid one
+    +-- PermissionDenied       PERMISSION_DENIED    somebody else's namespace, or an admin's call
     +-- Unavailable            UNAVAILABLE          the shard is down, draining or unreachable
     +-- DeadlineExceeded       DEADLINE_EXCEEDED    no answer within the caller's bound
 
@@ -68,8 +70,16 @@ class WireVersionMismatch(KVStrataError):
     status = "UNIMPLEMENTED"
 
 
+class Compacted(KVStrataError):
+    status = "OUT_OF_RANGE"
+
+
 class Unauthenticated(KVStrataError):
     status = "UNAUTHENTICATED"
+
+
+class PermissionDenied(KVStrataError):
+    status = "PERMISSION_DENIED"
 
 
 class Unavailable(KVStrataError):
@@ -83,6 +93,7 @@ class DeadlineExceeded(KVStrataError):
 ERRORS: Final[dict[str, type[KVStrataError]]] = {
     kind.__name__: kind
     for kind in (
+        Compacted,
         ConfigError,
         DeadlineExceeded,
         EpochConflict,
@@ -90,6 +101,7 @@ ERRORS: Final[dict[str, type[KVStrataError]]] = {
         LeaseExpired,
         NotFound,
         OverLimit,
+        PermissionDenied,
         Unauthenticated,
         Unavailable,
         WireVersionMismatch,

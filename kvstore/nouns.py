@@ -106,6 +106,38 @@ class Epoch:
     weights_digest: WeightsDigest
 
 
+@dataclass(frozen=True, slots=True)
+class EpochPolicy:
+    """What advancing a model's epoch means for KV of older ones.
+
+    Whatever it says, in-flight requests keep what they have pinned, and an engine that still runs older
+    weights goes on with KV of its own epoch unless that is dropped.
+    """
+
+    stale_lag_max: int = 0  # how many epochs older than its own a snapshot may see at most
+    drop_older: bool = False  # refuse matches and transactions at older epochs from here on
+
+
+ISOLATE: Final = EpochPolicy()
+"""New weights never meet old KV: the default."""
+DROP: Final = EpochPolicy(drop_older=True)
+
+
+def allow_stale(epochs: int) -> EpochPolicy:
+    """Snapshots that ask for it may see KV that is up to `epochs` epochs older than their own."""
+    return EpochPolicy(stale_lag_max=epochs)
+
+
+@dataclass(frozen=True, slots=True)
+class EpochsOfModel:
+    """What one shard knows of a model's epochs. An unknown model has none, and its current one is 0."""
+
+    registered: tuple[Epoch, ...]  # by number
+    current: int
+    stale_lag_max: int
+    oldest: int  # epochs below it are dropped
+
+
 class Quality(enum.IntEnum):
     """What a payload went through, ordered by measured loss: higher is closer to the exact bytes.
 
@@ -133,8 +165,7 @@ class Revision(NamedTuple):
     counter: int
 
 
-@dataclass(frozen=True, slots=True)
-class BlockRef:
+class BlockRef(NamedTuple):
     """One version's bytes on one shard. Any reuse of the slot bumps its generation, so a stale
     reference is a miss, never other data."""
 
@@ -158,8 +189,7 @@ class BlockMeta:
     fingerprint: LayoutFingerprint
 
 
-@dataclass(frozen=True, slots=True)
-class PinnedBlock:
+class PinnedBlock(NamedTuple):
     """A block a match or a commit found readable and holds for its owner: what read() takes."""
 
     key: BlockKey
@@ -178,6 +208,37 @@ class Snapshot:
     min_quality: Quality = Quality.LOSSLESS
     stale_lag_max: int = 0  # how many epochs older than `epoch` may be seen; 0: none
     revision: Revision | None = None  # None: latest
+
+
+class ChangeKind(enum.IntEnum):
+    """What a watch tells of. Numbers are on the wire: never renumber."""
+
+    COMMITTED = 1
+    RETIRED = 2  # out of sight: a better quality landed, or it was evicted, purged or found corrupt
+    EPOCH = 3  # the model's current epoch, or what it allows, changed
+    PURGED = 4  # everything of a namespace, or of one of its epochs
+
+
+class Change(NamedTuple):
+    """One change of one shard. All changes of a commit share its revision."""
+
+    revision: int
+    kind: ChangeKind
+    namespace: NamespaceId
+    key: BlockKey  # ROOT_KEY where no single block is meant
+    epoch: int  # 0 where every epoch is meant
+    quality: int  # 0 where none is meant
+
+
+class Listed(NamedTuple):
+    """One version in a listing."""
+
+    key: BlockKey
+    epoch: Epoch
+    quality: Quality
+    tier: Tier
+    created: int  # revision counter of its commit
+    nbytes: int
 
 
 class MissReason(enum.Enum):
@@ -201,6 +262,7 @@ class MissReason(enum.Enum):
     SHARD_UNAVAILABLE = "shard_unavailable"  # down, unreachable, or it broke off the transfer
     DEADLINE = "deadline"  # no answer within the caller's bound
     REFUSED = "refused"  # the shard said no: over its limits, draining, or another wire version
+    DROPPED_EPOCH = "dropped_epoch"  # the snapshot's epoch was dropped: nothing of it is served any more
 
 
 class Refusal(enum.Enum):
@@ -217,3 +279,5 @@ class Refusal(enum.Enum):
     LEASE_EXPIRED = "lease_expired"
     SHARD_UNAVAILABLE = "shard_unavailable"
     DEADLINE = "deadline"
+    QUOTA = "quota"  # the tenant's share of the shard is used up by what is pinned or being written
+    PURGED = "purged"  # the namespace, epoch or key was purged after the transaction began

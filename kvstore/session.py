@@ -109,17 +109,13 @@ class StoreSession:
             for shard, lease in _leases_of(answers):
                 self._give_back(shard, lease)
             raise
-        hits = {
-            i: hit
-            for shard, mine in placed.items()
-            if isinstance(answer := answers[shard], MatchResult)
-            for i, hit in zip(mine, answer.hits, strict=False)
-        }
-        run = next((i for i in range(len(keys)) if i not in hits), len(keys))
-        blocks = tuple(
-            PinnedBlock(keys[i], hits[i].ref, hits[i].epoch, hits[i].quality, hits[i].tier)
-            for i in range(run)
-        )
+        found: list[PinnedBlock | None] = [None] * len(keys)
+        for shard, mine in placed.items():
+            if isinstance(answer := answers[shard], MatchResult):
+                for i, block in zip(mine, answer.pinned(shard, [keys[i] for i in mine]), strict=False):
+                    found[i] = block
+        run = next((i for i, block in enumerate(found) if block is None), len(found))
+        blocks = tuple(block for block in found[:run] if block is not None)
         used = {block.ref.shard for block in blocks}
         leases = _leases_of(answers)
         for shard, lease in leases:
@@ -314,7 +310,7 @@ class StoreSession:
         timeout_s: float,
     ) -> None:
         try:
-            async for item in self._peers.transport(shard).read(refs, timeout_s=timeout_s):
+            async for item in self._peers.transport(shard).read(self.namespace, refs, timeout_s=timeout_s):
                 await queue.put(item)
             await queue.put(MissReason.SHARD_UNAVAILABLE)  # only seen if the stream ended too early
         except KVStrataError as error:
@@ -347,7 +343,7 @@ class StoreSession:
         """A block of the shard's failed verification: let it check its own copy."""
         transport = self._peers.transports.get(ref.shard)
         if transport is not None:
-            self._peers.send("report", transport.report([ref], timeout_s=ERRAND_TIMEOUT_S))
+            self._peers.send("report", transport.report(self.namespace, [ref], timeout_s=ERRAND_TIMEOUT_S))
 
     def _missed(self, i: int, block: PinnedBlock, reason: MissReason) -> BlockMiss:
         self._peers.counters[f"miss:{reason.value}"] += 1

@@ -110,12 +110,13 @@ class ShardCore:
             self.counters[_MISS_LABEL[miss]] += 1
         return Matched(tuple(run), lease, miss)
 
-    def resolve(self, ref: BlockRef) -> Version | MissReason:
-        """The version behind a reference, if its bytes are still the ones it was taken of."""
+    def resolve(self, namespace: NamespaceId, ref: BlockRef) -> Version | MissReason:
+        """The version behind a reference, if its bytes are still the ones it was taken of, and in the
+        namespace it was taken in."""
         version = None
         if (ref.shard, ref.incarnation) == (self.config.shard, self.config.incarnation):
             version = self.index.at(ref.slot, ref.generation)
-        if version is None or version.state is State.STAGED:
+        if version is None or version.state is State.STAGED or version.namespace != namespace:
             self.counters[_MISS_LABEL[MissReason.STALE_REFERENCE]] += 1
             return MissReason.STALE_REFERENCE
         return version

@@ -13,14 +13,20 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from kvstore.nouns import (
+    ISOLATE,
     BlockKey,
     BlockRef,
+    Change,
     Epoch,
+    EpochPolicy,
+    EpochsOfModel,
     Incarnation,
     LeaseId,
+    Listed,
     MissReason,
     NamespaceId,
     NamespaceSpec,
+    PinnedBlock,
     Quality,
     Refusal,
     Revision,
@@ -33,6 +39,8 @@ from kvstore.nouns import (
 WIRE_VERSION: Final = 1
 WIRE_VERSIONS_READ: Final = frozenset({1})  # our own and, once there is one, the one before
 REQUEST_ID_NBYTES: Final = 16  # random, made by the client: what makes a begin repeatable
+QUALITIES: Final = {int(quality): quality for quality in Quality}
+TIERS: Final = {int(tier): tier for tier in Tier}
 CHUNK_NBYTES: Final = 1 << 20  # bulk streams move frames in pieces of about this size
 
 
@@ -45,24 +53,70 @@ class ShardHello:
 
 
 @dataclass(frozen=True, slots=True)
-class MatchHit:
-    """One block of a match's run. Pinned until the match's lease is released or expires."""
-
-    ref: BlockRef
-    epoch: Epoch
-    quality: Quality
-    tier: Tier
-    nbytes: int  # of the whole frame
-
-
-@dataclass(frozen=True, slots=True)
 class MatchResult:
-    """The longest prefix run of the keys asked for that this shard serves, pinned under `lease`."""
+    """The longest prefix run of the keys asked for that this shard serves, pinned under `lease`.
 
-    hits: tuple[MatchHit, ...]
+    Columns: entry i speaks of the i-th key. A run has one epoch unless stale KV was asked for.
+    """
+
+    slots: Sequence[int]
+    generations: Sequence[int]
+    epochs: tuple[Epoch, ...]  # the distinct ones of the run
+    epoch_indexes: Sequence[int]  # into `epochs`; empty when there is only one
+    qualities: Sequence[int]
+    tiers: Sequence[int]
+    nbytes: Sequence[int]  # of the whole frames
     lease: LeaseId | None  # None when there is nothing to pin
     miss: MissReason | None  # why the run ended; None when every key was matched
     revision: Revision
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def pinned(self, shard: ShardId, keys: Sequence[BlockKey]) -> list[PinnedBlock]:
+        """The run as values, `keys` being what was asked for."""
+        incarnation = self.revision.incarnation
+        epochs = [self.epochs[i] for i in self.epoch_indexes] or list(self.epochs) * len(self)
+        columns = zip(keys, self.slots, self.generations, epochs, self.qualities, self.tiers, strict=False)
+        return [
+            PinnedBlock(
+                key, BlockRef(shard, incarnation, slot, generation), epoch, QUALITIES[quality], TIERS[tier]
+            )
+            for key, slot, generation, epoch, quality, tier in columns
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class WatchBatch:
+    """Changes in revision order, whole revisions only: nothing at or before `revision` is still to come."""
+
+    revision: Revision
+    changes: tuple[Change, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ListPage:
+    revision: Revision
+    versions: tuple[Listed, ...]
+    next_cursor: int  # 0 when this was the last page
+
+
+@dataclass(frozen=True, slots=True)
+class Purge:
+    """What to delete for good: of a namespace everything, only these keys, or only one epoch."""
+
+    namespace: NamespaceId
+    keys: tuple[BlockKey, ...] | None = None
+    epoch: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Purged:
+    """`versions` and `nbytes` were freed; what is pinned follows with its pins."""
+
+    revision: Revision
+    versions: int
+    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,16 +194,28 @@ class ShardTransport(Protocol):
         """Bind an epoch number to weights. Idempotent; raises EpochConflict when bound to others."""
         ...
 
-    async def advance_epoch(self, model_id: str, number: int, *, timeout_s: float) -> Revision:
-        """Make a registered epoch the model's current one. O(1): older versions become first victims."""
+    async def advance_epoch(
+        self, model_id: str, number: int, policy: EpochPolicy = ISOLATE, *, timeout_s: float
+    ) -> Revision:
+        """Make a registered epoch the model's current one. O(1): older versions become first victims.
+
+        Idempotent: the current number may be given again to change the policy; an older one changes nothing.
+        """
         ...
+
+    async def epochs(self, model_id: str, *, timeout_s: float) -> EpochsOfModel: ...
 
     async def match(
         self, snapshot: Snapshot, keys: Sequence[BlockKey], owner: str, lease_s: float, *, timeout_s: float
     ) -> MatchResult: ...
 
-    def read(self, refs: Sequence[BlockRef], *, timeout_s: float) -> AsyncIterator[ReadItem]:
-        """Frames in the order of `refs`, one ReadItem each, unless the stream breaks (raises)."""
+    def read(
+        self, namespace: NamespaceId, refs: Sequence[BlockRef], *, timeout_s: float
+    ) -> AsyncIterator[ReadItem]:
+        """Frames in the order of `refs`, one ReadItem each, unless the stream breaks (raises).
+
+        A reference into another namespace is a stale reference.
+        """
         ...
 
     async def renew(self, leases: Sequence[LeaseId], lease_s: float, *, timeout_s: float) -> list[bool]:
@@ -189,8 +255,38 @@ class ShardTransport(Protocol):
         """Free what the transaction staged. Idempotent."""
         ...
 
-    async def report(self, refs: Sequence[BlockRef], *, timeout_s: float) -> int:
+    async def report(self, namespace: NamespaceId, refs: Sequence[BlockRef], *, timeout_s: float) -> int:
         """A reader found these corrupt. The shard verifies its own copy and retires what fails; how many."""
+        ...
+
+    async def listing(
+        self, namespace: NamespaceId, at: Revision | None, cursor: int, limit: int, *, timeout_s: float
+    ) -> ListPage:
+        """One page of what is visible at a revision (None: latest; ask the next pages at the answer's).
+
+        Raises Compacted for a revision of another incarnation or below the horizon.
+        """
+        ...
+
+    def watch(
+        self, namespaces: Sequence[NamespaceId], after: Revision | None, *, timeout_s: float
+    ) -> AsyncIterator[WatchBatch]:
+        """Changes after a revision (None: from now on), in order and without gaps, for `timeout_s`.
+
+        Ends by itself then: watch again from the last revision seen. Raises Compacted when that is below
+        the horizon or of another incarnation: list, and watch from the listing's revision.
+        """
+        ...
+
+    async def purge(self, scope: Purge, *, timeout_s: float) -> Purged:
+        """Delete for good: gone from every later answer, on no later day to return. Idempotent."""
+        ...
+
+    async def compact(self, revision: Revision, *, timeout_s: float) -> Revision:
+        """Forget what only snapshots and watches below `revision` need; the horizon from here on.
+
+        Raises Compacted for another incarnation's revision, ConfigError for one that is still to come.
+        """
         ...
 
     async def status(self, *, timeout_s: float) -> ShardStatus: ...

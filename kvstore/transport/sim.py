@@ -226,7 +226,9 @@ class SimTransport:
             "match", lambda d: d.match(snapshot, keys, owner, lease_s, timeout_s=timeout_s), timeout_s
         )
 
-    async def read(self, refs: Sequence[BlockRef], *, timeout_s: float) -> AsyncIterator[ReadItem]:
+    async def read(
+        self, namespace: NamespaceId, refs: Sequence[BlockRef], *, timeout_s: float
+    ) -> AsyncIterator[ReadItem]:
         """A few items a message: any of these may be the last that arrives."""
         end = asyncio.get_running_loop().time() + timeout_s
         for start in range(0, len(refs), _ITEMS_A_MESSAGE):
@@ -236,7 +238,7 @@ class SimTransport:
             async def serve(
                 driver: ShardDriver, some: Sequence[BlockRef] = some, left: float = left
             ) -> list[ReadItem]:
-                return [item async for item in driver.read(some, timeout_s=left)]
+                return [item async for item in driver.read(namespace, some, timeout_s=left)]
 
             for item in await self._call("read", serve, left):
                 yield ReadItem(start + item.index, item.frame, item.miss)
@@ -278,8 +280,8 @@ class SimTransport:
     async def abort(self, txn: TxnId, *, timeout_s: float) -> None:
         await self._call("abort", lambda d: d.abort(txn, timeout_s=timeout_s), timeout_s)
 
-    async def report(self, refs: Sequence[BlockRef], *, timeout_s: float) -> int:
-        return await self._call("report", lambda d: d.report(refs, timeout_s=timeout_s), timeout_s)
+    async def report(self, namespace: NamespaceId, refs: Sequence[BlockRef], *, timeout_s: float) -> int:
+        return await self._call("report", lambda d: d.report(namespace, refs, timeout_s=timeout_s), timeout_s)
 
     async def status(self, *, timeout_s: float) -> ShardStatus:
         return await self._call("status", lambda d: d.status(timeout_s=timeout_s), timeout_s)

@@ -1,9 +1,23 @@
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class ChangeKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CHANGE_KIND_UNSPECIFIED: _ClassVar[ChangeKind]
+    CHANGE_KIND_COMMITTED: _ClassVar[ChangeKind]
+    CHANGE_KIND_RETIRED: _ClassVar[ChangeKind]
+    CHANGE_KIND_EPOCH: _ClassVar[ChangeKind]
+    CHANGE_KIND_PURGED: _ClassVar[ChangeKind]
+CHANGE_KIND_UNSPECIFIED: ChangeKind
+CHANGE_KIND_COMMITTED: ChangeKind
+CHANGE_KIND_RETIRED: ChangeKind
+CHANGE_KIND_EPOCH: ChangeKind
+CHANGE_KIND_PURGED: ChangeKind
 
 class HelloRequest(_message.Message):
     __slots__ = ("wire_versions", "client")
@@ -90,18 +104,40 @@ class RegisterEpochResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class AdvanceEpochRequest(_message.Message):
-    __slots__ = ("model_id", "number")
+    __slots__ = ("model_id", "number", "stale_lag_max", "drop_older")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
+    STALE_LAG_MAX_FIELD_NUMBER: _ClassVar[int]
+    DROP_OLDER_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     number: int
-    def __init__(self, model_id: _Optional[str] = ..., number: _Optional[int] = ...) -> None: ...
+    stale_lag_max: int
+    drop_older: bool
+    def __init__(self, model_id: _Optional[str] = ..., number: _Optional[int] = ..., stale_lag_max: _Optional[int] = ..., drop_older: bool = ...) -> None: ...
 
 class AdvanceEpochResponse(_message.Message):
     __slots__ = ("revision",)
     REVISION_FIELD_NUMBER: _ClassVar[int]
     revision: Revision
     def __init__(self, revision: _Optional[_Union[Revision, _Mapping]] = ...) -> None: ...
+
+class ShowEpochsRequest(_message.Message):
+    __slots__ = ("model_id",)
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    model_id: str
+    def __init__(self, model_id: _Optional[str] = ...) -> None: ...
+
+class ShowEpochsResponse(_message.Message):
+    __slots__ = ("epochs", "current", "stale_lag_max", "oldest")
+    EPOCHS_FIELD_NUMBER: _ClassVar[int]
+    CURRENT_FIELD_NUMBER: _ClassVar[int]
+    STALE_LAG_MAX_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_FIELD_NUMBER: _ClassVar[int]
+    epochs: _containers.RepeatedCompositeFieldContainer[Epoch]
+    current: int
+    stale_lag_max: int
+    oldest: int
+    def __init__(self, epochs: _Optional[_Iterable[_Union[Epoch, _Mapping]]] = ..., current: _Optional[int] = ..., stale_lag_max: _Optional[int] = ..., oldest: _Optional[int] = ...) -> None: ...
 
 class MatchRequest(_message.Message):
     __slots__ = ("namespace_id", "epoch", "min_quality", "stale_lag_max", "revision", "keys", "owner", "lease_ms")
@@ -124,28 +160,28 @@ class MatchRequest(_message.Message):
     def __init__(self, namespace_id: _Optional[bytes] = ..., epoch: _Optional[_Union[Epoch, _Mapping]] = ..., min_quality: _Optional[int] = ..., stale_lag_max: _Optional[int] = ..., revision: _Optional[_Union[Revision, _Mapping]] = ..., keys: _Optional[bytes] = ..., owner: _Optional[str] = ..., lease_ms: _Optional[int] = ...) -> None: ...
 
 class MatchResponse(_message.Message):
-    __slots__ = ("slots", "generations", "epoch_numbers", "weights_digests", "qualities", "tiers", "nbytes", "lease", "miss", "revision")
+    __slots__ = ("slots", "generations", "qualities", "tiers", "nbytes", "lease", "miss", "revision", "epochs", "epoch_indexes")
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     GENERATIONS_FIELD_NUMBER: _ClassVar[int]
-    EPOCH_NUMBERS_FIELD_NUMBER: _ClassVar[int]
-    WEIGHTS_DIGESTS_FIELD_NUMBER: _ClassVar[int]
     QUALITIES_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
     NBYTES_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
     MISS_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
+    EPOCHS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_INDEXES_FIELD_NUMBER: _ClassVar[int]
     slots: _containers.RepeatedScalarFieldContainer[int]
     generations: _containers.RepeatedScalarFieldContainer[int]
-    epoch_numbers: _containers.RepeatedScalarFieldContainer[int]
-    weights_digests: bytes
     qualities: _containers.RepeatedScalarFieldContainer[int]
     tiers: _containers.RepeatedScalarFieldContainer[int]
     nbytes: _containers.RepeatedScalarFieldContainer[int]
     lease: int
     miss: str
     revision: Revision
-    def __init__(self, slots: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., epoch_numbers: _Optional[_Iterable[int]] = ..., weights_digests: _Optional[bytes] = ..., qualities: _Optional[_Iterable[int]] = ..., tiers: _Optional[_Iterable[int]] = ..., nbytes: _Optional[_Iterable[int]] = ..., lease: _Optional[int] = ..., miss: _Optional[str] = ..., revision: _Optional[_Union[Revision, _Mapping]] = ...) -> None: ...
+    epochs: _containers.RepeatedCompositeFieldContainer[Epoch]
+    epoch_indexes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, slots: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., qualities: _Optional[_Iterable[int]] = ..., tiers: _Optional[_Iterable[int]] = ..., nbytes: _Optional[_Iterable[int]] = ..., lease: _Optional[int] = ..., miss: _Optional[str] = ..., revision: _Optional[_Union[Revision, _Mapping]] = ..., epochs: _Optional[_Iterable[_Union[Epoch, _Mapping]]] = ..., epoch_indexes: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RenewRequest(_message.Message):
     __slots__ = ("leases", "lease_ms")
@@ -238,20 +274,138 @@ class AbortResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class ReportRequest(_message.Message):
-    __slots__ = ("incarnation", "slots", "generations")
+    __slots__ = ("incarnation", "slots", "generations", "namespace_id")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     incarnation: int
     slots: _containers.RepeatedScalarFieldContainer[int]
     generations: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, incarnation: _Optional[int] = ..., slots: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ...) -> None: ...
+    namespace_id: bytes
+    def __init__(self, incarnation: _Optional[int] = ..., slots: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., namespace_id: _Optional[bytes] = ...) -> None: ...
 
 class ReportResponse(_message.Message):
     __slots__ = ("retired",)
     RETIRED_FIELD_NUMBER: _ClassVar[int]
     retired: int
     def __init__(self, retired: _Optional[int] = ...) -> None: ...
+
+class ListRequest(_message.Message):
+    __slots__ = ("namespace_id", "revision", "cursor", "limit")
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    CURSOR_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    namespace_id: bytes
+    revision: Revision
+    cursor: int
+    limit: int
+    def __init__(self, namespace_id: _Optional[bytes] = ..., revision: _Optional[_Union[Revision, _Mapping]] = ..., cursor: _Optional[int] = ..., limit: _Optional[int] = ...) -> None: ...
+
+class ListResponse(_message.Message):
+    __slots__ = ("revision", "keys", "epoch_numbers", "weights_digests", "qualities", "tiers", "created", "nbytes", "next_cursor")
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_NUMBERS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    QUALITIES_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    CREATED_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    NEXT_CURSOR_FIELD_NUMBER: _ClassVar[int]
+    revision: Revision
+    keys: bytes
+    epoch_numbers: _containers.RepeatedScalarFieldContainer[int]
+    weights_digests: bytes
+    qualities: _containers.RepeatedScalarFieldContainer[int]
+    tiers: _containers.RepeatedScalarFieldContainer[int]
+    created: _containers.RepeatedScalarFieldContainer[int]
+    nbytes: _containers.RepeatedScalarFieldContainer[int]
+    next_cursor: int
+    def __init__(self, revision: _Optional[_Union[Revision, _Mapping]] = ..., keys: _Optional[bytes] = ..., epoch_numbers: _Optional[_Iterable[int]] = ..., weights_digests: _Optional[bytes] = ..., qualities: _Optional[_Iterable[int]] = ..., tiers: _Optional[_Iterable[int]] = ..., created: _Optional[_Iterable[int]] = ..., nbytes: _Optional[_Iterable[int]] = ..., next_cursor: _Optional[int] = ...) -> None: ...
+
+class WatchRequest(_message.Message):
+    __slots__ = ("namespace_ids", "after")
+    NAMESPACE_IDS_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    namespace_ids: _containers.RepeatedScalarFieldContainer[bytes]
+    after: Revision
+    def __init__(self, namespace_ids: _Optional[_Iterable[bytes]] = ..., after: _Optional[_Union[Revision, _Mapping]] = ...) -> None: ...
+
+class WatchResponse(_message.Message):
+    __slots__ = ("revision", "revisions", "kinds", "namespace_ids", "keys", "epoch_numbers", "qualities")
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    REVISIONS_FIELD_NUMBER: _ClassVar[int]
+    KINDS_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_IDS_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_NUMBERS_FIELD_NUMBER: _ClassVar[int]
+    QUALITIES_FIELD_NUMBER: _ClassVar[int]
+    revision: Revision
+    revisions: _containers.RepeatedScalarFieldContainer[int]
+    kinds: _containers.RepeatedScalarFieldContainer[ChangeKind]
+    namespace_ids: bytes
+    keys: bytes
+    epoch_numbers: _containers.RepeatedScalarFieldContainer[int]
+    qualities: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, revision: _Optional[_Union[Revision, _Mapping]] = ..., revisions: _Optional[_Iterable[int]] = ..., kinds: _Optional[_Iterable[_Union[ChangeKind, str]]] = ..., namespace_ids: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., epoch_numbers: _Optional[_Iterable[int]] = ..., qualities: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class PurgeRequest(_message.Message):
+    __slots__ = ("namespace_id", "keys", "epoch_number")
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_NUMBER_FIELD_NUMBER: _ClassVar[int]
+    namespace_id: bytes
+    keys: bytes
+    epoch_number: int
+    def __init__(self, namespace_id: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., epoch_number: _Optional[int] = ...) -> None: ...
+
+class PurgeResponse(_message.Message):
+    __slots__ = ("revision", "versions", "nbytes")
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    revision: Revision
+    versions: int
+    nbytes: int
+    def __init__(self, revision: _Optional[_Union[Revision, _Mapping]] = ..., versions: _Optional[int] = ..., nbytes: _Optional[int] = ...) -> None: ...
+
+class CompactRequest(_message.Message):
+    __slots__ = ("revision",)
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    revision: Revision
+    def __init__(self, revision: _Optional[_Union[Revision, _Mapping]] = ...) -> None: ...
+
+class CompactResponse(_message.Message):
+    __slots__ = ("horizon",)
+    HORIZON_FIELD_NUMBER: _ClassVar[int]
+    horizon: Revision
+    def __init__(self, horizon: _Optional[_Union[Revision, _Mapping]] = ...) -> None: ...
+
+class PipelineRequest(_message.Message):
+    __slots__ = ("id", "method", "request", "timeout_ms")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    method: str
+    request: bytes
+    timeout_ms: int
+    def __init__(self, id: _Optional[int] = ..., method: _Optional[str] = ..., request: _Optional[bytes] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
+
+class PipelineResponse(_message.Message):
+    __slots__ = ("id", "response", "error", "detail")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    response: bytes
+    error: str
+    detail: str
+    def __init__(self, id: _Optional[int] = ..., response: _Optional[bytes] = ..., error: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ()

@@ -27,7 +27,7 @@ from kvstore.nouns import (
     WeightsDigest,
 )
 from kvstore.tiers.host import HostTier
-from kvstore.transport.base import BlockOffer, CommitResult
+from kvstore.transport.base import BlockOffer, CommitResult, MatchResult
 
 LAYOUT = KVLayout(layers=2, head_begin=0, head_end=1, head_dim=4, dtype="float32", block_tokens=2)
 SPEC = NamespaceSpec("oracle", LAYOUT, tokenizer_digest=bytes(16))
@@ -96,16 +96,25 @@ async def put(
     return await driver.commit(opened.txn, pin_for_s, timeout_s=TIMEOUT)
 
 
-async def get(driver: ShardDriver, refs: Sequence[BlockRef]) -> list[bytes | MissReason]:
+async def get(
+    driver: ShardDriver, namespace: NamespaceId, refs: Sequence[BlockRef]
+) -> list[bytes | MissReason]:
     """Payloads as a reader sees them: verified, or the miss."""
     got: list[bytes | MissReason] = []
-    async for item in driver.read(refs, timeout_s=TIMEOUT):
+    async for item in driver.read(namespace, refs, timeout_s=TIMEOUT):
         if item.frame is None:
             assert item.miss is not None
             got.append(item.miss)
         else:
             got.append(bytes(decode_frame(item.frame)[1]))
     return got
+
+
+def refs_in(matched: MatchResult) -> list[BlockRef]:
+    """What a match of `new_driver`'s shard found."""
+    incarnation = matched.revision.incarnation
+    places = zip(matched.slots, matched.generations, strict=True)
+    return [BlockRef(ShardId("shard-0"), incarnation, slot, generation) for slot, generation in places]
 
 
 def refs_of(result: CommitResult) -> list[BlockRef]:

@@ -23,6 +23,7 @@ from kvstore.nouns import (
     Refusal,
     Revision,
     Snapshot,
+    allow_stale,
 )
 from kvstore.tiers.host import HostTier
 from kvstore.transport.base import MatchResult
@@ -40,6 +41,7 @@ from tests.kvstore.oracle import (
     offer,
     payload,
     put,
+    refs_in,
     refs_of,
 )
 
@@ -102,22 +104,25 @@ async def test_committed_blocks_are_matched_and_read_back(shard: Shard) -> None:
     await put(shard.driver, made, range(5), E1)
     matched = await shard.match(made.keys)
     assert matched.miss is None
-    assert await get(shard.driver, [h.ref for h in matched.hits]) == [payload(k, E1) for k in made.keys]
+    assert await get(shard.driver, shard.namespace, refs_in(matched)) == [payload(k, E1) for k in made.keys]
 
 
 async def test_match_stops_at_the_first_gap(shard: Shard) -> None:
     made = chain(shard.namespace, 5)
     await put(shard.driver, made, [0, 1, 3, 4], E1)
     matched = await shard.match(made.keys)
-    assert (len(matched.hits), matched.miss) == (2, MissReason.ABSENT)
+    assert (len(matched), matched.miss) == (2, MissReason.ABSENT)
 
 
 async def test_new_weights_never_meet_old_kv(shard: Shard) -> None:
     made = chain(shard.namespace, 2)
     await put(shard.driver, made, [0, 1], E1)
     assert (await shard.match(made.keys, shard.snapshot(epoch=E2))).miss is MissReason.OTHER_EPOCH
-    lagging = await shard.match(made.keys, shard.snapshot(epoch=E2, stale_lag_max=1))
-    assert [h.epoch for h in lagging.hits] == [E1, E1]
+    stale = shard.snapshot(epoch=E2, stale_lag_max=1)
+    assert (await shard.match(made.keys, stale)).miss is MissReason.OTHER_EPOCH
+    await shard.driver.advance_epoch(SPEC.model_id, 2, allow_stale(1), timeout_s=TIMEOUT)
+    lagging = await shard.match(made.keys, stale)
+    assert (len(lagging), lagging.epochs) == (2, (E1,))
 
 
 async def test_an_epoch_number_is_bound_to_its_weights_for_ever(shard: Shard) -> None:
@@ -235,7 +240,7 @@ async def test_pinned_blocks_are_not_evicted_and_refusals_are_explicit() -> None
     await shard.driver.release(leases(held), timeout_s=TIMEOUT)
     await put(shard.driver, rival, [0, 1], E1)
     left = await shard.match(made.keys)
-    assert [h.ref.slot for h in left.hits] == [h.ref.slot for h in held.hits[:2]]  # the leaves went first
+    assert left.slots == held.slots[:2]  # the leaves went first
     shard.driver.check_integrity()
 
 
@@ -246,8 +251,8 @@ async def test_old_epochs_are_the_first_victims() -> None:
     await put(shard.driver, old, [0, 1], E1)
     await shard.driver.advance_epoch(SPEC.model_id, 2, timeout_s=TIMEOUT)
     await put(shard.driver, chain(shard.namespace, 2, first_token=800), [0, 1], E2)
-    assert (await shard.match(old.keys)).hits == ()
-    assert len((await shard.match(new.keys, shard.snapshot(epoch=E2))).hits) == 2
+    assert len(await shard.match(old.keys)) == 0
+    assert len(await shard.match(new.keys, shard.snapshot(epoch=E2))) == 2
 
 
 async def test_a_reference_to_a_reused_slot_is_a_miss() -> None:
@@ -256,7 +261,7 @@ async def test_a_reference_to_a_reused_slot_is_a_miss() -> None:
     refs = refs_of(await put(shard.driver, first, [0], E1))
     (newer,) = refs_of(await put(shard.driver, second, [0], E1))
     assert newer.slot == refs[0].slot
-    assert await get(shard.driver, [*refs, newer]) == [
+    assert await get(shard.driver, shard.namespace, [*refs, newer]) == [
         MissReason.STALE_REFERENCE,
         payload(second.keys[0], E1),
     ]
@@ -268,7 +273,7 @@ async def test_a_slot_reused_while_it_is_read_is_a_miss() -> None:
     refs = refs_of(await put(shard.driver, first, [0], E1))
     gate = asyncio.Event()
     with failpoints.armed("storage.read", failpoints.Delay(gate)):
-        reading = asyncio.ensure_future(get(shard.driver, refs))
+        reading = asyncio.ensure_future(get(shard.driver, shard.namespace, refs))
         await asyncio.sleep(0)
         await put(shard.driver, second, [0], E1)
         gate.set()
@@ -278,7 +283,7 @@ async def test_a_slot_reused_while_it_is_read_is_a_miss() -> None:
 async def test_a_reference_of_another_incarnation_is_a_miss(shard: Shard) -> None:
     (ref,) = refs_of(await put(shard.driver, chain(shard.namespace, 1), [0], E1))
     past = BlockRef(ref.shard, Incarnation(6), ref.slot, ref.generation)
-    assert await get(shard.driver, [past]) == [MissReason.STALE_REFERENCE]
+    assert await get(shard.driver, shard.namespace, [past]) == [MissReason.STALE_REFERENCE]
     snapshot = shard.snapshot(revision=Revision(Incarnation(6), 1))
     assert (await shard.match(chain(shard.namespace, 1).keys, snapshot)).miss is MissReason.COMPACTED
 
@@ -291,11 +296,11 @@ async def test_a_pin_holds_until_its_lease_ends() -> None:
     shard.later(2)
     assert await shard.driver.renew(leases(matched), 3.0, timeout_s=TIMEOUT) == [True]
     shard.later(2)
-    assert await get(shard.driver, [matched.hits[0].ref]) == [payload(made.keys[0], E1)]
+    assert await get(shard.driver, shard.namespace, refs_in(matched)) == [payload(made.keys[0], E1)]
     shard.later(2)
     assert await shard.driver.renew(leases(matched), 3.0, timeout_s=TIMEOUT) == [False]
     await put(shard.driver, rival, [0], E1)
-    assert await get(shard.driver, [matched.hits[0].ref]) == [MissReason.STALE_REFERENCE]
+    assert await get(shard.driver, shard.namespace, refs_in(matched)) == [MissReason.STALE_REFERENCE]
 
 
 async def test_the_shards_own_pause_ends_no_lease(shard: Shard) -> None:
@@ -322,13 +327,14 @@ async def test_a_flipped_byte_is_reported_retired_and_written_again() -> None:
     shard = await Shard(faults=True).open()
     made = chain(shard.namespace, 2)
     before = refs_of(await put(shard.driver, made, [0, 1], E1))
-    assert await shard.driver.report(before, timeout_s=TIMEOUT) == 0  # a false alarm retires nothing
+    # A false alarm retires nothing.
+    assert await shard.driver.report(shard.namespace, before, timeout_s=TIMEOUT) == 0
     assert shard.driver.flip_stored_byte() == made.keys[0]
-    assert await shard.driver.report(before, timeout_s=TIMEOUT) == 1
+    assert await shard.driver.report(shard.namespace, before, timeout_s=TIMEOUT) == 1
     assert (await shard.match(made.keys)).miss is MissReason.ABSENT
     await put(shard.driver, made, [0], E1, request_id=b"again")
     matched = await shard.match(made.keys)
-    assert await get(shard.driver, [h.ref for h in matched.hits]) == [payload(k, E1) for k in made.keys]
+    assert await get(shard.driver, shard.namespace, refs_in(matched)) == [payload(k, E1) for k in made.keys]
     shard.driver.check_integrity()
 
 
@@ -382,17 +388,17 @@ async def test_the_late_copy_of_a_frame_takes_nothing_from_the_committed_one(sha
     gate.set()
     with pytest.raises(LeaseExpired):
         await late
-    assert await get(shard.driver, refs_of(done)) == [payload(made.keys[0], E1)]
+    assert await get(shard.driver, shard.namespace, refs_of(done)) == [payload(made.keys[0], E1)]
 
 
 async def test_a_block_whose_bytes_are_lost_is_absent_and_can_be_written_again(shard: Shard) -> None:
     made = chain(shard.namespace, 1)
     with failpoints.armed("storage.write", failpoints.Effect.DROP):
         (lost,) = refs_of(await put(shard.driver, made, [0], E1))
-    assert await get(shard.driver, [lost]) == [MissReason.ABSENT]
+    assert await get(shard.driver, shard.namespace, [lost]) == [MissReason.ABSENT]
     assert shard.driver.core.counters["miss:absent"] == 1
     (again,) = refs_of(await put(shard.driver, made, [0], E1, request_id=b"again"))
-    assert await get(shard.driver, [again]) == [payload(made.keys[0], E1)]
+    assert await get(shard.driver, shard.namespace, [again]) == [payload(made.keys[0], E1)]
 
 
 def test_a_tick_that_looks_like_a_pause_is_refused() -> None:

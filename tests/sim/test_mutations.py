@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 
@@ -14,6 +13,7 @@ from kvstore.core.index import Index
 from kvstore.core.leases import LeaseTable
 from kvstore.core.shard import ShardCore
 from kvstore.frame import HEADER_NBYTES, decode_header
+from kvstore.nouns import BlockRef, NamespaceId
 from kvstore.tiers.host import HostTier
 from tests.sim.world import run_seed
 
@@ -30,8 +30,8 @@ def incarnation(patch: Patch) -> None:
     """A reference survives a crash of its shard."""
     resolve = ShardCore.resolve
 
-    def any_life(core: ShardCore, ref: object) -> object:
-        return resolve(core, dataclasses.replace(ref, incarnation=core.config.incarnation))  # type: ignore[type-var,arg-type]
+    def any_life(core: ShardCore, namespace: NamespaceId, ref: BlockRef) -> object:
+        return resolve(core, namespace, ref._replace(incarnation=core.config.incarnation))
 
     patch.setattr(ShardCore, "resolve", any_life)
 

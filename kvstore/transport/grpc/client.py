@@ -107,15 +107,18 @@ class GrpcTransport:
         await failpoints.hit("transport.match")
         asked = wire.match_out(snapshot, keys, owner, lease_s)
         with self._named_errors():
-            return wire.match_result_in(self.shard, await self._call(methods.MATCH, asked, timeout_s))
+            return wire.match_result_in(await self._call(methods.MATCH, asked, timeout_s))
 
-    async def read(self, refs: Sequence[BlockRef], *, timeout_s: float) -> AsyncIterator[ReadItem]:
+    async def read(
+        self, namespace: NamespaceId, refs: Sequence[BlockRef], *, timeout_s: float
+    ) -> AsyncIterator[ReadItem]:
         deadline = await self._introduced(timeout_s)
         for run_start, run in _runs_of_one_incarnation(refs):
             asked = blocks.ReadRequest(
                 incarnation=run[0].incarnation,
                 slots=[ref.slot for ref in run],
                 generations=[ref.generation for ref in run],
+                namespace_id=namespace,
             )
             with self._named_errors():
                 call: Any = self._bulk.unary_stream(
@@ -190,13 +193,14 @@ class GrpcTransport:
     async def abort(self, txn: TxnId, *, timeout_s: float) -> None:
         await self._call(methods.ABORT, control.AbortRequest(txn=txn), timeout_s)
 
-    async def report(self, refs: Sequence[BlockRef], *, timeout_s: float) -> int:
+    async def report(self, namespace: NamespaceId, refs: Sequence[BlockRef], *, timeout_s: float) -> int:
         retired = 0
         for _, run in _runs_of_one_incarnation(refs):
             asked = control.ReportRequest(
                 incarnation=run[0].incarnation,
                 slots=[ref.slot for ref in run],
                 generations=[ref.generation for ref in run],
+                namespace_id=namespace,
             )
             retired += (await self._call(methods.REPORT, asked, timeout_s)).retired
         return retired

@@ -149,7 +149,9 @@ class ShardService:
 
     async def _report(self, asked: Any, context: Context) -> control.ReportResponse:
         return control.ReportResponse(
-            retired=await self._shard.report(self._refs(asked), timeout_s=_left(context))
+            retired=await self._shard.report(
+                wire.namespace_in(asked.namespace_id), self._refs(asked), timeout_s=_left(context)
+            )
         )
 
     async def _status(self, asked: Any, context: Context) -> control.StatusResponse:
@@ -164,7 +166,8 @@ class ShardService:
                 await context.write(chunk)
 
     async def _chunks(self, asked: blocks.ReadRequest, context: Context) -> AsyncIterator[bytes]:
-        async for item in self._shard.read(self._refs(asked), timeout_s=_left(context)):
+        namespace = wire.namespace_in(asked.namespace_id)
+        async for item in self._shard.read(namespace, self._refs(asked), timeout_s=_left(context)):
             if item.frame is None:
                 miss = item.miss.value if item.miss else ""
                 yield bulk.pack_miss(item.index, miss)

@@ -37,11 +37,17 @@ from kvstore.nouns import (
     Revision,
     ShardId,
     Snapshot,
-    Tier,
     WeightsDigest,
 )
 from kvstore.topology import ShardEntry, Topology
-from kvstore.transport.base import BlockOffer, CommitResult, MatchHit, MatchResult, ShardStatus
+from kvstore.transport.base import (
+    QUALITIES,
+    TIERS,
+    BlockOffer,
+    CommitResult,
+    MatchResult,
+    ShardStatus,
+)
 from kvstore.v1 import control_pb2 as control
 from kvstore.v1 import topology_pb2 as topology
 
@@ -172,45 +178,43 @@ def snapshot_in(message: control.MatchRequest) -> Snapshot:
 
 
 def match_result_out(result: MatchResult) -> control.MatchResponse:
-    hits = result.hits
     return control.MatchResponse(
-        slots=[h.ref.slot for h in hits],
-        generations=[h.ref.generation for h in hits],
-        epoch_numbers=[h.epoch.number for h in hits],
-        weights_digests=b"".join(h.epoch.weights_digest for h in hits),
-        qualities=[int(h.quality) for h in hits],
-        tiers=[int(h.tier) for h in hits],
-        nbytes=[h.nbytes for h in hits],
+        slots=result.slots,
+        generations=result.generations,
+        epochs=[epoch_out(epoch) for epoch in result.epochs],
+        epoch_indexes=result.epoch_indexes,
+        qualities=result.qualities,
+        tiers=result.tiers,
+        nbytes=result.nbytes,
         lease=result.lease or 0,
         miss=result.miss.value if result.miss else "",
         revision=revision_out(result.revision),
     )
 
 
-def match_result_in(shard: ShardId, message: control.MatchResponse) -> MatchResult:
-    revision = revision_in(message.revision)
-    columns = zip(
-        message.slots,
-        message.generations,
-        message.epoch_numbers,
-        message.qualities,
-        message.tiers,
-        message.nbytes,
-        strict=True,
+def match_result_in(message: control.MatchResponse) -> MatchResult:
+    """Raises ValueError for columns that do not fit each other, or say what we have no word for."""
+    columns = (message.slots, message.generations, message.qualities, message.tiers, message.nbytes)
+    slots, generations, qualities, tiers, nbytes = map(list, columns)
+    epochs = tuple(epoch_in(epoch) for epoch in message.epochs)
+    indexes = list(message.epoch_indexes) or [0] * (len(slots) if len(epochs) != 1 else 0)
+    lengths = {len(column) for column in (slots, generations, qualities, tiers, nbytes)}
+    if len(lengths) != 1 or (indexes and (len(indexes) != len(slots) or max(indexes) >= len(epochs))):
+        raise ValueError("the columns of a match do not fit each other")
+    if (slots and not epochs) or not QUALITIES.keys() >= set(qualities) or not TIERS.keys() >= set(tiers):
+        raise ValueError("a match of a quality, tier or epoch we do not know")
+    return MatchResult(
+        slots,
+        generations,
+        epochs,
+        indexes,
+        qualities,
+        tiers,
+        nbytes,
+        LeaseId(message.lease) if message.lease else None,
+        MissReason(message.miss) if message.miss else None,
+        revision_in(message.revision),
     )
-    digests = message.weights_digests
-    hits = tuple(
-        MatchHit(
-            BlockRef(shard, revision.incarnation, slot, generation),
-            Epoch(number, WeightsDigest(digests[i * _DIGEST : (i + 1) * _DIGEST])),
-            Quality(quality),
-            Tier(tier),
-            nbytes,
-        )
-        for i, (slot, generation, number, quality, tier, nbytes) in enumerate(columns)
-    )
-    lease = LeaseId(message.lease) if message.lease else None
-    return MatchResult(hits, lease, MissReason(message.miss) if message.miss else None, revision)
 
 
 def offers_in(message: control.BeginRequest) -> list[BlockOffer]:

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from kvstore.core.transactions import Txn
 from kvstore.nouns import BlockRef, MissReason, Quality, Refusal, Revision, TxnId
-from tests.kvstore.core.conftest import INCARNATION, INT8, LOSSLESS, MODEL, NBYTES, Shard, epoch
+from tests.kvstore.core.conftest import INCARNATION, INT8, LOSSLESS, MODEL, NAMESPACE, NBYTES, Shard, epoch
 from tests.kvstore.core.model import PAUSE_S, Block, Lease, Model, Writing
 
 CAPACITY_BLOCKS = 6
@@ -224,7 +224,7 @@ class CoreMachine(RuleBasedStateMachine):
     def report(self, pick: int) -> None:
         live = [b for b in self.model.blocks if b.is_live]
         block = live[pick % len(live)]
-        version = self.shard.core.resolve(block.ref)
+        version = self.shard.core.resolve(NAMESPACE, block.ref)
         assert not isinstance(version, MissReason)
         self.shard.core.report(version)
         block.retired, block.corrupt = self.shard.core.revision, True

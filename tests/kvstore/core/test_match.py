@@ -6,7 +6,7 @@ import pytest
 
 from kvstore.errors import NotFound, OverLimit
 from kvstore.nouns import Incarnation, MissReason, NamespaceId, Refusal, Revision
-from tests.kvstore.core.conftest import E1, E2, INT8, LOSSLESS, MODEL, NBYTES, Shard
+from tests.kvstore.core.conftest import E1, E2, INT8, LOSSLESS, MODEL, NAMESPACE, NBYTES, Shard
 
 OTHER = NamespaceId(bytes([1] * 16))
 
@@ -80,10 +80,10 @@ def test_a_retired_version_keeps_its_bytes_while_it_is_pinned(shard: Shard) -> N
     held = shard.match([0], min_quality=INT8)
     shard.put([0], quality=LOSSLESS)
     assert shard.core.usage().retired_nbytes == NBYTES
-    assert shard.core.resolve(held.versions[0].ref) is held.versions[0]
+    assert shard.core.resolve(NAMESPACE, held.versions[0].ref) is held.versions[0]
     shard.release(held.lease)
     assert shard.core.usage().retired_nbytes == 0
-    assert shard.core.resolve(held.versions[0].ref) is MissReason.STALE_REFERENCE
+    assert shard.core.resolve(NAMESPACE, held.versions[0].ref) is MissReason.STALE_REFERENCE
 
 
 def test_unknown_namespaces_and_long_matches_are_errors_that_say_what_to_do() -> None:

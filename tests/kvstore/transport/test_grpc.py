@@ -19,7 +19,17 @@ from kvstore.errors import (
     WireVersionMismatch,
 )
 from kvstore.frame import HEADER_NBYTES
-from kvstore.nouns import BlockRef, Incarnation, MissReason, Quality, Refusal, ShardId, Snapshot, TxnId
+from kvstore.nouns import (
+    BlockRef,
+    Incarnation,
+    MissReason,
+    NamespaceId,
+    Quality,
+    Refusal,
+    ShardId,
+    Snapshot,
+    TxnId,
+)
 from kvstore.server import ServerConfig, ShardServer, TlsFiles, is_loopback
 from kvstore.topology import ShardEntry, Topology
 from kvstore.transport.base import CHUNK_NBYTES, ShardHello, ShardStatus
@@ -30,6 +40,8 @@ from kvstore.transport.grpc.options import channel_options
 from kvstore.v1 import control_pb2 as control
 from tests.kvstore.conftest import TOKEN, Served
 from tests.kvstore.oracle import SPEC, TIMEOUT, chain, epoch, frame, new_driver, offer
+
+NAMESPACE = NamespaceId(bytes(16))
 
 E1 = epoch(1)
 
@@ -111,10 +123,11 @@ async def test_frames_larger_than_a_chunk_arrive_whole(served: Served, transport
 
 async def test_no_other_call_is_made_before_who_is_there_is_known(served: Served) -> None:
     impostor = GrpcTransport(ShardId("shard-9"), served.address, TOKEN)
+    elsewhere = BlockRef(ShardId("shard-9"), Incarnation(1), 0, 1)
     for call in (
         impostor.status(timeout_s=TIMEOUT),
         impostor.write(TxnId(1), [], timeout_s=TIMEOUT),
-        anext(impostor.read([BlockRef(ShardId("shard-9"), Incarnation(1), 0, 1)], timeout_s=TIMEOUT)),
+        anext(impostor.read(NAMESPACE, [elsewhere], timeout_s=TIMEOUT)),
     ):
         with pytest.raises(Unavailable, match="refresh the topology"):
             await call
@@ -235,13 +248,13 @@ async def test_a_torn_write_is_refused_and_leaves_nothing(served: Served, transp
     assert await transport.write(begun.txn, [(0, header, torn)], timeout_s=TIMEOUT) == [Refusal.CHECKSUM]
     assert (await transport.commit(begun.txn, 1.0, timeout_s=TIMEOUT)).blocks == (Refusal.CHECKSUM,)
     found = await transport.match(Snapshot(namespace, E1), made.keys, "r", 1.0, timeout_s=TIMEOUT)
-    assert (found.hits, found.lease, found.miss) == ((), None, MissReason.ABSENT)
+    assert (len(found), found.lease, found.miss) == (0, None, MissReason.ABSENT)
 
 
 async def test_a_miss_travels_in_the_stream(transport: GrpcTransport) -> None:
     hello = await transport.hello(timeout_s=TIMEOUT)
     refs = [BlockRef(hello.shard, hello.incarnation, slot, 0) for slot in (3, 4)]
-    items = [item async for item in transport.read(refs, timeout_s=TIMEOUT)]
+    items = [item async for item in transport.read(NAMESPACE, refs, timeout_s=TIMEOUT)]
     assert [(i.index, i.frame, i.miss) for i in items] == [
         (0, None, MissReason.STALE_REFERENCE),
         (1, None, MissReason.STALE_REFERENCE),
