@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import functools
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
@@ -24,10 +24,10 @@ import structlog
 
 from kvstore.arrival import copy_and_verify, is_intact
 from kvstore.clock import Clock, MonotonicClock
-from kvstore.core.chain import State, Version
 from kvstore.core.shard import ShardCore
-from kvstore.core.state import CoreConfig, CoreLimits, Matched, Namespace, Offer
+from kvstore.core.state import CoreConfig, CoreLimits, Namespace, Offer
 from kvstore.core.transactions import Txn
+from kvstore.core.versions import State, Version
 from kvstore.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -38,10 +38,13 @@ from kvstore.errors import (
 from kvstore.frame import HEADER_NBYTES
 from kvstore.hashing import namespace_id, tenant_salt
 from kvstore.nouns import (
+    ISOLATE,
     BlockKey,
     BlockMeta,
     BlockRef,
     Epoch,
+    EpochPolicy,
+    EpochsOfModel,
     Incarnation,
     LeaseId,
     MissReason,
@@ -61,16 +64,23 @@ from kvstore.transport.base import (
     WIRE_VERSION,
     BlockOffer,
     CommitResult,
+    ListPage,
     MatchResult,
+    Purge,
+    Purged,
     ReadItem,
     ShardHello,
     ShardStatus,
     TxnOpened,
+    WatchBatch,
 )
+from kvstore.watching import Watchers
 
 log = structlog.get_logger(__name__)
 
 DISK_VERSION: Final = 1
+SWEEP_SLOTS: Final = 64  # looked at between two turns of the event loop: about 0.1 ms
+SWEEPS_A_TICK: Final = 512
 
 Answer = TypeVar("Answer")
 
@@ -86,9 +96,15 @@ class DriverConfig:
     cluster_secret: bytes = field(repr=False)
     incarnation: Incarnation = field(default_factory=new_incarnation)
     limits: CoreLimits = field(default_factory=CoreLimits)
+    quotas: Mapping[str, int] = field(default_factory=dict)  # bytes a tenant may hold here, by its name
     policy: str = "lru"
     reap_interval_s: float = 0.5
     faults: bool = False  # allows flip_stored_byte: tests and the demo's negative control
+
+    def core(self) -> CoreConfig:
+        return CoreConfig(
+            self.shard, self.incarnation, self.capacity_nbytes, self.limits, self.quotas, self.cluster_secret
+        )
 
     def __post_init__(self) -> None:
         if len(self.cluster_secret) < 16:
@@ -105,8 +121,8 @@ class DriverConfig:
 class ShardDriver:
     def __init__(self, config: DriverConfig, storage: TierStorage, clock: Clock | None = None) -> None:
         self.config = config
-        core = CoreConfig(config.shard, config.incarnation, config.capacity_nbytes, config.limits)
-        self.core = ShardCore(core, POLICIES[config.policy])
+        self.core = ShardCore(config.core(), POLICIES[config.policy])
+        self._watchers = Watchers(self.core)
         self._storage = storage
         self._clock = clock or MonotonicClock()
         self._reaper: asyncio.Task[None] | None = None
@@ -143,7 +159,7 @@ class ShardDriver:
         """
         self._discard_freed()
         self.core.check_integrity()
-        written = sum(version.nbytes for version in self.core.index.versions() if version.written)
+        written = sum(version.nbytes for version in self.core.index.rows() if version.written)
         assert self._storage.nbytes() == written, f"{self._storage.nbytes()} bytes stored, {written} written"
 
     # -- ShardTransport ----------------------------------------------------------------------------
@@ -154,21 +170,42 @@ class ShardDriver:
 
     async def open_namespace(self, spec: NamespaceSpec, tenant: str, *, timeout_s: float) -> NamespaceId:
         opened = namespace_id(tenant_salt(self.config.cluster_secret, tenant), spec)
-        self._serving().open_namespace(opened, _namespace(spec))
+        self._serving().open_namespace(opened, _namespace(spec, tenant))
         return opened
 
     async def register_epoch(self, model_id: str, epoch: Epoch, *, timeout_s: float) -> None:
         self._serving().register_epoch(model_id, epoch)
 
-    async def advance_epoch(self, model_id: str, number: int, *, timeout_s: float) -> Revision:
-        return self._serving().advance_epoch(model_id, number)
+    async def advance_epoch(
+        self, model_id: str, number: int, policy: EpochPolicy = ISOLATE, *, timeout_s: float
+    ) -> Revision:
+        revision = self._serving().advance_epoch(model_id, number, policy)
+        self._discard_freed()
+        return revision
+
+    async def epochs(self, model_id: str, *, timeout_s: float) -> EpochsOfModel:
+        return self._serving().epochs.show(model_id)
 
     async def match(
         self, snapshot: Snapshot, keys: Sequence[BlockKey], owner: str, lease_s: float, *, timeout_s: float
     ) -> MatchResult:
         matched = self._serving().match(snapshot, keys, owner, lease_s, self._clock.now())
         revision = Revision(self.config.incarnation, self.core.revision)
-        return match_result(matched, revision)
+        ids = dict.fromkeys(matched.epoch_ids)  # in the order they come in
+        epochs = tuple(self.core.epochs.bound[epoch_id].epoch for epoch_id in ids)
+        places = {epoch_id: place for place, epoch_id in enumerate(ids)}
+        return MatchResult(
+            slots=matched.slots,
+            generations=matched.generations,
+            epochs=epochs,
+            epoch_indexes=[places[epoch_id] for epoch_id in matched.epoch_ids] if len(ids) > 1 else (),
+            qualities=matched.qualities,
+            tiers=matched.tiers,
+            nbytes=matched.nbytes,
+            lease=matched.lease,
+            miss=matched.miss,
+            revision=revision,
+        )
 
     async def read(
         self, namespace: NamespaceId, refs: Sequence[BlockRef], *, timeout_s: float
@@ -224,6 +261,25 @@ class ShardDriver:
         self._check_count(len(refs))
         return await self._within(self._retire_corrupt(namespace, refs), timeout_s, "report")
 
+    async def listing(
+        self, namespace: NamespaceId, at: Revision | None, cursor: int, limit: int, *, timeout_s: float
+    ) -> ListPage:
+        revision, versions, next_cursor = self._serving().listing(namespace, at, cursor, limit)
+        return ListPage(revision, tuple(versions), next_cursor)
+
+    def watch(
+        self, namespaces: Sequence[NamespaceId], after: Revision | None, *, timeout_s: float
+    ) -> AsyncIterator[WatchBatch]:
+        self._serving()
+        return self._watchers.watch(namespaces, after, timeout_s)
+
+    async def purge(self, scope: Purge, *, timeout_s: float) -> Purged:
+        """Invisible at once, durable and (but for what is pinned) freed when this returns."""
+        return await self._within(self._purge(scope), timeout_s, "purge")
+
+    async def compact(self, revision: Revision, *, timeout_s: float) -> Revision:
+        return self._serving().compact(revision)
+
     async def status(self, *, timeout_s: float) -> ShardStatus:
         usage = self._serving().usage()
         return ShardStatus(
@@ -247,7 +303,7 @@ class ShardDriver:
         """Flip one payload byte of a live block that begins a chain; its key. None: no such block here."""
         if not self.config.faults or not isinstance(self._storage, Breakable):
             raise ConfigError("faults are off on this shard: set store.faults = true to break blocks")
-        heads = (v for v in self.core.index.versions() if v.state is State.LIVE and not v.chain_index)
+        heads = (v for v in self.core.index.rows() if v.state is State.LIVE and not v.chain_index)
         victim = next(heads, None)
         if victim is None:
             return None
@@ -301,10 +357,10 @@ class ShardDriver:
         self, txn_id: TxnId, index: int, header: bytes, payload: memoryview
     ) -> Refusal | None:
         txn = self._serving().txn(txn_id, self._clock.now())
-        if not 0 <= index < len(txn.versions):
+        if not 0 <= index < len(txn.slots):
             return Refusal.MISMATCH
-        version = txn.versions[index]
-        if version is None or version.state is not State.STAGED or version.written:
+        version = self.core.granted(txn, index)
+        if version is None or version.written:
             return txn.refusals[index]  # why it was not granted; None for a frame that is here already
         refusal, frame = await self._verified_copy(txn, version, header, payload)
         place = _place(version.ref)
@@ -364,37 +420,45 @@ class ShardDriver:
         log.warning("storage failed", shard=self.shard, what=what, error=str(error))
 
     def _discard_freed(self) -> None:
-        """Runs in the same loop step as the freeing, so that nothing of a freed slot is left behind."""
+        """Runs in the same loop step as the freeing, so that nothing of a freed slot is left behind.
+
+        Whatever frees may have changed what watchers see: they are told."""
         for ref in self.core.index.freed:
             self._storage.discard(_place(ref))
         self.core.index.freed.clear()
+        self._watchers.wake()
+
+    async def _purge(self, scope: Purge) -> Purged:
+        core = self._serving()
+        versions, nbytes = core.purge(scope.namespace, scope.keys, scope.epoch)
+        revision = Revision(self.config.incarnation, core.revision)
+        before = core.counters["swept"], core.counters["swept_nbytes"]
+        self._discard_freed()
+        while await self._sweep():
+            pass
+        await self._storage.sync()
+        versions += core.counters["swept"] - before[0]
+        return Purged(revision, versions, nbytes + core.counters["swept_nbytes"] - before[1])
+
+    async def _sweep(self) -> int:
+        """One slice; then whoever waits has a turn. How many slots are still to be looked at."""
+        left = self.core.sweep(SWEEP_SLOTS)
+        self._discard_freed()
+        await asyncio.sleep(0)
+        return left
 
     async def _reap_forever(self) -> None:
         while True:
             await asyncio.sleep(self.config.reap_interval_s)
             self.reap()
+            for _ in range(SWEEPS_A_TICK):
+                if not await self._sweep():
+                    break
 
 
 def _place(ref: BlockRef) -> Place:
     return Place(ref.slot, ref.generation)
 
 
-def _namespace(spec: NamespaceSpec) -> Namespace:
-    return Namespace(spec.model_id, spec.layout.fingerprint, spec.layout.block_nbytes)
-
-
-def match_result(matched: Matched, revision: Revision) -> MatchResult:
-    versions = matched.versions
-    epochs = tuple(dict.fromkeys(v.epoch for v in versions))
-    return MatchResult(
-        slots=[v.ref.slot for v in versions],
-        generations=[v.ref.generation for v in versions],
-        epochs=epochs,
-        epoch_indexes=[epochs.index(v.epoch) for v in versions] if len(epochs) > 1 else (),
-        qualities=[int(v.quality) for v in versions],
-        tiers=[int(v.tier) for v in versions],
-        nbytes=[v.nbytes for v in versions],
-        lease=matched.lease,
-        miss=matched.miss,
-        revision=revision,
-    )
+def _namespace(spec: NamespaceSpec, tenant: str) -> Namespace:
+    return Namespace(spec.model_id, spec.layout.fingerprint, spec.layout.block_nbytes, tenant)

@@ -1,25 +1,42 @@
-"""Epochs: which weights a number of a model stands for, and which number is current.
+"""Epochs: which weights a number of a model stands for, which is current, and what older ones are worth.
 
-A binding is for ever (within this incarnation): equal numbers mean equal weights to everything above.
-Advancing writes one integer, whatever the cache holds; who must go first is asked when room is needed.
+A binding is for ever (within this incarnation): equal numbers mean equal weights to everything above. Every
+binding has an id, so that a version holds four bytes of it. Advancing writes a few integers, whatever the
+cache holds; who must go first is asked when room is needed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final, NamedTuple
 
 from kvstore.errors import EpochConflict, EpochUnknown, OverLimit
-from kvstore.nouns import Epoch, WeightsDigest
+from kvstore.nouns import Epoch, EpochPolicy, EpochsOfModel
+
+UNBOUND: Final = -1
+"""The id of no epoch."""
+
+
+class Bound(NamedTuple):
+    model_id: str
+    epoch: Epoch
 
 
 @dataclass(slots=True)
 class ModelEpochs:
-    bound: dict[int, WeightsDigest] = field(default_factory=dict)
+    bound: dict[int, int] = field(default_factory=dict)  # number -> id
     current: int = 0  # the first one registered, until another is advanced to
+    stale_lag_max: int = 0  # how far back any snapshot may see
+    oldest: int = 0  # those below are dropped
+    changed: int = 0  # revision of the last change to any of these
+
+
+_UNKNOWN: Final = ModelEpochs()
 
 
 class EpochTable:
     def __init__(self, models_max: int, epochs_max: int) -> None:
+        self.bound: list[Bound] = []  # by id
         self._models: dict[str, ModelEpochs] = {}
         self._models_max = models_max
         self._epochs_max = epochs_max
@@ -29,39 +46,65 @@ class EpochTable:
         model = self._models.get(model_id)
         if model is None:
             model = self._new_model(model_id, epoch.number)
-        bound = model.bound.get(epoch.number)
-        if bound is None and len(model.bound) >= self._epochs_max:
+        found = model.bound.get(epoch.number)
+        if found is not None:
+            digest = self.bound[found].epoch.weights_digest
+            if digest != epoch.weights_digest:
+                raise EpochConflict(
+                    f"epoch {epoch.number} of {model_id} is bound to weights {digest.hex()}, not to "
+                    f"{epoch.weights_digest.hex()}: take the next number for new weights"
+                )
+            return
+        if len(model.bound) >= self._epochs_max:
             raise OverLimit(f"{len(model.bound)} epochs of {model_id} are registered: raise epochs_max")
-        if bound is not None and bound != epoch.weights_digest:
-            raise EpochConflict(
-                f"epoch {epoch.number} of {model_id} is bound to weights {bound.hex()}, not to "
-                f"{epoch.weights_digest.hex()}: take the next number for new weights"
-            )
-        model.bound[epoch.number] = epoch.weights_digest
+        model.bound[epoch.number] = len(self.bound)
+        self.bound.append(Bound(model_id, epoch))
 
-    def advance(self, model_id: str, number: int) -> bool:
-        """Make a registered epoch the current one. False when it is already, or a later one is.
+    def advance(self, model_id: str, number: int, policy: EpochPolicy, revision: int) -> bool:
+        """Make a registered epoch the current one, at a revision. False when that changes nothing.
 
-        Epochs never go back: old weights that return are a new epoch, with a number of its own.
+        Epochs never go back: old weights that return are a new epoch, with a number of its own. What was
+        dropped stays dropped.
         """
         model = self._models.get(model_id)
         if model is None or number not in model.bound:
             raise EpochUnknown(
                 f"epoch {number} of {model_id} is not registered: register it with its weights"
             )
-        if number <= model.current:
+        if number < model.current:
             return False
+        before = model.current, model.stale_lag_max, model.oldest
         model.current = number
-        return True
+        model.stale_lag_max = policy.stale_lag_max
+        if policy.drop_older:
+            model.oldest = number
+        changed = before != (model.current, model.stale_lag_max, model.oldest)
+        if changed:
+            model.changed = revision
+        return changed
 
-    def is_registered(self, model_id: str, epoch: Epoch) -> bool:
-        model = self._models.get(model_id)
-        return model is not None and model.bound.get(epoch.number) == epoch.weights_digest
+    def of(self, model_id: str) -> ModelEpochs:
+        """What is known of a model. Read only."""
+        return self._models.get(model_id, _UNKNOWN)
 
-    def lag(self, model_id: str, number: int) -> int:
-        """How many numbers behind the model's current epoch; 0 for it and for those to come."""
-        model = self._models.get(model_id)
-        return 0 if model is None else max(0, model.current - number)
+    def show(self, model_id: str) -> EpochsOfModel:
+        model = self.of(model_id)
+        registered = tuple(self.bound[model.bound[number]].epoch for number in sorted(model.bound))
+        return EpochsOfModel(registered, model.current, model.stale_lag_max, model.oldest)
+
+    def id_of(self, model_id: str, epoch: Epoch) -> int:
+        """UNBOUND when the number is not registered, or with other weights."""
+        found = self.of(model_id).bound.get(epoch.number, UNBOUND)
+        return found if found != UNBOUND and self.bound[found].epoch == epoch else UNBOUND
+
+    def is_dropped(self, epoch_id: int) -> bool:
+        bound = self.bound[epoch_id]
+        return bound.epoch.number < self.of(bound.model_id).oldest
+
+    def lag(self, epoch_id: int) -> int:
+        """How many numbers behind its model's current epoch; 0 for it and for those to come."""
+        bound = self.bound[epoch_id]
+        return max(0, self.of(bound.model_id).current - bound.epoch.number)
 
     def _new_model(self, model_id: str, number: int) -> ModelEpochs:
         if len(self._models) >= self._models_max:

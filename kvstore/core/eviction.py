@@ -1,6 +1,6 @@
 """Who goes first when room is needed.
 
-Idle versions (live, pinned by nobody) stand in one queue per epoch of a model, each kept by a replacement
+Idle versions (live, pinned by nobody) stand in one queue per tenant and epoch, each kept by a replacement
 policy. Advancing an epoch therefore moves nothing: the queues of past epochs are simply emptied first, the
 oldest epoch first. Among current epochs, of several models, the version that was let go longest ago
 goes. Cost: O(1) a use, O(queues that are not empty) a victim.
@@ -8,63 +8,68 @@ goes. Cost: O(1) a use, O(queues that are not empty) a victim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from kvstore.core.epochs import EpochTable
+from kvstore.core.seams import MakePolicy, ReplacementPolicy
+from kvstore.core.versions import Versions
 
-from kvstore.core.chain import Version
-from kvstore.core.seams import ReplacementPolicy
-
-EpochOfModel = tuple[str, int]
+TenantsEpoch = tuple[str, int]
 
 
 class Evictables:
-    """Failure is an answer: no victim. `nbytes` is what evicting everything would give."""
+    """Failure is an answer: no victim."""
 
-    def __init__(
-        self,
-        make_policy: Callable[[], ReplacementPolicy],
-        lag: Callable[[str, int], int],
-        by_slot: Mapping[int, Version],
-    ) -> None:
-        self.nbytes = 0
+    def __init__(self, make_policy: MakePolicy, epochs: EpochTable, versions: Versions) -> None:
         self._make_policy = make_policy
-        self._lag = lag
-        self._by_slot = by_slot
-        self._queues: dict[EpochOfModel, ReplacementPolicy] = {}
+        self._epochs = epochs
+        self._versions = versions
+        self._queues: dict[TenantsEpoch, ReplacementPolicy] = {}
         self._uses = 0
 
-    def __len__(self) -> int:
+    def use(self, tenant: str, slot: int) -> None:
+        """The slot's version was just used and is idle now."""
+        versions = self._versions
+        where = tenant, versions.epochs[slot]
+        queue = self._queues.get(where)
+        if queue is None:
+            queue = self._queues[where] = self._make_policy(versions.links)
+        if versions.queued[slot]:
+            queue.remove(slot)
+        self._uses += 1
+        versions.idle_since[slot] = self._uses
+        versions.queued[slot] = 1
+        queue.insert(slot)
+
+    def forget(self, tenant: str, slot: int) -> None:
+        """The slot's version goes, or came up as a victim while it is pinned."""
+        if not self._versions.queued[slot]:
+            return
+        self._versions.queued[slot] = 0
+        where = tenant, self._versions.epochs[slot]
+        queue = self._queues[where]
+        queue.remove(slot)
+        if not len(queue) and self._epochs.lag(where[1]):
+            del self._queues[where]  # of a past epoch: most likely it never fills again
+
+    def victim(self, tenant: str | None = None) -> int | None:
+        """The next to go, of one tenant or of all; None when nothing is idle."""
+        first, order = None, None
+        for where in list(self._queues):
+            slot = self._head(where)
+            if slot is None or (tenant is not None and where[0] != tenant):
+                continue
+            claim = -self._epochs.lag(where[1]), self._versions.idle_since[slot]
+            if order is None or claim < order:
+                first, order = slot, claim
+        return first
+
+    def queued(self) -> int:
         return sum(len(queue) for queue in self._queues.values())
 
-    def insert(self, version: Version) -> None:
-        """The version became idle, just used."""
-        epoch_of_model = version.model_id, version.epoch.number
-        queue = self._queues.get(epoch_of_model)
-        if queue is None:
-            queue = self._queues[epoch_of_model] = self._make_policy()
-        self._uses += 1
-        version.idle_since = self._uses
-        self.nbytes += version.nbytes
-        queue.insert(version.ref.slot)
-
-    def remove(self, version: Version) -> None:
-        """The version was pinned, retired or evicted."""
-        epoch_of_model = version.model_id, version.epoch.number
-        queue = self._queues[epoch_of_model]
-        queue.remove(version.ref.slot)
-        self.nbytes -= version.nbytes
-        if not len(queue) and self._lag(*epoch_of_model):
-            del self._queues[epoch_of_model]  # of a past epoch: most likely it never fills again
-
-    def victim(self) -> Version | None:
-        """The next to go, or None when nothing is idle. Changes nothing."""
-        first: Version | None = None
-        order: tuple[int, int] | None = None
-        for (model_id, number), queue in self._queues.items():
+    def _head(self, where: TenantsEpoch) -> int | None:
+        """The first of a queue that nobody pinned since it was let go."""
+        while (queue := self._queues.get(where)) is not None:
             slot = queue.victim()
-            if slot is None:
-                continue
-            version = self._by_slot[slot]
-            claim = -self._lag(model_id, number), version.idle_since
-            if order is None or claim < order:
-                first, order = version, claim
-        return first
+            if slot is None or not self._versions.pins[slot]:
+                return slot
+            self.forget(where[0], slot)
+        return None

@@ -1,169 +1,271 @@
 """The index of one shard: chains, the slots their bytes sit in, and what may be given up for new ones.
 
     free --stage--> STAGED --publish--> LIVE --retire--> RETIRED --last unpin--> free
-                      |                  |    (CORRUPT)           (not pinned: straight to free)
+                      |                  |     (GONE)            (not pinned: straight to free)
                       +----- drop -------+---- evict (only if not pinned) -----> free
 
-Bytes are budgeted, not slots: blocks of different layouts have different sizes. Chains live under their
-namespace: no key of one is ever seen from another. Every step costs O(versions of the key), a handful;
-making room is O(evicted). Only letting go may cost more: whoever uses a block uses what it was built on, so
-that no idle block ever goes before an idle block built on it, and the idle ancestors of what is let go move
-up with it. Each moves once, however many blocks are let go together: 2 to 4 us each, 8 to 16 ms behind 4,095.
-Who lets go of a whole chain has nothing above it to move.
+Bytes are budgeted, not slots: blocks of different layouts have different sizes. Every step costs O(versions
+of the key), a handful; making room is O(evicted). Only letting go may cost more: whoever uses a block uses
+what it was built on, so that no idle block ever goes before an idle block built on it, and the idle ancestors
+of what is let go move up with it. Each moves once, however many blocks are let go together. Who lets go of a
+whole chain has nothing above it to move.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from operator import attrgetter
+from collections.abc import Iterator, Sequence
 
-from kvstore.core.chain import NO_CHAIN, Chain, State, Version
+from kvstore.core.epochs import EpochTable
 from kvstore.core.eviction import Evictables
-from kvstore.core.seams import ReplacementPolicy
-from kvstore.core.slots import SlotTable
-from kvstore.nouns import BlockKey, BlockRef, NamespaceId
+from kvstore.core.seams import MakePolicy
+from kvstore.core.spaces import Account, Space
+from kvstore.core.state import CoreConfig, Namespace, Offer
+from kvstore.core.versions import NONE, WRITTEN, State, Version, Versions
+from kvstore.nouns import BlockRef, NamespaceId, Quality, Tier
+
+_LIVE, _STAGED = int(State.LIVE), int(State.STAGED)
+_UNLIMITED = 1 << 63
 
 
 class Index:
-    def __init__(
-        self,
-        capacity_nbytes: int,
-        slots_max: int,
-        make_policy: Callable[[], ReplacementPolicy],
-        lag: Callable[[str, int], int],
-    ) -> None:
-        self.capacity_nbytes = capacity_nbytes
-        self.used_nbytes = 0
+    def __init__(self, config: CoreConfig, make_policy: MakePolicy, epochs: EpochTable) -> None:
+        self.versions = Versions(config.limits.slots_max)
+        self.spaces: dict[NamespaceId, Space] = {}
+        self.by_index: list[Space] = []
+        self.accounts: dict[str, Account] = {}
+        self.used_nbytes = self.idle_nbytes = self.idle_versions = 0
         self.freed: list[BlockRef] = []  # whose bytes the driver is to discard; it drains the list
-        self._chains: dict[NamespaceId, dict[BlockKey, Chain]] = {}
-        self._by_slot: dict[int, Version] = {}
-        self._slots = SlotTable(slots_max)
-        self._evictable = Evictables(make_policy, lag, self._by_slot)
-
-    def chains(self, namespace: NamespaceId) -> dict[BlockKey, Chain]:
-        """The namespace's chains by key. Read only, and only until the next change of the index."""
-        return self._chains.get(namespace, {})
-
-    def chain(self, namespace: NamespaceId, key: BlockKey) -> Chain:
-        return self.chains(namespace).get(key, NO_CHAIN)
-
-    def versions(self) -> Iterator[Version]:
-        return iter(self._by_slot.values())
+        self.evictables = Evictables(make_policy, epochs, self.versions)
+        self._config = config
+        self._epochs = epochs
 
     def __len__(self) -> int:
-        return len(self._by_slot)
+        return len(self.versions)
+
+    def open(self, namespace_id: NamespaceId, namespace: Namespace) -> Space:
+        space = self.spaces.get(namespace_id)
+        if space is None:
+            tenant = namespace.tenant
+            quota = self._config.quotas.get(tenant, _UNLIMITED)
+            account = self.accounts.setdefault(tenant, Account(tenant, quota))
+            space = Space(namespace_id, len(self.by_index), namespace, account)
+            self.spaces[namespace_id] = space
+            self.by_index.append(space)
+        return space
+
+    def space_of(self, slot: int) -> Space:
+        return self.by_index[self.versions.spaces[slot]]
+
+    def ref(self, slot: int) -> BlockRef:
+        return BlockRef(self._config.shard, self._config.incarnation, slot, self.versions.generations[slot])
+
+    def row(self, slot: int) -> Version:
+        """What stands in a slot that is in use, as a value."""
+        table = self.versions
+        return Version(
+            self.space_of(slot).id,
+            table.key(slot),
+            table.parent(slot),
+            table.chain_indexes[slot],
+            table.placement(slot),
+            self._epochs.bound[table.epochs[slot]].epoch,
+            Quality(table.qualities[slot]),
+            self.ref(slot),
+            table.nbytes[slot],
+            Tier(table.tiers[slot]),
+            State(table.states[slot]),
+            table.created[slot],
+            table.retired[slot],
+            table.written[slot] == WRITTEN,
+            table.pins[slot],
+        )
+
+    def slots(self) -> Iterator[int]:
+        """Those in use."""
+        return (slot for slot, state in enumerate(self.versions.states) if state)
+
+    def rows(self) -> Iterator[Version]:
+        return map(self.row, self.slots())
 
     def at(self, slot: int, generation: int) -> Version | None:
         """The version a reference of this generation speaks of; None when the slot was reused since."""
-        version = self._by_slot.get(slot)
-        return version if version is not None and version.ref.generation == generation else None
+        return self.row(slot) if self.versions.is_current(slot, generation) else None
+
+    # -- room --------------------------------------------------------------------------------------
 
     def can_make_room(self, nbytes: int) -> bool:
         """Would a frame of `nbytes` fit if all that is idle went?"""
-        held_nbytes = self.used_nbytes - self._evictable.nbytes
-        has_slot = self._slots.can_allocate(1) or len(self._evictable) > 0
-        return has_slot and held_nbytes + nbytes <= self.capacity_nbytes
+        has_slot = self.versions.has_room() or self.idle_versions > 0
+        return has_slot and self.used_nbytes - self.idle_nbytes + nbytes <= self._config.capacity_nbytes
 
-    def next_victim(self, nbytes: int) -> Version | None:
-        """Whom to evict before a frame of `nbytes` fits; None when it fits now."""
-        fits = self.used_nbytes + nbytes <= self.capacity_nbytes and self._slots.can_allocate(1)
-        return None if fits else self._evictable.victim()
+    def next_victim(self, account: Account, nbytes: int) -> int | None:
+        """Whom to evict before a frame of `nbytes` of this tenant fits; None when it fits now."""
+        if account.used_nbytes + nbytes > account.quota_nbytes:
+            return self.evictables.victim(account.tenant)
+        if self.used_nbytes + nbytes > self._config.capacity_nbytes or not self.versions.has_room():
+            return self.evictables.victim()
+        return None
 
-    def take_slot(self, owner: str) -> tuple[int, int]:
-        """A free slot and its generation, for the version that is staged next."""
-        (slot,) = self._slots.allocate(1, owner)
-        return slot, self._slots.generation(slot)
+    # -- a version's life --------------------------------------------------------------------------
 
-    def stage(self, version: Version) -> None:
-        self.used_nbytes += version.nbytes
-        chains = self._chains.setdefault(version.namespace, {})
-        chains.setdefault(version.key, Chain()).versions.append(version)
-        self._by_slot[version.ref.slot] = version
+    def stage(self, space: Space, epoch_id: int, quality: Quality, offer: Offer) -> int:
+        table, slot = self.versions, self.versions.take()
+        table.name(slot, offer.key, offer.parent, offer.placement)
+        table.states[slot], table.tiers[slot] = _STAGED, Tier.HOST
+        table.spaces[slot], table.epochs[slot] = space.index, epoch_id
+        table.qualities[slot], table.chain_indexes[slot] = quality, offer.chain_index
+        table.nbytes[slot] = offer.nbytes
+        space.staged.setdefault(offer.key, []).append(slot)
+        self.used_nbytes += offer.nbytes
+        space.account.used_nbytes += offer.nbytes
+        return slot
 
-    def publish(self, version: Version, revision: int) -> None:
+    def publish(self, slot: int, revision: int) -> None:
         """Make a staged version visible from `revision` on. It must be pinned: whoever lets go decides
         what goes first."""
-        assert version.pins, "published without a pin"
-        version.state = State.LIVE
-        version.created = revision
+        table, space, key = self.versions, self.space_of(slot), self.versions.key(slot)
+        assert table.pins[slot], "published without a pin"
+        self._unstage(space, slot)
+        table.states[slot], table.created[slot] = _LIVE, revision
+        before, after = NONE, space.heads.get(key, NONE)
+        while after != NONE and self._rank(after) > self._rank(slot):
+            before, after = after, table.next[after]
+        table.next[slot] = after
+        if before == NONE:
+            space.heads[key] = slot
+        else:
+            table.next[before] = slot
 
-    def retire(self, version: Version, revision: int, into: State = State.RETIRED) -> None:
+    def retire(self, slot: int, revision: int, into: State = State.RETIRED) -> None:
         """Take a live version out of sight. Its bytes go now, or with its last pin."""
-        if not version.pins:
-            self._evictable.remove(version)
-        version.state = into
-        version.retired = revision
-        if into is State.CORRUPT:  # older snapshots lose it too, and must not see a lesser one instead
-            self.chain(version.namespace, version.key).horizon = revision
-        if not version.pins:
-            self.drop(version)
+        table, space = self.versions, self.space_of(slot)
+        if not table.pins[slot]:
+            self._no_longer_idle(space, slot)
+        self.evictables.forget(space.account.tenant, slot)
+        table.states[slot], table.retired[slot] = into, revision
+        if into is State.GONE:  # older snapshots lose it too, and must not see a lesser one instead
+            space.horizons[table.key(slot)] = revision
+        if not table.pins[slot]:
+            self.drop(slot)
 
-    def drop(self, version: Version) -> None:
+    def drop(self, slot: int) -> None:
         """Free the slot and forget the version. It must be staged, or retired and not pinned."""
-        chains = self._chains[version.namespace]
-        chain = chains[version.key]
-        chain.versions.remove(version)
-        chain.horizon = max(chain.horizon, version.retired or 0)
-        if not chain.versions:
-            del chains[version.key]
-        if not chains:
-            del self._chains[version.namespace]
-        del self._by_slot[version.ref.slot]
-        self._slots.free([version.ref.slot])
-        self.used_nbytes -= version.nbytes
-        self.freed.append(version.ref)
+        table, space = self.versions, self.space_of(slot)
+        if table.states[slot] == _STAGED:
+            self._unstage(space, slot)
+        else:
+            self._unlink(space, slot)
+        self.evictables.forget(space.account.tenant, slot)  # it may have been pinned where it stood
+        self.used_nbytes -= table.nbytes[slot]
+        space.account.used_nbytes -= table.nbytes[slot]
+        self.freed.append(self.ref(slot))
+        table.give_back(slot)
 
-    def pin(self, version: Version) -> None:
-        if version.state is State.LIVE and not version.pins:
-            self._evictable.remove(version)
-        version.pins += 1
+    def pin(self, space: Space, slots: Sequence[int]) -> None:
+        """Hold live or staged versions of one namespace."""
+        table, idle, found = self.versions, 0, 0
+        pins, nbytes, states = table.pins, table.nbytes, table.states
+        for slot in slots:
+            held = pins[slot]
+            if not held and states[slot] == _LIVE:
+                idle += nbytes[slot]
+                found += 1
+            pins[slot] = held + 1
+        self.idle_nbytes -= idle
+        self.idle_versions -= found
+        space.account.idle_nbytes -= idle
 
-    def unpin(self, versions: Sequence[Version]) -> None:
+    def unpin(self, slots: Sequence[int]) -> None:
         """Take one pin of each, as often as it is named: all of one use, whoever pinned them."""
-        idle: dict[int, Version] = {}
-        for version in versions:
-            version.pins -= 1
-            if version.pins:
+        table = self.versions
+        idle: dict[int, None] = {}
+        for slot in slots:
+            table.pins[slot] -= 1
+            if table.pins[slot] or table.states[slot] == _STAGED:
                 continue
-            if version.state is State.LIVE:
-                idle[version.ref.slot] = version
-            elif version.state is not State.STAGED:
-                self.drop(version)
+            if table.states[slot] == _LIVE and not self.is_dead(slot):
+                idle[slot] = None
+            else:
+                self.drop(slot)
+        for slot in idle:
+            account = self.space_of(slot).account
+            self.idle_nbytes += table.nbytes[slot]
+            self.idle_versions += 1
+            account.idle_nbytes += table.nbytes[slot]
         used = self._with_idle_ancestors(idle)
-        for version in sorted(used.values(), key=attrgetter("chain_index"), reverse=True):
-            if version.ref.slot not in idle:
-                self._evictable.remove(version)
-            self._evictable.insert(version)
+        for slot in sorted(used, key=table.chain_indexes.__getitem__, reverse=True):
+            self.evictables.use(self.space_of(slot).account.tenant, slot)
 
-    def check_integrity(self) -> None:
-        """Independent walk over chains, slots, policies and bytes."""
-        walked = [v for chains in self._chains.values() for chain in chains.values() for v in chain.versions]
-        assert {id(v) for v in walked} == {id(v) for v in self._by_slot.values()}, "chains and slots disagree"
-        assert sum(v.nbytes for v in walked) == self.used_nbytes, "bytes without a version"
-        assert self.used_nbytes <= self.capacity_nbytes, "over capacity"
-        self._slots.check_integrity()
-        assert self._slots.n_free + len(walked) == len(self._slots), "slots without a version"
-        for version in walked:
-            assert self._slots.is_current(version.ref.slot, version.ref.generation), (
-                "a version without its slot"
-            )
-        idle = [v for v in walked if v.state is State.LIVE and not v.pins]
-        assert len(idle) == len(self._evictable), "policies hold other slots than the idle ones"
-        assert sum(v.nbytes for v in idle) == self._evictable.nbytes, "idle bytes are miscounted"
+    def is_live(self, slot: int) -> bool:
+        return self.versions.states[slot] == _LIVE and not self.is_dead(slot)
 
-    def _with_idle_ancestors(self, idle: dict[int, Version]) -> dict[int, Version]:
-        """By slot. What is met a second time is not climbed from again."""
+    def is_dead(self, slot: int) -> bool:
+        """Live by its state, yet purged, or of an epoch that was dropped: nobody will ever see it."""
+        epoch_id = self.versions.epochs[slot]
+        floor = self.space_of(slot).floor(epoch_id)
+        return self.versions.created[slot] <= floor or self._epochs.is_dropped(epoch_id)
+
+    def chain(self, space: Space, head: int) -> Iterator[int]:
+        """The slots of a chain, from its head on."""
+        while head != NONE:
+            yield head
+            head = self.versions.next[head]
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _rank(self, slot: int) -> tuple[int, int, int]:
+        table = self.versions
+        number = self._epochs.bound[table.epochs[slot]].epoch.number
+        return number, table.qualities[slot], table.created[slot]
+
+    def _no_longer_idle(self, space: Space, slot: int) -> None:
+        nbytes = self.versions.nbytes[slot]
+        self.idle_nbytes -= nbytes
+        self.idle_versions -= 1
+        space.account.idle_nbytes -= nbytes
+
+    def _unstage(self, space: Space, slot: int) -> None:
+        key = self.versions.key(slot)
+        staged = space.staged[key]
+        staged.remove(slot)
+        if not staged:
+            del space.staged[key]
+
+    def _unlink(self, space: Space, slot: int) -> None:
+        table, key = self.versions, self.versions.key(slot)
+        head, after = space.heads[key], table.next[slot]
+        if head != slot:
+            before = next(other for other in self.chain(space, head) if table.next[other] == slot)
+            table.next[before] = after
+        elif after != NONE:
+            space.heads[key] = after
+        else:
+            del space.heads[key]
+            space.horizons.pop(key, None)
+            return
+        space.horizons[key] = max(space.horizons.get(key, 0), table.retired[slot])
+
+    def _with_idle_ancestors(self, idle: dict[int, None]) -> dict[int, None]:
+        """What is met a second time is not climbed from again."""
         used = dict(idle)
-        for version in idle.values():
-            ancestor = self._idle_parent(version)
-            while ancestor is not None and ancestor.ref.slot not in used:  # ends: chain indexes fall
-                used[ancestor.ref.slot] = ancestor
+        for slot in idle:
+            ancestor = self._idle_parent(slot)
+            while ancestor != NONE and ancestor not in used:  # ends: chain indexes fall
+                used[ancestor] = None
                 ancestor = self._idle_parent(ancestor)
         return used
 
-    def _idle_parent(self, version: Version) -> Version | None:
-        for parent in self.chain(version.namespace, version.parent).versions:
-            idle = parent.state is State.LIVE and not parent.pins
-            if idle and parent.epoch == version.epoch and parent.chain_index == version.chain_index - 1:
+    def _idle_parent(self, slot: int) -> int:
+        table, space = self.versions, self.space_of(slot)
+        index = table.chain_indexes[slot]
+        if not index:
+            return NONE
+        for parent in self.chain(space, space.heads.get(table.parent(slot), NONE)):
+            idle = table.states[parent] == _LIVE and not table.pins[parent]
+            if (
+                idle
+                and table.epochs[parent] == table.epochs[slot]
+                and table.chain_indexes[parent] == index - 1
+            ):
                 return parent
-        return None
+        return NONE

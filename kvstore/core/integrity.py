@@ -9,44 +9,88 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 
-from kvstore.core.chain import State, Version
 from kvstore.core.index import Index
 from kvstore.core.state import Usage
 from kvstore.core.transactions import TxnTable
+from kvstore.core.versions import NONE, State
 from kvstore.nouns import LeaseId
 
-Held = Mapping[LeaseId, Sequence[Version]]
+Held = Mapping[LeaseId, Sequence[int]]
 
 
 def measure(index: Index, held: Held, leases: Set[LeaseId], txns: TxnTable) -> Usage:
     """Bytes by state; what is used beyond those with an owner is ownerless, and a bug."""
-    owned = _staged(txns) | {id(v) for lease, pinned in held.items() if lease in leases for v in pinned}
+    table = index.versions
+    owned = _staged(txns) | {slot for lease, pinned in held.items() if lease in leases for slot in pinned}
     found = dict.fromkeys(State, 0)
-    for version in index.versions():
-        if version.state is State.LIVE or id(version) in owned:
-            found[version.state] += version.nbytes
+    for slot in index.slots():
+        state = State(table.states[slot])
+        if state is State.LIVE or slot in owned:
+            found[state] += table.nbytes[slot]
     return Usage(
         live_nbytes=found[State.LIVE],
         staged_nbytes=found[State.STAGED],
-        retired_nbytes=found[State.RETIRED] + found[State.CORRUPT],
+        retired_nbytes=found[State.RETIRED] + found[State.GONE],
         ownerless_nbytes=index.used_nbytes - sum(found.values()),
     )
 
 
 def check(index: Index, held: Held, leases: Set[LeaseId], txns: TxnTable) -> None:
     """Raises AssertionError: every slot, byte and pin has exactly the owner it should have."""
-    index.check_integrity()
+    _check_chains(index)
+    _check_room(index)
     txns.check_integrity()
     assert measure(index, held, leases, txns).ownerless_nbytes == 0, "bytes without an owner"
     assert set(held) == leases, "leases and what they hold disagree"
     assert {txn.lease for txn in txns.open_txns()} <= leases, "a transaction outlived its lease"
-    pins = Counter(id(version) for pinned in held.values() for version in pinned)
-    walked = {id(version): version.pins for version in index.versions() if version.pins}
+    pins = Counter(slot for pinned in held.values() for slot in pinned)
+    table = index.versions
+    walked = {slot: table.pins[slot] for slot in index.slots() if table.pins[slot]}
     assert pins == walked, "a pin without a lease, or a lease without its pin"
-    staged = {id(version) for version in index.versions() if version.state is State.STAGED}
+    staged = {slot for slot in index.slots() if table.states[slot] == State.STAGED}
     assert staged == _staged(txns), "staged bytes and transactions disagree"
 
 
+def _check_chains(index: Index) -> None:
+    """Chains and stagings lead to every slot in use, each once, under the name that stands in the slot."""
+    table, walked = index.versions, []
+    for space in index.spaces.values():
+        for key, head in space.heads.items():
+            chain = list(index.chain(space, head))
+            assert chain, "a key without a version"
+            walked += chain
+            assert all(table.key(slot) == key for slot in chain), "a version in another key's chain"
+            assert all(table.states[slot] > State.STAGED for slot in chain), "what is staged is in a chain"
+            ranks = [index._rank(slot) for slot in chain]
+            assert ranks == sorted(ranks, reverse=True), "a chain out of order"
+        for key, staged in space.staged.items():
+            walked += staged
+            assert all(table.key(slot) == key for slot in staged), "staged under another key"
+            assert all(table.states[slot] == State.STAGED for slot in staged), "staged, and not"
+        assert space.horizons.keys() <= space.heads.keys(), "the horizon of a chain that is gone"
+    assert sorted(walked) == list(index.slots()), "chains and slots disagree"
+
+
+def _check_room(index: Index) -> None:
+    table = index.versions
+    used = list(index.slots())
+    assert sorted(used + table.free_slots()) == list(range(table.n_slots)), "a slot is neither free nor used"
+    assert sum(table.nbytes[slot] for slot in used) == index.used_nbytes, "bytes without a version"
+    assert index.used_nbytes <= index._config.capacity_nbytes, "over capacity"
+    idle = {slot for slot in used if table.states[slot] == State.LIVE and not table.pins[slot]}
+    assert sum(table.nbytes[slot] for slot in idle) == index.idle_nbytes, "idle bytes are miscounted"
+    assert len(idle) == index.idle_versions, "idle versions are miscounted"
+    queued = {slot for slot in used if table.queued[slot]}
+    assert idle <= queued, "an idle version that could never go"
+    assert len(queued) == index.evictables.queued(), "policies hold other slots than they should"
+    assert all(table.states[slot] == State.LIVE for slot in queued), "a policy holds what is not live"
+    for account in index.accounts.values():
+        mine = [slot for slot in used if index.space_of(slot).account is account]
+        assert sum(table.nbytes[slot] for slot in mine) == account.used_nbytes, "a tenant's bytes"
+        idle_nbytes = sum(table.nbytes[slot] for slot in mine if slot in idle)
+        assert idle_nbytes == account.idle_nbytes, "a tenant's idle bytes"
+
+
 def _staged(txns: TxnTable) -> set[int]:
-    every = (version for txn in txns.open_txns() for version in txn.versions)
-    return {id(version) for version in every if version is not None and version.state is State.STAGED}
+    every = (txn.slots[i] for txn in txns.open_txns() for i in txn.staged)
+    return {slot for slot in every if slot != NONE}

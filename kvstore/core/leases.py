@@ -13,6 +13,7 @@ import heapq
 from dataclasses import dataclass
 from typing import Final
 
+from kvstore.core.ids import Ids
 from kvstore.errors import OverLimit
 from kvstore.nouns import LeaseId
 
@@ -30,10 +31,10 @@ class Lease:
 
 
 class LeaseTable:
-    def __init__(self, first_id: int, leases_max: int, lease_s_max: float, pause_s: float) -> None:
+    def __init__(self, ids: Ids, leases_max: int, lease_s_max: float, pause_s: float) -> None:
         self._leases: dict[LeaseId, Lease] = {}
         self._heap: list[tuple[float, LeaseId]] = []
-        self._next = first_id
+        self._ids = ids
         self._max = leases_max
         self._lease_s_max = lease_s_max
         self._pause_s = pause_s
@@ -55,8 +56,7 @@ class LeaseTable:
             raise OverLimit(f"{self._max} leases are held on this shard: release some, or raise leases_max")
         duration_s = self._bounded(duration_s)
         time = self._time(now)
-        lease = Lease(LeaseId(self._next), owner, duration_s, time + duration_s, time)
-        self._next += 1
+        lease = Lease(LeaseId(self._ids.next()), owner, duration_s, time + duration_s, time)
         self._leases[lease.id] = lease
         heapq.heappush(self._heap, (lease.expires, lease.id))
         return lease.id

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
+
+from kvstore.core.links import Links
 
 
 class ReplacementPolicy(Protocol):
-    """The order in which evictable slots are given up, for one epoch of one model.
+    """The order in which slots are given up, of one tenant and one epoch of one model.
 
-    A slot is in the policy exactly while its version is live and unpinned. Nothing here may fail.
+    Every slot whose version is live and unpinned is in its policy. One that was pinned since may be there
+    too: when it comes up as the victim the core takes it out and asks again, so that pinning, which is in
+    the way of every read, touches no policy. Nothing here may fail.
     """
 
     def insert(self, slot: int) -> None:
@@ -16,7 +21,7 @@ class ReplacementPolicy(Protocol):
         ...
 
     def remove(self, slot: int) -> None:
-        """The slot was pinned, retired or evicted. It must be present."""
+        """The slot was used again, retired, evicted or found pinned. It must be present."""
         ...
 
     def victim(self) -> int | None:
@@ -24,3 +29,7 @@ class ReplacementPolicy(Protocol):
         ...
 
     def __len__(self) -> int: ...
+
+
+MakePolicy = Callable[[Links], ReplacementPolicy]
+"""Policies of one shard share their links: a slot is in one of them at a time."""

@@ -5,84 +5,107 @@ reads the slots the core names, tells it what arrived (`written`) and what turne
 and discards what `index.freed` names. All bounds are in `CoreLimits`.
 
 What is held is always held by a lease: matches, transactions and commits that pin. `reap` frees what
-expired, without any traffic. Lease and transaction ids start from the incarnation, so that one of an
-earlier life of the shard never names somebody else's.
+expired, without any traffic. Lease and transaction ids are of this incarnation alone and cannot be guessed:
+to know one is to own it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Container, Sequence
+from operator import itemgetter
 
 from kvstore.core import integrity
-from kvstore.core.chain import NO_CHAIN, State, Version, visible
-from kvstore.core.epochs import EpochTable
+from kvstore.core.chain import run_of, view_of
+from kvstore.core.changes import ChangeLog
+from kvstore.core.epochs import UNBOUND, EpochTable
+from kvstore.core.holds import Holds
+from kvstore.core.ids import Ids
 from kvstore.core.index import Index
 from kvstore.core.leases import LeaseTable
-from kvstore.core.seams import ReplacementPolicy
+from kvstore.core.offers import Offers
+from kvstore.core.purging import Purging
+from kvstore.core.seams import MakePolicy
+from kvstore.core.spaces import Space
 from kvstore.core.state import Committed, CoreConfig, Matched, Namespace, Offer, Usage
 from kvstore.core.transactions import Txn, TxnTable
-from kvstore.errors import ConfigError, EpochUnknown, LeaseExpired, NotFound, OverLimit
+from kvstore.core.versions import State, Version
+from kvstore.errors import Compacted, ConfigError, EpochUnknown, LeaseExpired, NotFound, OverLimit
 from kvstore.nouns import (
+    ISOLATE,
     BlockKey,
     BlockRef,
+    Change,
+    ChangeKind,
     Epoch,
-    Incarnation,
+    EpochPolicy,
     LeaseId,
+    Listed,
     MissReason,
     NamespaceId,
     Quality,
     Refusal,
     Revision,
     Snapshot,
+    Tier,
     TxnId,
 )
 
 _MISS_LABEL = {reason: f"miss:{reason.value}" for reason in MissReason}
-_REFUSAL_LABEL = {reason: f"refusal:{reason.value}" for reason in Refusal}
 
 
 class ShardCore:
-    def __init__(self, config: CoreConfig, make_policy: Callable[[], ReplacementPolicy]) -> None:
+    def __init__(self, config: CoreConfig, make_policy: MakePolicy) -> None:
         limits = config.limits
-        first_id = _first_id(config.incarnation)
+        ids = Ids(config.incarnation, config.id_secret)
         self.config = config
         self.epochs = EpochTable(limits.models_max, limits.epochs_max)
-        self.index = Index(config.capacity_nbytes, limits.slots_max, make_policy, self.epochs.lag)
+        self.index = Index(config, make_policy, self.epochs)
         self.counters: Counter[str] = Counter()
-        self.revision = 0
-        self._namespaces: dict[NamespaceId, Namespace] = {}
-        self._leases = LeaseTable(first_id, limits.leases_max, limits.lease_s_max, limits.pause_s)
-        self._held: dict[LeaseId, list[Version]] = {}  # what each lease pins
-        self._txns = TxnTable(first_id, limits.txns_max, limits.answers_max)
+        self.changes = ChangeLog(limits.changes_max)
+        self._leases = LeaseTable(ids, limits.leases_max, limits.lease_s_max, limits.pause_s)
+        self._holds = Holds(self._leases, self.index)
+        self._txns = TxnTable(ids, limits.txns_max, limits.answers_max)
+        self._offers = Offers(self.index, self.epochs, self._holds, self.changes, self.counters)
+        self._purging = Purging(self.index, self.epochs, self.changes, self.counters)
+        self._horizon = 0  # no snapshot of an older revision is answered
+
+    @property
+    def revision(self) -> int:
+        return self.changes.revision
 
     # -- namespaces and epochs ---------------------------------------------------------------------
 
     def open_namespace(self, namespace_id: NamespaceId, namespace: Namespace) -> None:
-        """Make the namespace known. Idempotent."""
-        known = namespace_id in self._namespaces
-        if not known and len(self._namespaces) >= self.config.limits.namespaces_max:
-            raise OverLimit(f"{len(self._namespaces)} namespaces are open: raise namespaces_max")
-        self._namespaces[namespace_id] = namespace
+        """Make the namespace known. Idempotent. Raises ConfigError when it is known as another one."""
+        known = self.index.spaces.get(namespace_id)
+        if known is None and len(self.index.spaces) >= self.config.limits.namespaces_max:
+            raise OverLimit(f"{len(self.index.spaces)} namespaces are open: raise namespaces_max")
+        if known is not None and known.namespace != namespace:
+            raise ConfigError(f"namespace {namespace_id.hex()} is open with another model, layout or tenant")
+        self.index.open(namespace_id, namespace)
 
     def namespace(self, namespace_id: NamespaceId) -> Namespace:
         """Raises NotFound: the shard restarted since, open it again."""
-        found = self._namespaces.get(namespace_id)
-        if found is None:
-            raise NotFound(
-                f"namespace {namespace_id.hex()} is not open on {self.config.shard}: open it first"
-            )
-        return found
+        return self._space(namespace_id).namespace
 
     def register_epoch(self, model_id: str, epoch: Epoch) -> None:
         """Bind a number to weights, for ever. The first epoch of a model is its current one."""
         self.epochs.register(model_id, epoch)
 
-    def advance_epoch(self, model_id: str, number: int) -> Revision:
-        """Make a registered epoch the current one. O(1): nothing is flushed, older versions go first."""
-        if self.epochs.advance(model_id, number):
-            self.revision += 1
-        return Revision(self.config.incarnation, self.revision)
+    def advance_epoch(self, model_id: str, number: int, policy: EpochPolicy = ISOLATE) -> Revision:
+        """Make a registered epoch the current one. O(namespaces of the model), whatever they hold.
+
+        Nothing is flushed: older versions go first when room is needed, dropped ones in `sweep`.
+        """
+        if self.epochs.advance(model_id, number, policy, self.revision + 1):
+            self.changes.advance()
+            for space in self.index.by_index:
+                if space.namespace.model_id == model_id:
+                    self.changes.add(ChangeKind.EPOCH, space.id, epoch=number)
+            if policy.drop_older:
+                self._purging.sweep_again()
+        return self._at(self.revision)
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -92,23 +115,32 @@ class ShardCore:
         """The longest prefix run of `keys` the snapshot sees, pinned in the same step."""
         if len(keys) > self.config.limits.keys_max:
             raise OverLimit(f"{len(keys)} keys in one match: at most {self.config.limits.keys_max}")
-        self.namespace(snapshot.namespace)
+        space = self._space(snapshot.namespace)
         self._leases.observe(now)
-        run: list[Version] = []
-        miss = self._cannot_read_at(snapshot)
-        chains = self.index.chains(snapshot.namespace)
-        for key in keys if miss is None else ():
-            seen = visible(chains.get(key, NO_CHAIN), snapshot)
-            if isinstance(seen, MissReason):
-                miss = seen
-                break
-            run.append(seen)
-        lease = self._grant(owner, lease_s, run, now) if run else None
+        run: list[int] = []
+        miss = self._cannot_read_at(snapshot.revision)
+        if miss is None:
+            view = view_of(snapshot, space.namespace.model_id, self.epochs)
+            if isinstance(view, MissReason):
+                miss = view if keys else None
+            else:
+                run, miss = run_of(keys, view, space, self.index.versions, self.epochs)
+        lease = self._holds.grant(owner, lease_s, space, run, now) if run else None
         self.counters["match_keys"] += len(keys)
         self.counters["match_hits"] += len(run)
         if miss is not None:
             self.counters[_MISS_LABEL[miss]] += 1
-        return Matched(tuple(run), lease, miss)
+        table = self.index.versions
+        return Matched(
+            run,
+            _gather(table.generations, run),
+            _gather(table.epochs, run),
+            _gather(table.qualities, run),
+            _gather(table.tiers, run),
+            _gather(table.nbytes, run),
+            lease,
+            miss,
+        )
 
     def resolve(self, namespace: NamespaceId, ref: BlockRef) -> Version | MissReason:
         """The version behind a reference, if its bytes are still the ones it was taken of, and in the
@@ -117,14 +149,56 @@ class ShardCore:
         if (ref.shard, ref.incarnation) == (self.config.shard, self.config.incarnation):
             version = self.index.at(ref.slot, ref.generation)
         if version is None or version.state is State.STAGED or version.namespace != namespace:
-            self.counters[_MISS_LABEL[MissReason.STALE_REFERENCE]] += 1
-            return MissReason.STALE_REFERENCE
+            return self.missed(MissReason.STALE_REFERENCE)
         return version
 
     def missed(self, reason: MissReason) -> MissReason:
         """Counted: the driver found out what the core could not know."""
         self.counters[_MISS_LABEL[reason]] += 1
         return reason
+
+    def listing(
+        self, namespace: NamespaceId, at: Revision | None, cursor: int, limit: int
+    ) -> tuple[Revision, list[Listed], int]:
+        """Versions that stand at a revision (None: now), the slots from `cursor` on; where to go on, or 0.
+
+        What is evicted between two pages is missing from the second, and in the watch. Raises Compacted.
+        """
+        space, table = self._space(namespace), self.index.versions
+        if self._cannot_read_at(at) is not None:
+            raise Compacted(f"nothing is listed at {at}: list at the latest revision")
+        counter = self.revision if at is None else at.counter
+        if counter < space.purged_last:
+            raise Compacted(f"{namespace.hex()} was purged after {at}: list at the latest revision")
+        found: list[Listed] = []
+        stop = min(table.n_slots, cursor + 8 * self.config.limits.page_max)
+        slot = cursor
+        while slot < stop and len(found) < max(1, min(limit, self.config.limits.page_max)):
+            mine = table.spaces[slot] == space.index and State.LIVE <= table.states[slot] <= State.RETIRED
+            if mine and table.stands_at(slot, counter) and not self.index.is_dead(slot):
+                epoch = self.epochs.bound[table.epochs[slot]].epoch
+                quality, tier = Quality(table.qualities[slot]), Tier(table.tiers[slot])
+                found.append(
+                    Listed(table.key(slot), epoch, quality, tier, table.created[slot], table.nbytes[slot])
+                )
+            slot += 1
+        return self._at(counter), found, slot if slot < table.n_slots else 0
+
+    def changed_since(
+        self, after: Revision | None, namespaces: Container[NamespaceId], changes_max: int
+    ) -> tuple[Revision, list[Change]]:
+        """Changes after a revision (None: none yet, watch from now on), complete up to the one answered.
+
+        Raises Compacted for a revision of another incarnation or below the horizon.
+        """
+        if after is None:
+            return self._at(self.revision), []
+        if after.incarnation != self.config.incarnation or not (
+            self.changes.horizon <= after.counter <= self.revision
+        ):
+            raise Compacted(f"changes after {after} are not known: list, and watch from that revision")
+        found, upto = self.changes.since(after.counter, namespaces, changes_max)
+        return self._at(upto), found
 
     def renew(self, lease: LeaseId, lease_s: float, now: float) -> bool:
         self._leases.observe(now)
@@ -135,14 +209,13 @@ class ShardCore:
 
         However many leases a chain was held by, it is let go of at once: its tail is to go first.
         """
-        let_go: list[Version] = []
+        let_go: list[int] = []
         for lease in leases:
             txn = self._txns.of_lease(lease)
             if txn is not None:
-                self._drop_staged(txn)
+                self._offers.drop_staged(txn)
                 self._txns.end(txn, None)
-            if self._leases.end(lease):
-                let_go += self._held.pop(lease)
+            let_go += self._holds.end(lease)
         self.index.unpin(let_go)
 
     # -- writing -----------------------------------------------------------------------------------
@@ -171,14 +244,16 @@ class ShardCore:
                 f"{len(offers)} offers in one transaction: at most {self.config.limits.offers_max}"
             )
         self._txns.check_room()
-        model_id = self.namespace(namespace_id).model_id
-        if not self.epochs.is_registered(model_id, epoch):
+        space = self._space(namespace_id)
+        model_id = space.namespace.model_id
+        epoch_id = self.epochs.id_of(model_id, epoch)
+        if epoch_id == UNBOUND:
             raise EpochUnknown(f"epoch {epoch.number} of {model_id} is not registered with these weights")
-        lease = self._grant(owner, lease_s, [], now)
+        lease = self._holds.grant(owner, lease_s, space, (), now)
         txn_id = self._txns.next_id()
         txn = Txn(txn_id, owner, namespace_id, epoch, quality, lease, request_id, tuple(offers))
         self._txns.add(txn)
-        self._reserve_all(txn, model_id)
+        self._offers.reserve(txn, space, epoch_id)
         return txn
 
     def txn(self, txn_id: TxnId, now: float) -> Txn:
@@ -189,16 +264,16 @@ class ShardCore:
             raise LeaseExpired(f"transaction {txn_id} is over or its lease expired: begin another")
         return txn
 
-    def written(self, txn: Txn, index: int, refusal: Refusal | None, now: float) -> None:
-        """The frame of offer `index` was stored, or refused on arrival. Renews the transaction's lease."""
-        version = txn.versions[index] if 0 <= index < len(txn.versions) else None
-        if version is None or version.state is not State.STAGED:
-            raise ConfigError(f"offer {index} of transaction {txn.id} was not granted: nothing to write")
+    def granted(self, txn: Txn, i: int) -> Version | None:
+        """The version that offer i is to be written to; None when there is none: it exists or was refused."""
+        return self.index.row(txn.slots[i]) if i in txn.staged else None
+
+    def written(self, txn: Txn, i: int, refusal: Refusal | None, now: float) -> None:
+        """The frame of offer i was stored, or refused on arrival. Renews the transaction's lease."""
+        if i not in txn.staged:
+            raise ConfigError(f"offer {i} of transaction {txn.id} was not granted: nothing to write")
         self._leases.touch(txn.lease, now)
-        if refusal is None:
-            version.written = True
-        elif not version.written:  # a second copy that arrived broken takes nothing from the first
-            self._refuse(txn, index, refusal)
+        self._offers.written(txn, i, refusal)
 
     def commit(self, txn_id: TxnId, pin_for_s: float | None, now: float) -> Committed:
         """Make what was written visible at one revision. A retried commit gets the same answer."""
@@ -206,15 +281,16 @@ class ShardCore:
         if answered is not None:
             return answered
         txn = self.txn(txn_id, now)
-        self.revision += 1
-        landed = [self._land(txn, i, self.revision) for i in range(len(txn.versions))]
-        kept = [version for version in landed if isinstance(version, Version)]
-        blocks = tuple(v.ref if isinstance(v, Version) else v for v in landed)
+        space = self._space(txn.namespace)
+        epoch_id = self.epochs.id_of(space.namespace.model_id, txn.epoch)
+        revision = self.changes.advance()
+        landed = [self._offers.land(txn, i, space, epoch_id, revision) for i in range(len(txn.slots))]
+        kept = [slot for slot in landed if not isinstance(slot, Refusal)]
+        blocks = tuple(b if isinstance(b, Refusal) else self.index.ref(b) for b in landed)
         # The transaction's lease makes place for the reader's before its pins go: no block is ever unheld.
-        self._leases.end(txn.lease)
-        pinned = self._held.pop(txn.lease)
-        lease = self._grant(txn.owner, pin_for_s, kept, now) if pin_for_s and kept else None
-        answer = Committed(self.revision, blocks, lease)
+        pinned = self._holds.end(txn.lease)
+        lease = self._holds.grant(txn.owner, pin_for_s, space, kept, now) if pin_for_s and kept else None
+        answer = Committed(revision, blocks, lease)
         self._txns.end(txn, answer)
         self.index.unpin(pinned)
         return answer
@@ -229,12 +305,57 @@ class ShardCore:
         elif txn.answer.lease is not None:  # the writer never heard of its commit, nor of the pins it got
             self.release([txn.answer.lease])
 
+    # -- deletion and upkeep -----------------------------------------------------------------------
+
     def report(self, version: Version) -> None:
         """The driver found the version's stored bytes corrupt: out of sight, so it can be written again."""
-        if version.state is State.LIVE:
-            self.revision += 1
-            self.index.retire(version, self.revision, into=State.CORRUPT)
+        slot = version.ref.slot
+        if self.index.versions.is_current(slot, version.ref.generation) and self.index.is_live(slot):
+            self.changes.advance()
+            number, quality = version.epoch.number, int(version.quality)
+            self.changes.add(ChangeKind.RETIRED, version.namespace, version.key, number, quality)
+            self.index.retire(slot, self.revision, into=State.GONE)
             self.counters["retired_corrupt"] += 1
+
+    def purge(
+        self, namespace: NamespaceId, keys: tuple[BlockKey, ...] | None, epoch: int | None
+    ) -> tuple[int, int]:
+        """Delete for good: invisible to every snapshot when this returns. Versions and bytes freed so far;
+        without `keys` the rest follows in `sweep`. An epoch that was never registered holds nothing."""
+        space = self._space(namespace)
+        if keys is not None and len(keys) > self.config.limits.keys_max:
+            raise OverLimit(f"{len(keys)} keys in one purge: at most {self.config.limits.keys_max}")
+        epoch_id = None
+        if epoch is not None:
+            epoch_id = self.epochs.of(space.namespace.model_id).bound.get(epoch)
+            if epoch_id is None:
+                return 0, 0
+        self.counters["purges"] += 1
+        if keys is not None:
+            return self._purging.purge_keys(space, keys, epoch_id)
+        self._purging.purge_space(space, epoch_id)
+        return 0, 0
+
+    def sweep(self, slots_max: int) -> int:
+        """Free what was purged or dropped, looking at so many slots at most. How many are left to look at."""
+        return self._purging.sweep(slots_max)
+
+    def compact(self, revision: Revision) -> Revision:
+        """Forget what only snapshots and watches below a revision need. The horizon from here on.
+
+        Raises Compacted for a revision of another incarnation, ConfigError for one that is still to come.
+        """
+        if revision.incarnation != self.config.incarnation:
+            raise Compacted(f"{revision} is of another life of {self.config.shard}: all of it is forgotten")
+        if revision.counter > self.revision:
+            raise ConfigError(f"revision {revision.counter} is still to come: {self.revision} is the latest")
+        self._horizon = max(self._horizon, revision.counter)
+        self.changes.forget(self._horizon)
+        for space in self.index.by_index:
+            old = [key for key, horizon in space.horizons.items() if horizon <= self._horizon]
+            for key in old:
+                del space.horizons[key]
+        return self._at(self._horizon)
 
     # -- time and truth ----------------------------------------------------------------------------
 
@@ -256,120 +377,34 @@ class ShardCore:
 
     def usage(self) -> Usage:
         """Bytes by state from an independent walk; whatever is used beyond them has no owner."""
-        return integrity.measure(self.index, self._held, self._leases.ids(), self._txns)
+        return integrity.measure(self.index, self._holds.by_lease, self._leases.ids(), self._txns)
 
     def check_integrity(self) -> None:
         """Conservation: every slot, byte and pin has exactly the owner it should have."""
-        integrity.check(self.index, self._held, self._leases.ids(), self._txns)
+        integrity.check(self.index, self._holds.by_lease, self._leases.ids(), self._txns)
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _cannot_read_at(self, snapshot: Snapshot) -> MissReason | None:
-        at = snapshot.revision
+    def _space(self, namespace_id: NamespaceId) -> Space:
+        space = self.index.spaces.get(namespace_id)
+        if space is None:
+            raise NotFound(
+                f"namespace {namespace_id.hex()} is not open on {self.config.shard}: open it first"
+            )
+        return space
+
+    def _at(self, counter: int) -> Revision:
+        return Revision(self.config.incarnation, counter)
+
+    def _cannot_read_at(self, at: Revision | None) -> MissReason | None:
         if at is None:
             return None
-        if at.incarnation != self.config.incarnation:
+        if at.incarnation != self.config.incarnation or at.counter < self._horizon:
             return MissReason.COMPACTED
         return MissReason.NOT_YET if at.counter > self.revision else None  # it would gain: never
 
-    def _grant(self, owner: str, lease_s: float, pinned: Sequence[Version], now: float) -> LeaseId:
-        lease = self._leases.grant(owner, lease_s, now)
-        self._held[lease] = list(pinned)
-        for version in pinned:
-            self.index.pin(version)
-        return lease
 
-    def _hold(self, lease: LeaseId, version: Version) -> None:
-        self.index.pin(version)
-        self._held[lease].append(version)
-
-    def _rivals(self, txn: Txn, key: BlockKey) -> list[Version]:
-        """Versions of the key that make offering it again pointless: same epoch, as good or better."""
-        chain = self.index.chain(txn.namespace, key).versions
-        return [v for v in chain if v.epoch == txn.epoch and v.quality >= txn.quality]
-
-    def _reserve_all(self, txn: Txn, model_id: str) -> None:
-        for offer in txn.offers:  # pins first, so that making room for one offer evicts none of the others
-            live = next((v for v in self._rivals(txn, offer.key) if v.state is State.LIVE), None)
-            if live is not None:
-                self._hold(txn.lease, live)
-            txn.versions.append(live)
-            txn.refusals.append(None if live is None else Refusal.EXISTS)
-        for i, offer in enumerate(txn.offers):
-            if txn.versions[i] is None:
-                staged = self._reserve(txn, model_id, offer)
-                if isinstance(staged, Version):
-                    txn.versions[i] = staged
-                else:
-                    txn.refusals[i] = staged
-        for refusal in filter(None, txn.refusals):
-            self.counters[_REFUSAL_LABEL[refusal]] += 1
-
-    def _reserve(self, txn: Txn, model_id: str, offer: Offer) -> Version | Refusal:
-        if offer.nbytes < 1:
-            return Refusal.MISMATCH
-        if any(v.state is State.STAGED for v in self._rivals(txn, offer.key)):
-            return Refusal.STAGED
-        if not self.index.can_make_room(offer.nbytes):
-            return Refusal.NO_SPACE
-        while (victim := self.index.next_victim(offer.nbytes)) is not None:
-            self.revision += 1
-            self.index.retire(victim, self.revision)
-            self.counters["evicted"] += 1
-        slot, generation = self.index.take_slot(txn.owner)
-        version = Version(
-            txn.namespace, offer.key, offer.parent, offer.chain_index, offer.placement, model_id,
-            txn.epoch, txn.quality,
-            ref=BlockRef(self.config.shard, self.config.incarnation, slot, generation),
-            nbytes=offer.nbytes,
-        )  # fmt: skip
-        self.index.stage(version)
-        return version
-
-    def _land(self, txn: Txn, i: int, revision: int) -> Version | Refusal:
-        """Offer i at commit: where its block is readable, or why it is not."""
-        version = txn.versions[i]
-        if version is None:
-            return txn.refusals[i] or Refusal.UNWRITTEN
-        if version.state is State.CORRUPT:  # it existed at begin, and was found corrupt since
-            return Refusal.CHECKSUM
-        if version.state is not State.STAGED:
-            return version
-        if not version.written:
-            self._refuse(txn, i, Refusal.UNWRITTEN)
-            return Refusal.UNWRITTEN
-        return self._publish(txn, version, revision)
-
-    def _publish(self, txn: Txn, version: Version, revision: int) -> Version:
-        """The first commit of (key, epoch, quality) wins, a better one too; it retires the lesser ones."""
-        winner = next((v for v in self._rivals(txn, version.key) if v.state is State.LIVE), None)
-        if winner is not None:
-            self._hold(txn.lease, winner)
-            self.index.drop(version)
-            return winner
-        for lesser in list(self.index.chain(txn.namespace, version.key).versions):
-            if lesser.state is State.LIVE and lesser.epoch == version.epoch:
-                self.index.retire(lesser, revision)
-        self._hold(txn.lease, version)
-        self.index.publish(version, revision)
-        self.counters["committed"] += 1
-        return version
-
-    def _refuse(self, txn: Txn, i: int, refusal: Refusal) -> None:
-        """Give up the slot of offer i."""
-        version = txn.versions[i]
-        assert version is not None, "only what was granted can be refused later"
-        self.counters[_REFUSAL_LABEL[refusal]] += 1
-        txn.refusals[i] = refusal
-        txn.versions[i] = None
-        self.index.drop(version)
-
-    def _drop_staged(self, txn: Txn) -> None:
-        for version in txn.versions:
-            if version is not None and version.state is State.STAGED:
-                self.index.drop(version)
-
-
-def _first_id(incarnation: Incarnation) -> int:
-    """Ids fit 63 bits: the lower half of the incarnation, then a count."""
-    return (incarnation % (1 << 31)) << 32 | 1
+def _gather(column: Sequence[int], slots: Sequence[int]) -> Sequence[int]:
+    if len(slots) < 2:
+        return [column[slot] for slot in slots]
+    return itemgetter(*slots)(column)  # type: ignore[no-any-return]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from kvstore.core.chain import Version
 from kvstore.nouns import (
     OFFERS_MAX,
     BlockKey,
@@ -33,6 +33,8 @@ class CoreLimits:
     lease_s_max: float = 600.0
     pause_s: float = 2.0  # a longer silence of the clock is the shard's own pause
     answers_max: int = 1_024  # commits remembered, so that a retried one is answered again
+    changes_max: int = 65_536  # remembered for watchers
+    page_max: int = 1_024  # versions of one page of a listing
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,8 @@ class CoreConfig:
     incarnation: Incarnation
     capacity_nbytes: int
     limits: CoreLimits = CoreLimits()
+    quotas: Mapping[str, int] = field(default_factory=dict)  # bytes a tenant may hold; others: all there are
+    id_secret: bytes = field(default=b"", repr=False)  # makes lease and transaction ids nobody can guess
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,7 @@ class Namespace:
     model_id: str
     fingerprint: LayoutFingerprint
     block_nbytes: int  # of a payload no codec touched
+    tenant: str = "default"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,14 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Matched:
-    versions: tuple[Version, ...]
+    """Columns over the run: entry i speaks of the i-th key."""
+
+    slots: Sequence[int]
+    generations: Sequence[int]
+    epoch_ids: Sequence[int]  # of the core's epoch table
+    qualities: Sequence[int]
+    tiers: Sequence[int]
+    nbytes: Sequence[int]
     lease: LeaseId | None
     miss: MissReason | None
 

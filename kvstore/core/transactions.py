@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from kvstore.core.chain import Version
+from kvstore.core.ids import Ids
 from kvstore.core.state import Committed, Offer
 from kvstore.errors import LeaseExpired, OverLimit
 from kvstore.nouns import Epoch, LeaseId, NamespaceId, Quality, Refusal, TxnId
@@ -18,8 +18,8 @@ from kvstore.nouns import Epoch, LeaseId, NamespaceId, Quality, Refusal, TxnId
 
 @dataclass(slots=True, eq=False)
 class Txn:
-    """`versions[i]` is offer i's own staged version or, where it was refused as EXISTS, the version that
-    exists (pinned under the txn's lease); None where it was refused for good."""
+    """`slots[i]` holds offer i's own staged version (then i is in `staged`) or, where it was refused as
+    EXISTS, the version that exists, pinned under the txn's lease; NONE where it was refused for good."""
 
     id: TxnId
     owner: str
@@ -30,17 +30,18 @@ class Txn:
     request_id: bytes
     offers: tuple[Offer, ...]
     refusals: list[Refusal | None] = field(default_factory=list)
-    versions: list[Version | None] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    staged: set[int] = field(default_factory=set)
     answer: Committed | None = None  # once it is committed
 
 
 class TxnTable:
-    def __init__(self, first_id: int, txns_max: int, answers_max: int) -> None:
+    def __init__(self, ids: Ids, txns_max: int, answers_max: int) -> None:
         self._open: dict[TxnId, Txn] = {}
         self._ended: OrderedDict[TxnId, Txn] = OrderedDict()
         self._of_lease: dict[LeaseId, Txn] = {}
         self._of_request: dict[bytes, Txn] = {}  # open and ended
-        self._next = first_id
+        self._ids = ids
         self._txns_max = txns_max
         self._answers_max = answers_max
 
@@ -58,8 +59,7 @@ class TxnTable:
             )
 
     def next_id(self) -> TxnId:
-        self._next += 1
-        return TxnId(self._next - 1)
+        return TxnId(self._ids.next())
 
     def add(self, txn: Txn) -> None:
         self._open[txn.id] = self._of_lease[txn.lease] = self._of_request[txn.request_id] = txn
@@ -88,7 +88,7 @@ class TxnTable:
         """Close a transaction. Only one that was committed is remembered, without what it offered."""
         del self._open[txn.id], self._of_lease[txn.lease]
         txn.answer = answer
-        txn.offers, txn.versions = (), []
+        txn.offers, txn.slots, txn.staged = (), [], set()
         if answer is None:
             del self._of_request[txn.request_id]
             return

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Final
 
-from kvstore.core.seams import ReplacementPolicy
+from kvstore.core.seams import MakePolicy
 from kvstore.policies.lru import LRU
 
-POLICIES: Final[dict[str, Callable[[], ReplacementPolicy]]] = {"lru": LRU}
+POLICIES: Final[dict[str, MakePolicy]] = {"lru": LRU}

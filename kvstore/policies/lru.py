@@ -1,26 +1,28 @@
-"""Least recently used: the slot that was unpinned longest ago goes first. O(1) for everything.
+"""Least recently used: the slot that was let go longest ago goes first. O(1) for everything.
 
-The core unpins a chain from its tail to its head, so within one use the leaf of a prefix goes before
+The core lets go of a chain from its tail to its head, so within one use the leaf of a prefix goes before
 its parent: a prefix that is cut in the middle would be dead weight.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from kvstore.core.links import Links, SlotList
 
 
 class LRU:
-    def __init__(self) -> None:
-        self._order: OrderedDict[int, None] = OrderedDict()
+    __slots__ = ("_order",)
+
+    def __init__(self, links: Links) -> None:
+        self._order = SlotList(links)
 
     def insert(self, slot: int) -> None:
-        self._order[slot] = None
+        self._order.append(slot)
 
     def remove(self, slot: int) -> None:
-        del self._order[slot]
+        self._order.remove(slot)
 
     def victim(self) -> int | None:
-        return next(iter(self._order), None)
+        return self._order.first()
 
     def __len__(self) -> int:
         return len(self._order)

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import structlog
 
-from kvstore.core import chain
-from kvstore.core.index import Index
+from kvstore.core.chain import view_of
+from kvstore.core.holds import Holds
 from kvstore.core.leases import LeaseTable
 from kvstore.core.shard import ShardCore
+from kvstore.core.versions import Versions
 from kvstore.frame import HEADER_NBYTES, decode_header
 from kvstore.nouns import BlockRef, NamespaceId
 from kvstore.tiers.host import HostTier
@@ -22,7 +23,7 @@ Patch = pytest.MonkeyPatch
 
 def generation(patch: Patch) -> None:
     """A reference is good whatever its slot holds now."""
-    patch.setattr(Index, "at", lambda index, slot, _generation: index._by_slot.get(slot))
+    patch.setattr(Versions, "is_current", lambda table, slot, _generation: bool(table.states[slot]))
     patch.setattr(HostTier, "_find", lambda tier, place: tier._frames.get(place.slot, (0, None))[1])
 
 
@@ -51,25 +52,26 @@ def header(patch: Patch) -> None:
 
 def pin(patch: Patch) -> None:
     """What is matched may be evicted before it is read."""
-    patch.setattr(
-        ShardCore, "_grant", lambda core, owner, lease_s, _pinned, now: _granted(core, owner, lease_s, now)
-    )
+    patch.setattr(Holds, "grant", _granted)
 
 
-def _granted(core: ShardCore, owner: str, lease_s: float, now: float) -> object:
-    lease = core._leases.grant(owner, lease_s, now)
-    core._held[lease] = []
+def _granted(holds: Holds, owner: str, lease_s: float, _space: object, _slots: object, now: float) -> object:
+    lease = holds.leases.grant(owner, lease_s, now)
+    holds._held[lease] = []
     return lease
 
 
 def exists_pin(patch: Patch) -> None:
     """A block that exists is answered, not held."""
-    patch.setattr(ShardCore, "_hold", lambda *_: None)
+    patch.setattr(Holds, "hold", lambda *_: None)
 
 
 def epochs(patch: Patch) -> None:
     """KV of any weights will do."""
-    patch.setattr(chain, "can_see", lambda *_: True)
+    patch.setattr(
+        "kvstore.core.shard.view_of",
+        lambda *asked: view_of(*asked)._replace(oldest=0, number=1 << 62),  # type: ignore[union-attr]
+    )
 
 
 def no_reaping(patch: Patch) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import pytest
 
 from kvstore.core.shard import ShardCore
-from kvstore.core.state import CoreConfig, CoreLimits, Matched, Namespace, Offer
+from kvstore.core.state import CoreConfig, CoreLimits, Namespace, Offer
 from kvstore.core.transactions import Txn
+from kvstore.core.versions import Version
 from kvstore.nouns import (
     ROOT_KEY,
     BlockKey,
@@ -17,6 +19,7 @@ from kvstore.nouns import (
     Incarnation,
     LayoutFingerprint,
     LeaseId,
+    MissReason,
     NamespaceId,
     Quality,
     Refusal,
@@ -45,18 +48,29 @@ def key(n: int) -> BlockKey:
 E1, E2, E3 = epoch(1), epoch(2), epoch(3)
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a match answered, with the rows behind it."""
+
+    versions: tuple[Version, ...]
+    lease: LeaseId | None
+    miss: MissReason | None
+
+
 class Shard:
     """A core; `now` moves only when told to, in steps the core takes for running."""
 
-    def __init__(self, blocks: int = 8, **limits: float) -> None:
-        config = CoreConfig(ShardId("shard"), INCARNATION, blocks * NBYTES, CoreLimits(**limits))  # type: ignore[arg-type]
+    def __init__(self, blocks: int = 8, quotas: Mapping[str, int] | None = None, **limits: float) -> None:
+        bounds = CoreLimits(**limits)  # type: ignore[arg-type]
+        config = CoreConfig(ShardId("shard"), INCARNATION, blocks * NBYTES, bounds, quotas or {})
         self.core = ShardCore(config, POLICIES["lru"])
         self.now = 0.0
         self._requests = 0
         self.open(NAMESPACE, MODEL)
 
-    def open(self, namespace: NamespaceId, model_id: str) -> None:
-        self.core.open_namespace(namespace, Namespace(model_id, LayoutFingerprint(bytes(16)), NBYTES))
+    def open(self, namespace: NamespaceId, model_id: str, tenant: str = "default") -> None:
+        opened = Namespace(model_id, LayoutFingerprint(bytes(16)), NBYTES, tenant)
+        self.core.open_namespace(namespace, opened)
         for known in (E1, E2, E3):
             self.core.register_epoch(model_id, known)
 
@@ -106,10 +120,13 @@ class Shard:
         namespace: NamespaceId = NAMESPACE,
         min_quality: Quality = LOSSLESS,
         at: Revision | None = None,
+        lag: int = 0,
         lease_s: float = 10.0,
-    ) -> Matched:
-        snapshot = Snapshot(namespace, of, min_quality, 0, at)
-        return self.core.match(snapshot, [key(n) for n in keys], "reader", lease_s, self.now)
+    ) -> Found:
+        snapshot = Snapshot(namespace, of, min_quality, lag, at)
+        matched = self.core.match(snapshot, [key(n) for n in keys], "reader", lease_s, self.now)
+        assert all(map(self.core.index.versions.is_current, matched.slots, matched.generations))
+        return Found(tuple(map(self.core.index.row, matched.slots)), matched.lease, matched.miss)
 
     def hits(self, keys: Sequence[int], of: Epoch = E1) -> int:
         """How many of the keys match; holds nothing afterwards."""

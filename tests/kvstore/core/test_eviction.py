@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from kvstore.core.chain import Version
 from kvstore.core.eviction import Evictables
 from kvstore.core.state import Offer
 from kvstore.errors import EpochConflict, EpochUnknown, OverLimit
@@ -50,13 +49,13 @@ def test_what_is_let_go_together_moves_the_chain_above_it_once(monkeypatch: pyte
     txn = shard.core.begin(NAMESPACE, E1, LOSSLESS, fan, "writer", 10.0, b"fan", shard.now)
     shard.write(txn)
     moved: list[object] = []
-    insert = Evictables.insert
+    use = Evictables.use
 
-    def counted(self: Evictables, version: Version) -> None:
-        moved.append(version)
-        insert(self, version)
+    def counted(self: Evictables, tenant: str, slot: int) -> None:
+        moved.append(slot)
+        use(self, tenant, slot)
 
-    monkeypatch.setattr(Evictables, "insert", counted)
+    monkeypatch.setattr(Evictables, "use", counted)
     shard.commit(txn)
     assert len(moved) == above + siblings
     monkeypatch.undo()
@@ -72,7 +71,7 @@ def test_a_hole_in_a_use_does_not_let_a_parent_go_first() -> None:
     shard.release(shard.match([3]).lease, shard.match([1]).lease)
     for left, n in ((3, 100), (2, 200), (1, 300), (0, 400)):
         shard.put([n])
-        there = [n for n in range(4) if shard.core.index.chain(NAMESPACE, key(n)).versions]
+        there = [n for n in range(4) if key(n) in shard.core.index.spaces[NAMESPACE].heads]
         assert there == list(range(left))
 
 
@@ -161,7 +160,7 @@ def test_an_epochs_number_is_bound_to_its_weights(shard: Shard) -> None:
 def test_epochs_never_go_back(shard: Shard) -> None:
     after = shard.core.advance_epoch(MODEL, 3)
     assert shard.core.advance_epoch(MODEL, 2) == after
-    assert shard.core.epochs.lag(MODEL, 2) == 1
+    assert shard.core.epochs.show(MODEL).current == 3
 
 
 def test_epochs_and_models_are_bounded() -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pytest
 
+from kvstore.core.ids import Ids
 from kvstore.core.leases import LeaseTable
 from kvstore.errors import OverLimit
+from tests.kvstore.core.conftest import INCARNATION
 
 
 def table(**changes: float) -> LeaseTable:
     limits = {"leases_max": 4, "lease_s_max": 100.0, "pause_s": 2.0} | changes
-    return LeaseTable(1, int(limits["leases_max"]), limits["lease_s_max"], limits["pause_s"])
+    return LeaseTable(
+        Ids(INCARNATION, b""), int(limits["leases_max"]), limits["lease_s_max"], limits["pause_s"]
+    )
 
 
 def tick(leases: LeaseTable, begin: int, end: int) -> list[int]:

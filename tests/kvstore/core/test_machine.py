@@ -99,7 +99,7 @@ class CoreMachine(RuleBasedStateMachine):
         if not waiting:
             return
         i = waiting[which % len(waiting)]
-        version = self.txns[txn_id].versions[i]
+        version = self.shard.core.granted(self.txns[txn_id], i)
         assert version is not None
         place = version.ref.slot, version.ref.generation
         self.stored[place] = payload(writing.keys[i], writing.epoch, writing.quality)

@@ -85,7 +85,8 @@ async def test_a_peer_that_stops_reading_holds_its_place_no_longer_than_its_dead
     monkeypatch.setattr(served.driver, "read", endless)
     await transport.hello(timeout_s=TIMEOUT)
     open_read: Any = transport._bulk.unary_stream(methods.READ.path, methods.READ.asked.SerializeToString)
-    unread = open_read(blocks.ReadRequest(), metadata=transport._metadata)  # no deadline, and nobody reads
+    asked = blocks.ReadRequest(namespace_id=bytes(16))
+    unread = open_read(asked, metadata=transport._metadata)  # no deadline, and nobody reads
     await unread.read()
     service = served.server._service
     assert service._streams == 1
