@@ -250,7 +250,8 @@ class ShardDriver:
     async def commit(self, txn: TxnId, pin_for_s: float | None, *, timeout_s: float) -> CommitResult:
         answer = self._serving().commit(txn, pin_for_s, self._clock.now())
         self._discard_freed()
-        return CommitResult(Revision(self.config.incarnation, answer.revision), answer.blocks, answer.lease)
+        revision = Revision(self.config.incarnation, answer.revision)
+        return CommitResult(revision, self.core.blocks(answer), answer.lease)
 
     async def abort(self, txn: TxnId, *, timeout_s: float) -> None:
         self._serving().abort(txn)
@@ -361,7 +362,7 @@ class ShardDriver:
             return Refusal.MISMATCH
         version = self.core.granted(txn, index)
         if version is None or version.written:
-            return txn.refusals[index]  # why it was not granted; None for a frame that is here already
+            return txn.refused.get(index)  # why it was not granted; None for a frame that is here already
         refusal, frame = await self._verified_copy(txn, version, header, payload)
         place = _place(version.ref)
         try:

@@ -37,18 +37,20 @@ class Offers:
     def reserve(self, txn: Txn, space: Space, epoch_id: int) -> None:
         """Fill the transaction's slots and refusals."""
         if self._epochs.is_dropped(epoch_id):
-            txn.slots, txn.refusals = [NONE] * len(txn.offers), [Refusal.EPOCH] * len(txn.offers)
+            txn.slots = [NONE] * len(txn.offers)
+            txn.refused = dict.fromkeys(range(len(txn.offers)), Refusal.EPOCH)
         else:
-            for offer in txn.offers:  # pins first: making room for one offer must evict none of the others
+            # Pins first: making room for one offer must evict none of the others.
+            for i, offer in enumerate(txn.offers):
                 live = self._live_rival(space, offer.key, epoch_id, txn.quality)
                 if live != NONE:
                     self._holds.hold(txn.lease, space, live)
+                    txn.refused[i] = Refusal.EXISTS
                 txn.slots.append(live)
-                txn.refusals.append(None if live == NONE else Refusal.EXISTS)
             for i, offer in enumerate(txn.offers):
                 if txn.slots[i] == NONE:
                     self._reserve_one(txn, space, epoch_id, i, offer)
-        for refusal in filter(None, txn.refusals):
+        for refusal in txn.refused.values():
             self._counters[_LABEL[refusal]] += 1
 
     def evict(self, slot: int) -> None:
@@ -59,7 +61,7 @@ class Offers:
     def refuse(self, txn: Txn, i: int, refusal: Refusal) -> None:
         """Give up the staged slot of offer i."""
         self._counters[_LABEL[refusal]] += 1
-        txn.refusals[i] = refusal
+        txn.refused[i] = refusal
         txn.staged.remove(i)
         slot, txn.slots[i] = txn.slots[i], NONE
         self._index.drop(slot)
@@ -73,7 +75,7 @@ class Offers:
         """Offer i at commit: the slot its block is readable in, or why it is not."""
         table, slot = self._index.versions, txn.slots[i]
         if slot == NONE:
-            return txn.refusals[i] or Refusal.UNWRITTEN
+            return txn.refused[i]
         if i not in txn.staged:  # it existed at begin, and may have been purged or found corrupt since
             if table.states[slot] == State.GONE:
                 return Refusal.PURGED if table.written[slot] == FORBIDDEN else Refusal.CHECKSUM
@@ -103,13 +105,13 @@ class Offers:
     def _reserve_one(self, txn: Txn, space: Space, epoch_id: int, i: int, offer: Offer) -> None:
         index, account = self._index, space.account
         if offer.nbytes < 1:
-            txn.refusals[i] = Refusal.MISMATCH
+            txn.refused[i] = Refusal.MISMATCH
         elif self._is_being_written(space, offer.key, epoch_id, txn.quality):
-            txn.refusals[i] = Refusal.STAGED
+            txn.refused[i] = Refusal.STAGED
         elif account.used_nbytes - account.idle_nbytes + offer.nbytes > account.quota_nbytes:
-            txn.refusals[i] = Refusal.QUOTA
+            txn.refused[i] = Refusal.QUOTA
         elif not index.can_make_room(offer.nbytes):
-            txn.refusals[i] = Refusal.NO_SPACE
+            txn.refused[i] = Refusal.NO_SPACE
         else:
             while (victim := index.next_victim(account, offer.nbytes)) is not None:
                 self.evict(victim)

@@ -11,6 +11,7 @@ to know one is to own it.
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Container, Sequence
 from operator import itemgetter
@@ -29,7 +30,7 @@ from kvstore.core.seams import MakePolicy
 from kvstore.core.spaces import Space
 from kvstore.core.state import Committed, CoreConfig, Matched, Namespace, Offer, Usage
 from kvstore.core.transactions import Txn, TxnTable
-from kvstore.core.versions import State, Version
+from kvstore.core.versions import NONE, State, Version
 from kvstore.errors import Compacted, ConfigError, EpochUnknown, LeaseExpired, NotFound, OverLimit
 from kvstore.nouns import (
     ISOLATE,
@@ -286,14 +287,23 @@ class ShardCore:
         revision = self.changes.advance()
         landed = [self._offers.land(txn, i, space, epoch_id, revision) for i in range(len(txn.slots))]
         kept = [slot for slot in landed if not isinstance(slot, Refusal)]
-        blocks = tuple(b if isinstance(b, Refusal) else self.index.ref(b) for b in landed)
+        refused = {i: refusal for i, refusal in enumerate(landed) if isinstance(refusal, Refusal)}
+        slots = array("q", (NONE if isinstance(slot, Refusal) else slot for slot in landed))
+        known = self.index.versions.generations
+        generations = array("Q", (0 if slot == NONE else known[slot] for slot in slots))
         # The transaction's lease makes place for the reader's before its pins go: no block is ever unheld.
         pinned = self._holds.end(txn.lease)
         lease = self._holds.grant(txn.owner, pin_for_s, space, kept, now) if pin_for_s and kept else None
-        answer = Committed(revision, blocks, lease)
+        answer = Committed(revision, slots, generations, refused, lease)
         self._txns.end(txn, answer)
         self.index.unpin(pinned)
         return answer
+
+    def blocks(self, answer: Committed) -> tuple[BlockRef | Refusal, ...]:
+        """One an offer: where its block is readable, or why it is not."""
+        shard, incarnation = self.config.shard, self.config.incarnation
+        places = enumerate(zip(answer.slots, answer.generations, strict=True))
+        return tuple(answer.refused.get(i) or BlockRef(shard, incarnation, *place) for i, place in places)
 
     def abort(self, txn_id: TxnId) -> None:
         """Free what the transaction staged, or what its commit pinned. Idempotent."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from kvstore.nouns import (
     OFFERS_MAX,
     BlockKey,
-    BlockRef,
     Incarnation,
     LayoutFingerprint,
     LeaseId,
@@ -82,8 +81,14 @@ class Matched:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
+    """Columns over the offers: where each landed (`slots[i]` is negative for one in `refused`).
+
+    Answers are remembered for a while, hence arrays."""
+
     revision: int
-    blocks: tuple[BlockRef | Refusal, ...]
+    slots: Sequence[int]
+    generations: Sequence[int]
+    refused: Mapping[int, Refusal]
     lease: LeaseId | None
 
 

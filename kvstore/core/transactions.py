@@ -29,10 +29,16 @@ class Txn:
     lease: LeaseId
     request_id: bytes
     offers: tuple[Offer, ...]
-    refusals: list[Refusal | None] = field(default_factory=list)
+    refused: dict[int, Refusal] = field(default_factory=dict)  # by offer
     slots: list[int] = field(default_factory=list)
     staged: set[int] = field(default_factory=set)
     answer: Committed | None = None  # once it is committed
+
+    @property
+    def refusals(self) -> list[Refusal | None]:
+        """One an offer, also of a transaction that was committed."""
+        count = len(self.offers) if self.answer is None else len(self.answer.slots)
+        return [self.refused.get(i) for i in range(count)]
 
 
 class TxnTable:

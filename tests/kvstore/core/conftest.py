@@ -97,7 +97,7 @@ class Shard:
                 self.core.written(txn, i, None, self.now)
 
     def commit(self, txn: Txn, pin_for_s: float | None = None) -> tuple[BlockRef | Refusal, ...]:
-        return self.core.commit(txn.id, pin_for_s, self.now).blocks
+        return self.core.blocks(self.core.commit(txn.id, pin_for_s, self.now))
 
     def put(
         self,

@@ -131,7 +131,7 @@ class CoreMachine(RuleBasedStateMachine):
         assert self.shard.core.commit(txn_id, pin_for_s, self.shard.now) is answer
         del self.model.writing[txn_id]
         kept: list[Block] = []
-        for i, (said, was) in enumerate(zip(answer.blocks, refusals, strict=True)):
+        for i, (said, was) in enumerate(zip(self.shard.core.blocks(answer), refusals, strict=True)):
             landed = self._land(writing, i, said, answer.revision)
             if landed is None:
                 unwritten = was is None

@@ -36,7 +36,7 @@ def test_what_exists_is_held_until_the_writer_commits() -> None:
     assert rival.refusals == [None, Refusal.NO_SPACE]
     shard.core.abort(rival.id)
     answer = shard.core.commit(txn.id, 5.0, shard.now)
-    assert isinstance(answer.blocks[0], BlockRef)
+    assert isinstance(shard.core.blocks(answer)[0], BlockRef)
     assert shard.begin([100, 200]).refusals == [None, Refusal.NO_SPACE]  # still held: by the reader's lease
     shard.later(6)
     shard.core.abort(shard.begin([300]).id)
