@@ -60,9 +60,15 @@ class Found:
 class Shard:
     """A core; `now` moves only when told to, in steps the core takes for running."""
 
-    def __init__(self, blocks: int = 8, quotas: Mapping[str, int] | None = None, **limits: float) -> None:
+    def __init__(
+        self,
+        blocks: int = 8,
+        quotas: Mapping[str, int] | None = None,
+        incarnation: Incarnation = INCARNATION,
+        **limits: float,
+    ) -> None:
         bounds = CoreLimits(**limits)  # type: ignore[arg-type]
-        config = CoreConfig(ShardId("shard"), INCARNATION, blocks * NBYTES, bounds, quotas or {})
+        config = CoreConfig(ShardId("shard"), incarnation, blocks * NBYTES, bounds, quotas or {})
         self.core = ShardCore(config, POLICIES["lru"])
         self.now = 0.0
         self._requests = 0

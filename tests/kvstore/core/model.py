@@ -26,11 +26,13 @@ class Block:
     created: int
     retired: int | None = None
     corrupt: bool = False
+    purged: bool = False
+    dead: bool = False  # purged or dropped as a whole while it was pinned: nobody will ever see it
     gone: bool = False  # its bytes are no more
 
     @property
     def is_live(self) -> bool:
-        return self.retired is None and not self.gone
+        return self.retired is None and not self.gone and not self.dead
 
     def stood_at(self, revision: int) -> bool:
         return self.created <= revision and (self.retired is None or self.retired > revision)
@@ -54,6 +56,7 @@ class Writing:
     exists: dict[int, Block] = field(default_factory=dict)
     staged: set[int] = field(default_factory=set)
     written: set[int] = field(default_factory=set)
+    forbidden: set[int] = field(default_factory=set)  # purged while they were being written
 
 
 class Model:
@@ -64,6 +67,9 @@ class Model:
         self.writing: dict[int, Writing] = {}
         self.now = 0.0
         self.paused_s = 0.0
+        self.current = 1
+        self.lag_max = 0
+        self.oldest = 0
 
     @property
     def time(self) -> float:
@@ -84,6 +90,21 @@ class Model:
     def live(self, key: int, epoch: int, least: Quality) -> Block | None:
         return self.best((b for b in self.blocks if b.key == key and b.is_live), epoch, least)
 
+    def seen(self, key: int, epoch: int, least: Quality, lag: int) -> Block | None:
+        """The newest epoch within the effective lag, of it the best quality."""
+        if epoch < self.oldest:
+            return None
+        for of in range(epoch, max(self.oldest, epoch - min(lag, self.lag_max)) - 1, -1):
+            block = self.live(key, of, least)
+            if block is not None:
+                return block
+        return None
+
+    def kill(self, chosen: Iterable[Block]) -> None:
+        """A whole namespace or epoch dies; what is pinned goes with its pins."""
+        for block in chosen:
+            block.dead = block.dead or block.is_live
+
     def stood(self, key: int, epoch: int, least: Quality, revision: int) -> Block | None:
         """What a snapshot at the revision saw when it was taken."""
         return self.best((b for b in self.blocks if b.key == key and b.stood_at(revision)), epoch, least)
@@ -93,7 +114,7 @@ class Model:
         return any(
             w.keys[i] == key and w.epoch == epoch and w.quality >= quality
             for w in self.writing.values()
-            for i in w.staged
+            for i in w.staged - w.forbidden
         )
 
     def reap(self) -> None:

@@ -8,13 +8,31 @@ from __future__ import annotations
 
 import hashlib
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvstore.core.transactions import Txn
-from kvstore.nouns import BlockRef, MissReason, Quality, Refusal, Revision, TxnId
-from tests.kvstore.core.conftest import INCARNATION, INT8, LOSSLESS, MODEL, NAMESPACE, NBYTES, Shard, epoch
+from kvstore.errors import LeaseExpired
+from kvstore.nouns import (
+    DROP,
+    ISOLATE,
+    BlockKey,
+    BlockRef,
+    ChangeKind,
+    EpochPolicy,
+    Incarnation,
+    LeaseId,
+    MissReason,
+    Quality,
+    Refusal,
+    Revision,
+    TxnId,
+    allow_stale,
+)
+from tests.kvstore.core.conftest import INT8, LOSSLESS, MODEL, NAMESPACE, NBYTES, Shard, epoch
+from tests.kvstore.core.conftest import key as key_of
 from tests.kvstore.core.model import PAUSE_S, Block, Lease, Model, Writing
 
 CAPACITY_BLOCKS = 6
@@ -26,6 +44,9 @@ epochs = st.integers(1, 3)
 qualities = st.sampled_from([LOSSLESS, INT8])
 leases = st.floats(1.0, 9.0)
 picks = st.integers(0, 10)
+lags = st.integers(0, 2)
+policies = st.sampled_from([ISOLATE, ISOLATE, allow_stale(1), allow_stale(2), DROP])
+Entry = tuple[BlockKey, int, int]
 
 
 def payload(key: int, of: int, quality: Quality) -> bytes:
@@ -35,8 +56,19 @@ def payload(key: int, of: int, quality: Quality) -> bytes:
 class CoreMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.shard = Shard(CAPACITY_BLOCKS, pause_s=PAUSE_S, slots_max=2 * CAPACITY_BLOCKS)
+        self.lives = 0
+        self.start()
+
+    def start(self) -> None:
+        self.lives += 1
+        incarnation = Incarnation(self.lives)
+        self.shard = Shard(
+            CAPACITY_BLOCKS, incarnation=incarnation, pause_s=PAUSE_S, slots_max=2 * CAPACITY_BLOCKS
+        )
         self.model = Model(CAPACITY_BLOCKS)
+        self.unswept = False
+        self.watched: set[Entry] = set()  # what a watcher believes to be there
+        self.watched_to = Revision(incarnation, 0)
         self.txns: dict[TxnId, Txn] = {}
         self.stored: dict[
             tuple[int, int], bytes
@@ -62,13 +94,18 @@ class CoreMachine(RuleBasedStateMachine):
         model = self.model
         writing = Writing(of, quality, Lease(model.time + lease_s, lease_s, []), keys)
         for i, key in enumerate(keys):
-            live = model.live(key, of, quality)
+            live = model.live(key, of, quality) if of >= model.oldest else None
             if live is not None:
                 writing.exists[i] = live
                 writing.lease.blocks.append(live)
         txn = self.shard.begin(keys, epoch(of), quality, lease_s=lease_s)
         self.room_was_made = True
         expected: list[Refusal | None] = []
+        if of < model.oldest:
+            model.writing[txn.id] = writing
+            assert txn.refusals == [Refusal.EPOCH] * len(keys)
+            self.txns[txn.id] = txn
+            return txn.id
         taken = self.model.is_staged
         staged_before = [taken(key, of, quality) for key in keys]
         model.writing[txn.id] = writing
@@ -134,9 +171,7 @@ class CoreMachine(RuleBasedStateMachine):
         for i, (said, was) in enumerate(zip(self.shard.core.blocks(answer), refusals, strict=True)):
             landed = self._land(writing, i, said, answer.revision)
             if landed is None:
-                unwritten = was is None
-                corrupt = i in writing.exists
-                assert said is (Refusal.UNWRITTEN if unwritten else Refusal.CHECKSUM if corrupt else was)
+                assert said is self._why_not(writing, i, was)
             else:
                 assert said == landed.ref
                 kept.append(landed)
@@ -144,10 +179,22 @@ class CoreMachine(RuleBasedStateMachine):
         if answer.lease is not None and pin_for_s:
             self.model.leases[answer.lease] = Lease(self.model.time + pin_for_s, pin_for_s, kept)
 
+    def _why_not(self, writing: Writing, i: int, was: Refusal | None) -> Refusal | None:
+        if i in writing.exists:
+            block = writing.exists[i]
+            return Refusal.PURGED if block.purged or block.dead else Refusal.CHECKSUM
+        if i in writing.forbidden:
+            return Refusal.PURGED
+        if was is None and writing.epoch < self.model.oldest:
+            return Refusal.EPOCH
+        return Refusal.UNWRITTEN if was is None else was
+
     def _land(self, writing: Writing, i: int, said: BlockRef | Refusal, revision: int) -> Block | None:
         if i in writing.exists:
-            return None if writing.exists[i].corrupt else writing.exists[i]
-        if i not in writing.written:
+            block = writing.exists[i]
+            return None if block.corrupt or block.purged or block.dead else block
+        refused = i in writing.forbidden or writing.epoch < self.model.oldest
+        if refused or i not in writing.written:
             return None
         key = writing.keys[i]
         winner = self.model.live(key, writing.epoch, writing.quality)
@@ -169,15 +216,15 @@ class CoreMachine(RuleBasedStateMachine):
         self.shard.core.abort(txn_id)
         self.shard.core.abort(txn_id)
 
-    @rule(keys=chains, of=epochs, least=qualities, lease_s=leases)
-    def match(self, keys: list[int], of: int, least: Quality, lease_s: float) -> None:
+    @rule(keys=chains, of=epochs, least=qualities, lag=lags, lease_s=leases)
+    def match(self, keys: list[int], of: int, least: Quality, lag: int, lease_s: float) -> None:
         run: list[Block] = []
         for key in keys:
-            seen = self.model.live(key, of, least)
+            seen = self.model.seen(key, of, least, lag)
             if seen is None:
                 break
             run.append(seen)
-        matched = self.shard.match(keys, epoch(of), min_quality=least, lease_s=lease_s)
+        matched = self.shard.match(keys, epoch(of), min_quality=least, lag=lag, lease_s=lease_s)
         assert [v.ref for v in matched.versions] == [block.ref for block in run]
         assert (matched.miss is None) == (len(run) == len(keys))
         for block in run:
@@ -191,7 +238,8 @@ class CoreMachine(RuleBasedStateMachine):
     def look_back(self, key: int, of: int, least: Quality, back: int) -> None:
         """A fixed revision is answered with what stood there, or with a miss for good."""
         at = max(0, self.shard.core.revision - back)
-        matched = self.shard.match([key], epoch(of), min_quality=least, at=Revision(INCARNATION, at))
+        then = Revision(self.watched_to.incarnation, at)
+        matched = self.shard.match([key], epoch(of), min_quality=least, at=then)
         if matched.versions:
             stood = self.model.stood(key, of, least, at)
             assert stood is not None
@@ -215,9 +263,71 @@ class CoreMachine(RuleBasedStateMachine):
         assert self.shard.core.renew(name, lease_s, self.shard.now)  # type: ignore[arg-type]
         lease.expires = max(lease.expires, self.model.time + lease_s)
 
-    @rule(of=epochs)
-    def advance(self, of: int) -> None:
-        self.shard.core.advance_epoch(MODEL, of)
+    @rule(of=epochs, policy=policies, swept=st.booleans())
+    def advance(self, of: int, policy: EpochPolicy, swept: bool) -> None:
+        model = self.model
+        self.shard.core.advance_epoch(MODEL, of, policy)
+        if of >= model.current:
+            model.current, model.lag_max = of, policy.stale_lag_max
+            model.oldest = of if policy.drop_older else model.oldest
+            model.kill(b for b in model.blocks if b.epoch < model.oldest)
+            self._sweep(swept)
+
+    def _sweep(self, swept: bool) -> None:
+        """The driver sweeps when it has time; until then dead bytes lie about."""
+        self.room_was_made, self.unswept = True, True
+        if swept:
+            while self.shard.core.sweep(3):
+                pass
+            self.unswept = False
+
+    @rule()
+    def sweep(self) -> None:
+        self._sweep(True)
+
+    @rule(of=st.none() | epochs, swept=st.booleans())
+    def purge(self, of: int | None, swept: bool) -> None:
+        self.shard.core.purge(NAMESPACE, None, of)
+        self.model.kill(b for b in self.model.blocks if of in (None, b.epoch))
+        self._forbid(set(KEYS), of)
+        self._sweep(swept)
+
+    @rule(keys=subsets, of=st.none() | epochs)
+    def purge_keys(self, keys: list[int], of: int | None) -> None:
+        self.shard.core.purge(NAMESPACE, tuple(map(key_of, keys)), of)
+        for block in self.model.blocks:
+            if block.key in keys and of in (None, block.epoch) and not block.gone:
+                block.retired, block.purged = block.retired or self.shard.core.revision, True
+        self._forbid(set(keys), of)
+
+    def _forbid(self, keys: set[int], of: int | None) -> None:
+        for writing in self.model.writing.values():
+            if of in (None, writing.epoch):
+                writing.forbidden |= {i for i in writing.staged if writing.keys[i] in keys}
+
+    @rule(back=st.integers(0, 6))
+    def compact(self, back: int) -> None:
+        at = Revision(self.watched_to.incarnation, max(0, self.shard.core.revision - back))
+        horizon = self.shard.core.compact(at)
+        assert horizon >= at
+        if horizon.counter:
+            before = horizon._replace(counter=horizon.counter - 1)
+            assert self.shard.match([KEYS[0]], at=before).miss is MissReason.COMPACTED
+
+    @rule()
+    def restart(self) -> None:
+        """Everything is forgotten; what was taken of the earlier life names nothing."""
+        refs = [block.ref for block in self.model.blocks]
+        leases = [LeaseId(lease) for lease in self.model.leases]
+        txns = list(self.txns)
+        self.start()
+        core = self.shard.core
+        assert all(core.resolve(NAMESPACE, ref) is MissReason.STALE_REFERENCE for ref in refs)
+        assert not any(core.renew(lease, 9.0, self.shard.now) for lease in leases)
+        for txn in txns:
+            with pytest.raises(LeaseExpired):
+                core.commit(txn, None, self.shard.now)
+        core.release(leases)
 
     @precondition(lambda self: any(b.is_live for b in self.model.blocks))
     @rule(pick=picks)
@@ -259,12 +369,13 @@ class CoreMachine(RuleBasedStateMachine):
             version = self.shard.core.index.at(block.ref.slot, block.ref.generation)
             if version is None:
                 assert not pins[block], "a pinned block went"
-                assert block.retired is not None or self.room_was_made, (
-                    "evicted although nobody asked for room"
-                )
+                freed = block.retired is not None or block.dead
+                assert freed or self.room_was_made, "evicted although nobody asked for room"
                 block.gone = True
             else:
-                assert block.retired is None or pins[block], "retired, held by nobody, and still here"
+                hidden = block.retired is not None or block.dead
+                lies_about = block.dead and self.unswept
+                assert not hidden or pins[block] or lies_about, "hidden, held by nobody, and still here"
                 assert version.pins == pins[block]
         self.room_was_made = False
 
@@ -275,14 +386,47 @@ class CoreMachine(RuleBasedStateMachine):
         self.shard.core.index.freed.clear()
 
     @invariant()
+    def the_watcher_knows_what_is_there(self) -> None:
+        """From changes alone, in order, none twice; the same as the listing, the same as the model."""
+        core = self.shard.core
+        upto, changes = core.changed_since(self._resumed(), (NAMESPACE,), 1000)
+        for change in changes:
+            assert self.watched_to < (upto.incarnation, change.revision) <= upto
+            if change.kind is ChangeKind.PURGED:
+                self.watched = {e for e in self.watched if change.epoch not in (0, e[1])}
+            elif change.kind is ChangeKind.EPOCH:
+                oldest = core.epochs.show(MODEL).oldest
+                self.watched = {e for e in self.watched if e[1] >= oldest}
+            elif change.kind is ChangeKind.COMMITTED:
+                assert (change.key, change.epoch, change.quality) not in self.watched, "told twice"
+                self.watched.add((change.key, change.epoch, change.quality))
+            else:
+                self.watched.discard((change.key, change.epoch, change.quality))
+        self.watched_to = upto
+        _, listed, _ = core.listing(NAMESPACE, None, 0, 1000)
+        assert self.watched == {(v.key, v.epoch.number, int(v.quality)) for v in listed}
+        live = {(key_of(b.key), b.epoch, int(b.quality)) for b in self.model.blocks if b.is_live}
+        assert self.watched == live
+
+    def _resumed(self) -> Revision:
+        """Where the watcher goes on: where it was, unless that was compacted meanwhile."""
+        core = self.shard.core
+        if self.watched_to.counter >= core.changes.horizon:
+            return self.watched_to
+        at, listed, _ = core.listing(NAMESPACE, None, 0, 1000)
+        self.watched = {(v.key, v.epoch.number, int(v.quality)) for v in listed}
+        self.watched_to = at
+        return at
+
+    @invariant()
     def nothing_leaks(self) -> None:
         self.shard.core.check_integrity()
         usage = self.shard.core.usage()
         staged = sum(len(w.staged) for w in self.model.writing.values())
         here = [b for b in self.model.blocks if not b.gone]
         assert usage.staged_nbytes == staged * NBYTES
-        assert usage.live_nbytes == sum(b.is_live for b in here) * NBYTES
-        assert usage.retired_nbytes == sum(not b.is_live for b in here) * NBYTES
+        assert usage.live_nbytes == sum(b.retired is None for b in here) * NBYTES
+        assert usage.retired_nbytes == sum(b.retired is not None for b in here) * NBYTES
         assert self.shard.core.leases == len(self.model.leases) + len(self.model.writing)
 
 
