@@ -34,9 +34,10 @@ class Evictables:
             queue = self._queues[where] = self._make_policy(versions.links)
         if versions.queued[slot]:
             queue.remove(slot)
+        else:
+            versions.queued[slot] = 1
         self._uses += 1
         versions.idle_since[slot] = self._uses
-        versions.queued[slot] = 1
         queue.insert(slot)
 
     def forget(self, tenant: str, slot: int) -> None:

@@ -178,32 +178,39 @@ class Index:
     def unpin(self, slots: Sequence[int]) -> None:
         """Take one pin of each, as often as it is named: all of one use, whoever pinned them."""
         table = self.versions
+        pins, states, spaces, epochs, created = (
+            table.pins, table.states, table.spaces, table.epochs, table.created,
+        )  # fmt: skip
         idle: dict[int, None] = {}
+        of, floor = (-1, -1), 0  # of which namespace and epoch the floor is: nearly always of all slots
         for slot in slots:
-            table.pins[slot] -= 1
-            if table.pins[slot] or table.states[slot] == _STAGED:
+            held = pins[slot] - 1
+            pins[slot] = held
+            state = states[slot]
+            if held or state == _STAGED:
                 continue
-            if table.states[slot] == _LIVE and not self.is_dead(slot):
+            if of != (spaces[slot], epochs[slot]):
+                of = spaces[slot], epochs[slot]
+                floor = self._floor(slot)
+            if state == _LIVE and created[slot] > floor:
                 idle[slot] = None
             else:
                 self.drop(slot)
         for slot in idle:
-            account = self.space_of(slot).account
-            self.idle_nbytes += table.nbytes[slot]
-            self.idle_versions += 1
-            account.idle_nbytes += table.nbytes[slot]
+            nbytes = table.nbytes[slot]
+            self.idle_nbytes += nbytes
+            self.by_index[spaces[slot]].account.idle_nbytes += nbytes
+        self.idle_versions += len(idle)
         used = self._with_idle_ancestors(idle)
         for slot in sorted(used, key=table.chain_indexes.__getitem__, reverse=True):
-            self.evictables.use(self.space_of(slot).account.tenant, slot)
+            self.evictables.use(self.by_index[spaces[slot]].account.tenant, slot)
 
     def is_live(self, slot: int) -> bool:
         return self.versions.states[slot] == _LIVE and not self.is_dead(slot)
 
     def is_dead(self, slot: int) -> bool:
         """Live by its state, yet purged, or of an epoch that was dropped: nobody will ever see it."""
-        epoch_id = self.versions.epochs[slot]
-        floor = self.space_of(slot).floor(epoch_id)
-        return self.versions.created[slot] <= floor or self._epochs.is_dropped(epoch_id)
+        return self.versions.created[slot] <= self._floor(slot)
 
     def chain(self, space: Space, head: int) -> Iterator[int]:
         """The slots of a chain, from its head on."""
@@ -212,6 +219,11 @@ class Index:
             head = self.versions.next[head]
 
     # -- inside ------------------------------------------------------------------------------------
+
+    def _floor(self, slot: int) -> int:
+        """Revision up to which everything of the slot's namespace and epoch is dead."""
+        epoch_id = self.versions.epochs[slot]
+        return _UNLIMITED if self._epochs.is_dropped(epoch_id) else self.space_of(slot).floor(epoch_id)
 
     def _rank(self, slot: int) -> tuple[int, int, int]:
         table = self.versions
@@ -260,12 +272,11 @@ class Index:
         index = table.chain_indexes[slot]
         if not index:
             return NONE
-        for parent in self.chain(space, space.heads.get(table.parent(slot), NONE)):
+        parent = space.heads.get(table.parent(slot), NONE)
+        while parent != NONE:
             idle = table.states[parent] == _LIVE and not table.pins[parent]
-            if (
-                idle
-                and table.epochs[parent] == table.epochs[slot]
-                and table.chain_indexes[parent] == index - 1
-            ):
+            same_epoch = table.epochs[parent] == table.epochs[slot]
+            if idle and same_epoch and table.chain_indexes[parent] == index - 1:
                 return parent
+            parent = table.next[parent]
         return NONE
