@@ -76,6 +76,9 @@ class WorkerConfig(BaseModel):
         description="The least a block may be to be used; lossless keeps output exact",
     )
     stale_lag_max: int = Field(
-        0, ge=0, description="How many epochs older than ours a block may be and still be used"
+        0,
+        ge=0,
+        description="How many epochs older than ours a block may be and still be used, where the model's "
+        "policy allows it too (kvstrata epoch advance --policy)",
     )
     limits: RoleLimits = Field(default_factory=RoleLimits)

@@ -10,7 +10,7 @@ from kvstore.answers import PublishBlock
 from kvstore.client import StoreClient
 from kvstore.driver import ShardDriver
 from kvstore.hashing import KeyChain
-from kvstore.nouns import Epoch, NamespaceSpec, PinnedBlock, Quality, WeightsDigest
+from kvstore.nouns import Epoch, NamespaceSpec, PinnedBlock, Quality, WeightsDigest, allow_stale
 from kvstore.session import StoreSession
 from tests.role_parts import BLOCK_TOKENS, ENGINE, WAIT_S, pair_over, prompt, request, shard
 
@@ -42,7 +42,7 @@ async def _session(driver: ShardDriver, engine: Engine, epoch: Epoch) -> StoreSe
 
 def versions_beyond(driver: ShardDriver, seeded: int) -> list[tuple[int, Epoch, Quality]]:
     """(chain index, epoch, quality) of what is in the store behind the blocks that others put there."""
-    found = [(v.chain_index, v.epoch, v.quality) for v in driver.core.index.versions()]
+    found = [(v.chain_index, v.epoch, v.quality) for v in driver.core.index.rows()]
     return sorted(one for one in found if one[0] >= seeded)
 
 
@@ -76,6 +76,7 @@ async def test_a_lossless_reader_does_not_see_them(folder: Path) -> None:
 async def test_over_stale_blocks_nothing_is_published_by_either_role(folder: Path) -> None:
     driver, tokens = shard(), prompt(16)
     await seed_store(driver, folder, tokens, OLD, Quality.LOSSLESS)
+    await driver.advance_epoch("tiny", OLD.number, allow_stale(1), timeout_s=5.0)
     async with pair_over(folder, [driver], stale_lag_max=1) as pair:
         first = await pair.prefill.prefill(request(tokens + prompt(20, 1), max_tokens=20))
         assert first.stats.cached_tokens == 16

@@ -118,7 +118,7 @@ async def test_blocks_are_published_at_their_lineages_floor_or_not_at_all(
     publication = scene.open(lineage)
     publication.offer(block(0))
     assert await publication.settle(WAIT_S)
-    versions = [*scene.shard.core.index.versions()]
+    versions = [*scene.shard.core.index.rows()]
     assert [version.quality for version in versions] == ([] if quality is None else [quality])
     assert scene.publisher.counters["publish:withheld"] == (quality is None)
     publication.close()
