@@ -20,7 +20,16 @@ from cli.bench.plan import KIB, SIZES, TIMEOUT_S, Plan
 from kvstore.answers import PublishBlock, VerifiedBlock
 from kvstore.client import StoreClient
 from kvstore.hashing import KeyChain
-from kvstore.nouns import BlockKey, Epoch, KVLayout, NamespaceSpec, PinnedBlock, Quality, Refusal, WeightsDigest
+from kvstore.nouns import (
+    BlockKey,
+    Epoch,
+    KVLayout,
+    NamespaceSpec,
+    PinnedBlock,
+    Quality,
+    Refusal,
+    WeightsDigest,
+)
 from kvstore.session import StoreSession
 
 EPOCH = Epoch(1, WeightsDigest(bytes(16)))
@@ -101,9 +110,7 @@ class OurBlocks:
         request = self._request(session, nbytes)
         cpu, started = self._cpu_s(), time.perf_counter()
         await self._publish(session, request, None)
-        moved = Moved(
-            nbytes * len(request.payloads), time.perf_counter() - started, self._cpu_s() - cpu
-        )
+        moved = Moved(nbytes * len(request.payloads), time.perf_counter() - started, self._cpu_s() - cpu)
         await _read_one(session, request, range(len(request.payloads)), into)
         for i, expected in enumerate(request.payloads):
             check("a read after a write", request.chain.keys[i].hex()[:12], into[i], expected)
@@ -148,7 +155,8 @@ async def _deliver(session: StoreSession, blocks: Sequence[PinnedBlock], into: S
     """Verified, and in the caller's own memory: by `read_into` where the session has it."""
     read_into: Any = getattr(session, "read_into", None)
     if read_into is not None:
-        answers = await read_into(blocks, [buffer.data for buffer, _ in zip(into, blocks)], timeout_s=TIMEOUT_S)  # noqa: B905
+        buffers = [buffer.data for buffer, _ in zip(into, blocks, strict=False)]
+        answers = await read_into(blocks, buffers, timeout_s=TIMEOUT_S)
         missed = [a for a in answers if not isinstance(a, VerifiedBlock)]
         if missed:
             raise WrongBytes(f"{len(missed)} of {len(blocks)} blocks did not arrive: {missed[0]}")

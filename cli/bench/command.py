@@ -39,6 +39,7 @@ def store(
     peers_venv: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The peers' folder; in the user's cache unless said.")
     ] = None,
+    no_peers: Annotated[bool, typer.Option("--no-peers", help="Leave the other stores out.")] = False,
     json_out: Annotated[bool, typer.Option("--json", help="One JSON document; on an error none.")] = False,
     corrupt: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -48,7 +49,13 @@ def store(
 
     Takes some minutes and about 6 GiB of memory. Exit code 1 for a wrong byte or a missed commit.
     """
-    result = _measured(rounds, quick, install_peers, peers_venv, corrupt)
+    from cli.bench.peers.install import install
+    from cli.bench.peers.start import default_folder
+
+    folder = None if no_peers else (peers_venv or default_folder()).absolute()
+    if folder is not None and install_peers:
+        install(folder, note)
+    result = _measured(rounds, quick, folder, corrupt)
     if json_out:
         from cli.bench.report import document
 
@@ -63,29 +70,22 @@ def store(
         fail(f"{result.misses} of {result.plan.pairs} commits were not seen by another client")
 
 
-def _measured(
-    rounds: int | None, quick: bool, install_peers: bool, peers_venv: Path | None, corrupt: str | None
-) -> Result:
+def _measured(rounds: int | None, quick: bool, peers_folder: Path | None, corrupt: str | None) -> Result:
     import asyncio
 
     from cli.bench.jsonlines import ChildFailed
     from cli.bench.oracle import WrongBytes
-    from cli.bench.peers.install import install
-    from cli.bench.peers.start import default_folder
     from cli.bench.plan import QUICK, Plan
     from cli.bench.store import StoreBench
     from kvstore.errors import KVStrataError
     from kvstore.memory import keep_freed_buffers
 
     keep_freed_buffers()
-    folder = (peers_venv or default_folder()).absolute()
-    if install_peers:
-        install(folder, note)
     plan = QUICK if quick else Plan()
     plan = dataclasses.replace(plan, rounds=rounds or plan.rounds)
     try:
         with _progress() as progress:
-            return asyncio.run(StoreBench(plan, progress, _corrupt(corrupt)).run(folder))
+            return asyncio.run(StoreBench(plan, progress, _corrupt(corrupt)).run(peers_folder))
     except (ChildFailed, KVStrataError, WrongBytes) as error:
         fail(str(error))
 

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 TRANSPORTS: Final = ("shm", "grpc")
 PEERS: Final = ("mooncake_tcp", "redis", "ray")
+_VERSIONS: Final = ("kvstrata", "grpcio", "numpy")
 _TITLES: Final = {
-    "memcpy": "memcpy, a limit",
-    "tcp": "raw TCP, a limit",
-    "shm": "kvstrata, shared memory",
+    "memcpy": "memcpy (limit)",
+    "tcp": "raw TCP (limit)",
+    "shm": "kvstrata, shm",
     "grpc": "kvstrata, gRPC",
     "mooncake_tcp": "Mooncake",
     "redis": "Redis",
@@ -80,32 +81,36 @@ def draw(result: Result, console: Console) -> None:
     from rich.table import Table
 
     machine = f"{os.cpu_count()} CPUs, {platform.machine()}, load {os.getloadavg()[0]:.1f}"
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("kvstrata", "grpcio", "numpy"))
-    console.print(f"{machine}; Python {platform.python_version()}, {versions}; {result.plan.rounds} rounds")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _VERSIONS)
+    console.print(
+        f"{machine}; Python {platform.python_version()}, {versions}; medians of {result.plan.rounds} rounds"
+    )
     for what in ("read", "write"):
-        console.print(_moved(result, what, Table(title=f"{what}: GiB/s, median (least to most); CPU s/GB")))
+        console.print(_moved(result, what, Table(title=f"{what}, payload in GiB/s")))
     console.print(_single(result, Table("", "figure", "spread", "wanted", title="calls and epochs")))
-    for name, reason in result.absent.items():
-        console.print(f"{_TITLES.get(name, name)}: absent: {reason}", highlight=False, markup=False)
+    for name, said in (result.peers | {n: f"absent: {why}" for n, why in result.absent.items()}).items():
+        console.print(f"{_TITLES.get(name, name)}: {said}", highlight=False, markup=False)
 
 
 def _moved(result: Result, what: str, table: Table) -> Table:
-    table.add_column("")
+    """A row for each size and store; `of memcpy` compares medians of the same rounds."""
+    samples = result.samples
+    present = {who for kind, who, _ in samples.rows() if kind == what}
+    for name in ("block", "by", "median", "least", "most", "of memcpy", "CPU s/GB"):
+        table.add_column(name, justify="left" if name == "by" else "right")
     for nbytes in SIZES:
-        table.add_column(f"{nbytes // 1024} KiB" if nbytes < MIB else f"{nbytes // MIB} MiB", justify="right")
-        table.add_column("CPU", justify="right")
-    present = {who for kind, who, _ in result.samples.rows() if kind == what}
-    for who, title in _TITLES.items():
-        if who not in present:
-            if what == "read":
-                table.add_row(title, *["absent", ""] * len(SIZES))
-            continue
-        cells = []
-        for nbytes in SIZES:
-            gib_s = result.samples.gib_s((what, who, nbytes))
-            cells.append(f"{gib_s.median:.2f} ({gib_s.least:.2f} to {gib_s.most:.2f})")
-            cells.append(f"{result.samples.cpu_s_per_gb((what, who, nbytes)).median:.2f}")
-        table.add_row(result.peers.get(who, title), *cells)
+        size = f"{nbytes // 1024} KiB" if nbytes < MIB else f"{nbytes // MIB} MiB"
+        memcpy = samples.gib_s(("read", "memcpy", nbytes)).median
+        for who, title in _TITLES.items():
+            if who in present:
+                gib_s = samples.gib_s((what, who, nbytes))
+                figures = gib_s.median, gib_s.least, gib_s.most, gib_s.median / memcpy
+                cpu = samples.cpu_s_per_gb((what, who, nbytes)).median
+                table.add_row(size, title, *(f"{figure:.2f}" for figure in (*figures, cpu)))
+            elif what == "read" or who in TRANSPORTS:
+                table.add_row(size, title, "absent")
+            size = ""
+        table.add_section()
     return table
 
 
@@ -115,19 +120,19 @@ def _single(result: Result, table: Table) -> Table:
 
     samples, epoch = result.samples, result.epoch
     flush = "absent" if epoch["flush_ms"] is None else f"{epoch['flush_ms']:,.1f}"
-    rows = [
-        ("match of 64 keys over gRPC, p50, ms", *spread(samples.value("match64_ms"), 3), "at most 0.6"),
-        ("match over gRPC, keys/s, one client", *spread(samples.value("match_keys_per_s"), 0), "at least 150,000"),
-        ("match of 64 keys in the core, us", *spread(result.core_match64_us, 1), "at most 100"),
-        (f"misses of {result.plan.pairs:,} commits by another client", str(result.misses), "", "0"),
-        (f"advance_epoch over {epoch['versions']:,} versions, ms", f"{epoch['advance_ms']:.3f}", "", "under 1"),
-        ("resident bytes a version", f"{epoch['bytes_per_version']:,.0f}", "", "at most 500"),
-        ("match p99 before reclamation, us", f"{epoch['match_p99_before_us']:,.1f}", "", ""),
-        ("match p99 during reclamation, us", f"{epoch['match_p99_during_us']:,.1f}", "", "at most twice that"),
-        ("longest collector pause, ms", f"{epoch['gc_pause_ms_max']:,.1f}", "", "at most 20"),
-        ("dropping as many versions, ms", flush, "", ""),
-    ]  # fmt: skip
-    for row in rows:
+    versions, pairs = f"{epoch['versions']:,}", f"{result.plan.pairs:,}"
+    for row in (
+        ("match of 64 keys, gRPC, p50, ms", *spread(samples.value("match64_ms"), 3), "0.6 at most"),
+        ("keys/s, gRPC, one client", *spread(samples.value("match_keys_per_s"), 0), "150,000 at least"),
+        ("match of 64 keys, core, us", *spread(result.core_match64_us, 1), "100 at most"),
+        (f"missed of {pairs} commits", str(result.misses), "", "0"),
+        (f"advance, {versions} versions, ms", f"{epoch['advance_ms']:.3f}", "", "less than 1"),
+        ("resident bytes a version", f"{epoch['bytes_per_version']:,.0f}", "", "500 at most"),
+        ("match p99 before reclaiming, us", f"{epoch['match_p99_before_us']:,.1f}", "", ""),
+        ("match p99 while reclaiming, us", f"{epoch['match_p99_during_us']:,.1f}", "", "twice that at most"),
+        ("longest collector pause, ms", f"{epoch['gc_pause_ms_max']:,.1f}", "", "20 at most"),
+        ("dropping as many, ms", flush, "", ""),
+    ):
         table.add_row(*row)
     for column in table.columns[1:3]:
         column.justify = "right"

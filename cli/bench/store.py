@@ -9,6 +9,7 @@ seen, and the core alone, which needs the machine to itself.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -62,8 +63,11 @@ class StoreBench:
         self._memory: Bytes = np.zeros(plan.working_nbytes, dtype=np.uint8)
         self._closing = contextlib.AsyncExitStack()
 
-    async def run(self, peers_folder: Path) -> Result:
-        """Raises WrongBytes for a byte that is not what was stored, ChildFailed when a process breaks off."""
+    async def run(self, peers_folder: Path | None) -> Result:
+        """Peers take part if there is a folder for them.
+
+        Raises WrongBytes for a byte that is not what was stored, ChildFailed when a process breaks off.
+        """
         async with self._closing:
             await self._start(peers_folder)
             for round_number in range(self._plan.rounds + 1):
@@ -77,7 +81,7 @@ class StoreBench:
 
     # -- setting up --------------------------------------------------------------------------------
 
-    async def _start(self, peers_folder: Path) -> None:
+    async def _start(self, peers_folder: Path | None) -> None:
         plan = self._plan
         resident = sum(plan.blocks(nbytes) * (nbytes + KIB) for nbytes in SIZES)
         capacity = resident + 4 * plan.request_nbytes
@@ -95,8 +99,8 @@ class StoreBench:
             await self._ours.load(self._transports[GRPC].by_size[nbytes], nbytes)
             keys, _ = self._ours.blocks(nbytes)
             self._tcp.load(nbytes, keys)
-            for name in list(self._peers):
-                self._or_absent(name, lambda name=name: self._peers[name].load(nbytes, keys))  # type: ignore[misc]  # noqa: B023
+            for name, peer in list(self._peers.items()):
+                self._or_absent(name, functools.partial(peer.load, nbytes, keys))
         if self._corrupt == "stored":
             self._shard.ask("flip", TIMEOUT_S)
 
@@ -114,9 +118,12 @@ class StoreBench:
         else:
             self._result.absent[SHM] = "this version of kvstrata has no shared-memory transport"
 
-    def _start_peers(self, folder: Path) -> None:
+    def _start_peers(self, folder: Path | None) -> None:
         for done, name in enumerate(PEERS):
             self._progress(f"starting {name}", done, len(PEERS))
+            if folder is None:
+                self._result.absent[name] = "left out, as asked"
+                continue
             try:
                 peer = Peer(name, folder, self._plan)
             except ChildFailed as error:
@@ -158,7 +165,7 @@ class StoreBench:
             samples.add((what, who, nbytes), moved)
 
         def read_right(who: str, moved: Moved, into: list[Bytes]) -> None:
-            if self._corrupt == "delivered":
+            if self._corrupt == "delivered" and who in self._transports:
                 into[-1][-1] ^= 1
             for i, got in zip(order, into, strict=True):
                 check(who, f"{i} of {nbytes} bytes", got, expected[i])
@@ -188,12 +195,8 @@ class StoreBench:
                     name, lambda: keep("read", name, self._peers[name].read(nbytes, order, first_round))
                 )
 
-        ours = [
-            (lambda of=of, by=by: of(by))  # type: ignore[misc]
-            for by in self._transports
-            for of in (read, write)
-        ]
-        return [memcpy, tcp, *ours, *((lambda name=name: peer(name)) for name in PEERS)]  # type: ignore[misc]
+        ours = [functools.partial(of, transport) for transport in self._transports for of in (read, write)]
+        return [memcpy, tcp, *ours, *(functools.partial(peer, name) for name in PEERS)]
 
     def _core_alone(self) -> None:
         plan, result = self._plan, self._result
