@@ -2,9 +2,10 @@
 
 Nothing but the core is imported, so that the growth of the process is the core's. Writers commit whole
 transactions, as the driver does. Matches are of 64 keys and timed one by one; between them a writer
-commits, and every commit pushes old versions out: the same work before and after the epoch advances, which
-is when it turns into reclaiming the past epoch. Whatever step of reclamation the core asks its driver to
-take is on the clock of the match that waits for it.
+commits, and every commit pushes old versions out. Then the epoch advances and all that is older is dropped:
+the same work again, and the core's sweep besides, one slice of it between any two matches, as its driver
+runs it. A match that arrives while a slice runs waits for the rest of it: each match is timed from a
+moment drawn at random within its slice.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
+import random
 import time
 from collections.abc import Sequence
 from typing import Any, Final
@@ -21,6 +23,7 @@ from cli.bench.jsonlines import answer
 from kvstore.core.shard import ShardCore
 from kvstore.core.state import CoreConfig, CoreLimits, Namespace, Offer
 from kvstore.nouns import (
+    DROP,
     OFFERS_MAX,
     ROOT_KEY,
     BlockKey,
@@ -69,7 +72,7 @@ class GcPauses:
 class LoadedCore:
     """A core that is full of `versions` versions of epoch 1."""
 
-    def __init__(self, versions: int) -> None:
+    def __init__(self, versions: int, sweep_slots: int = 0) -> None:
         limits = CoreLimits(slots_max=versions + 2 * OFFERS_MAX)
         config = CoreConfig(ShardId("bench"), Incarnation(7), versions * FRAME_NBYTES, limits)
         self.core = ShardCore(config, POLICIES["lru"])
@@ -77,6 +80,7 @@ class LoadedCore:
             NAMESPACE, Namespace(MODEL, LayoutFingerprint(bytes(16)), FRAME_NBYTES - 256)
         )
         self._chains = 0
+        self._sweep_slots = sweep_slots
         self._reaped = 0.0
         for first in range(0, versions, OFFERS_MAX):
             self.commit(1, min(OFFERS_MAX, versions - first))
@@ -95,25 +99,23 @@ class LoadedCore:
         txn = core.begin(NAMESPACE, of, Quality.LOSSLESS, offers, "bench", 60.0, request, now)
         for i in range(blocks):
             core.written(txn, i, None, now)
-        committed = core.commit(txn.id, None, now)
-        assert len(committed.blocks) == blocks
+        assert not core.commit(txn.id, None, now).refused
         core.index.freed.clear()  # what a driver does
         return keys
 
-    def reclaim(self) -> None:
-        """What a driver does between calls, on the clock: the core's own step, and its ticks."""
-        step: Any = getattr(self.core, "reclaim", None)
-        if step is not None:
-            step(time.monotonic())
-        if time.monotonic() - self._reaped > REAP_INTERVAL_S:
-            self._reaped = time.monotonic()
-            self.core.reap(self._reaped)
+    def slice_us(self) -> float:
+        """What a driver runs between two calls: a slice of the sweep, and its ticks. How long it took."""
+        started = time.perf_counter()
+        self.core.sweep(self._sweep_slots)
+        if started - self._reaped > REAP_INTERVAL_S:
+            self._reaped = started
+            self.core.reap(time.monotonic())
+        return (time.perf_counter() - started) * 1e6
 
     def match_us(self, keys: Sequence[BlockKey], epoch: int) -> float:
-        """One match of all of `keys`, with whatever it has to wait for."""
+        """One match of all of `keys`."""
         snapshot = Snapshot(NAMESPACE, epoch_of(epoch))
         started = time.perf_counter()
-        self.reclaim()
         found = self.core.match(snapshot, keys, "bench", 60.0, time.monotonic())
         taken = time.perf_counter() - started
         assert found.miss is None, found.miss
@@ -124,9 +126,11 @@ class LoadedCore:
     def match_p99_us(self, epoch: int, probes: int) -> float:
         chains = [self.commit(epoch, MATCH_KEYS) for _ in range(PROBE_CHAINS)]
         taken = []
+        arrival = random.Random(7)  # noqa: S311
         for i in range(probes):
             self.commit(epoch, OFFERS_BETWEEN)
-            taken.append(self.match_us(chains[i % PROBE_CHAINS], epoch))
+            waited = self.slice_us() * arrival.random()
+            taken.append(waited + self.match_us(chains[i % PROBE_CHAINS], epoch))
         return sorted(taken)[int(len(taken) * 0.99)]
 
 
@@ -152,17 +156,17 @@ def match64(versions: int, matches: int) -> dict[str, Any]:
     return {"median": taken.median, "least": taken.least, "most": taken.most}
 
 
-def epoch(versions: int, probes: int) -> dict[str, Any]:
+def epoch(versions: int, probes: int, sweep_slots: int) -> dict[str, Any]:
     gc.collect()
     before = resident_nbytes()
     with GcPauses() as pauses:
-        loaded = LoadedCore(versions)
+        loaded = LoadedCore(versions, sweep_slots)
         gc.collect()  # on the record: it has to come at some time
         grown = resident_nbytes() - before
         p99_before = loaded.match_p99_us(1, probes)
         loaded.core.register_epoch(MODEL, epoch_of(2))
         started = time.perf_counter()
-        loaded.core.advance_epoch(MODEL, 2)
+        loaded.core.advance_epoch(MODEL, 2, DROP)
         advanced = time.perf_counter() - started
         p99_during = loaded.match_p99_us(2, probes)
     return {
@@ -175,15 +179,17 @@ def epoch(versions: int, probes: int) -> dict[str, Any]:
     }
 
 
-def flush(versions: int) -> dict[str, Any]:
-    """What dropping as many costs: a purge of their namespace. None where the core cannot purge."""
-    purge: Any = getattr(ShardCore, "purge", None)
-    if purge is None:
-        return {"flush_ms": None}
+def flush(versions: int, sweep_slots: int) -> dict[str, Any]:
+    """What dropping as many costs: a purge of their namespace, until the last of them is freed."""
     loaded = LoadedCore(versions)
+    core = loaded.core
     started = time.perf_counter()
-    purge(loaded.core, NAMESPACE)
-    return {"flush_ms": (time.perf_counter() - started) * 1000}
+    core.purge(NAMESPACE, None, None)
+    while core.sweep(sweep_slots):
+        core.index.freed.clear()
+    taken = time.perf_counter() - started
+    assert not len(core.index), f"{len(core.index)} versions outlived the purge of their namespace"
+    return {"flush_ms": taken * 1000}
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from cli.bench.oracle import Bytes, buffers, check
 from cli.bench.peers.start import PEERS, Peer
 from cli.bench.plan import KIB, SIZES, TIMEOUT_S, Plan
 from kvstore.client import StoreClient
+from kvstore.driver import SWEEP_SLOTS
 from kvstore.nouns import ShardId
 from kvstore.topology import ShardEntry, Topology
 
@@ -102,7 +103,8 @@ class StoreBench:
             for name, peer in list(self._peers.items()):
                 self._or_absent(name, functools.partial(peer.load, nbytes, keys))
         if self._corrupt == "stored":
-            self._shard.ask("flip", TIMEOUT_S)
+            self._shard.ask("flip", TIMEOUT_S)  # of what was stored first
+        self._control = await Control.open(plan, *self._clients)
 
     async def _connect(self, topology: Topology) -> None:
         async def client(**options: Any) -> StoreClient:
@@ -112,7 +114,7 @@ class StoreBench:
         alone = {"shared_memory": False} if knows_shm else {}
         writer, reader = await client(**alone), await client(**alone)
         self._transports[GRPC] = await Sessions.open(reader)
-        self._control = await Control.open(self._plan, writer, reader)
+        self._clients = writer, reader
         if knows_shm:
             self._transports[SHM] = await Sessions.open(await client(shared_memory=True))
         else:
@@ -203,8 +205,12 @@ class StoreBench:
         versions = min(CORE_MATCH64_VERSIONS, plan.versions)
         steps: list[tuple[str, str, dict[str, int]]] = [
             ("match", "match64", {"versions": versions, "matches": plan.probes}),
-            ("epoch", "epoch", {"versions": plan.versions, "probes": plan.probes}),
-            ("flush", "flush", {"versions": plan.versions}),
+            (
+                "epoch",
+                "epoch",
+                {"versions": plan.versions, "probes": plan.probes, "sweep_slots": SWEEP_SLOTS},
+            ),
+            ("flush", "flush", {"versions": plan.versions, "sweep_slots": SWEEP_SLOTS}),
         ]
         answers: dict[str, dict[str, Any]] = {}
         for done, (name, asked, fields) in enumerate(steps):
@@ -213,5 +219,3 @@ class StoreBench:
                 answers[asked] = child.ask(asked, _CORE_S, **fields)
         result.core_match64_us = Spread(**answers["match64"])
         result.epoch = answers["epoch"] | answers["flush"]
-        if result.epoch["flush_ms"] is None:
-            result.absent["flush"] = "this version's core has no purge"
