@@ -17,7 +17,7 @@ from cli.bench.figures import Moved, cpu_s
 from cli.bench.jsonlines import Child
 from cli.bench.oracle import Bytes, WrongBytes, check, payload
 from cli.bench.plan import KIB, SIZES, TIMEOUT_S, Plan
-from kvstore.answers import PublishBlock, VerifiedBlock
+from kvstore.answers import Leases, PublishBlock, VerifiedBlock
 from kvstore.client import StoreClient
 from kvstore.hashing import KeyChain
 from kvstore.nouns import (
@@ -71,15 +71,22 @@ class OurBlocks:
         self._shard = shard
         self._chains_made = 0
         self._resident: dict[int, list[Request]] = {}
+        self._pins: list[tuple[StoreSession, Leases]] = []
         self._random = random.Random(7)  # noqa: S311  # an order, not a secret
 
     async def load(self, session: StoreSession, nbytes: int) -> list[Request]:
         """Publish the working set, pinned: what the writes of later rounds push out are other writes."""
         made = [self._request(session, nbytes) for _ in range(self._plan.requests(nbytes))]
         for request in made:
-            await self._publish(session, request, _LEASE_S)
+            self._pins.append((session, await self._publish(session, request, _LEASE_S)))
         self._resident[nbytes] = made
         return made
+
+    async def keep(self) -> None:
+        """Renew what holds the working sets. Once a round: a round takes less than a lease."""
+        for session, leases in self._pins:
+            if not await session.renew(leases, _LEASE_S):
+                raise WrongBytes("a lease on the working set was lost before it ended")
 
     def blocks(self, nbytes: int) -> tuple[list[BlockKey], list[Bytes]]:
         """Keys and payloads of the working set, flat."""
@@ -124,7 +131,7 @@ class OurBlocks:
         self._chains_made += 1
         return Request(chain, [payload(key, nbytes) for key in chain.keys])
 
-    async def _publish(self, session: StoreSession, request: Request, pin_for_s: float | None) -> None:
+    async def _publish(self, session: StoreSession, request: Request, pin_for_s: float | None) -> Leases:
         chain = request.chain
         blocks = [
             PublishBlock(key, chain.parent(i), i, chain.placement(i), request.payloads[i].data)
@@ -136,6 +143,7 @@ class OurBlocks:
         refused = [answer for answer in done.blocks if isinstance(answer, Refusal)]
         if refused:
             raise WrongBytes(f"the store refused {len(refused)} of {len(blocks)} blocks: {refused[0].value}")
+        return done.leases
 
     def _cpu_s(self) -> float:
         return cpu_s() + float(self._shard.ask("cpu", TIMEOUT_S)["cpu_s"])

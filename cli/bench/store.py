@@ -146,6 +146,7 @@ class StoreBench:
     # -- measuring ---------------------------------------------------------------------------------
 
     async def _round(self, number: int) -> None:
+        await self._ours.keep()
         samples, name = self._result.samples, f"round {number} of {self._plan.rounds}"
         for done, nbytes in enumerate(SIZES):
             self._progress(name, done, len(SIZES) + 1)
