@@ -86,7 +86,7 @@ def _measured(rounds: int | None, quick: bool, peers_folder: Path | None, corrup
     try:
         with _progress() as progress:
             return asyncio.run(StoreBench(plan, progress, _corrupt(corrupt)).run(peers_folder))
-    except (ChildFailed, KVStrataError, WrongBytes) as error:
+    except (ChildFailed, KVStrataError, OSError, WrongBytes) as error:
         fail(str(error))
 
 

@@ -12,9 +12,9 @@ from typing import Final
 
 from cli.bench.blocks import EPOCH
 from cli.bench.figures import Spread
-from cli.bench.oracle import payload
+from cli.bench.oracle import WrongBytes, payload
 from cli.bench.plan import TIMEOUT_S, Plan
-from kvstore.answers import Match, PublishBlock
+from kvstore.answers import Leases, Match, PublishBlock
 from kvstore.client import StoreClient
 from kvstore.hashing import KeyChain
 from kvstore.nouns import BlockKey, KVLayout, NamespaceSpec, Quality
@@ -24,6 +24,7 @@ MATCH_KEYS: Final = 64  # a prompt of 2,048 tokens
 MATCH_KEYS_MANY: Final = 256  # one of 8,192 tokens
 MATCHES_IN_FLIGHT: Final = 4
 PAIRS_IN_FLIGHT: Final = 8
+_PIN_S: Final = 600.0
 
 _LAYOUT: Final = KVLayout(1, 0, 1, 1, "float16")
 SPEC: Final = NamespaceSpec("bench-control", _LAYOUT, bytes(16))
@@ -44,14 +45,19 @@ class Control:
         self._writer = writer
         self._reader = reader
         self._keys: list[BlockKey] = []
+        self._pins: Leases = ()
 
     @classmethod
     async def open(cls, plan: Plan, writer: StoreClient, reader: StoreClient) -> Control:
         control = cls(plan, await writer.open(SPEC, EPOCH), await reader.open(SPEC, EPOCH))
         made = chain(control._reader, 0, MATCH_KEYS_MANY)
-        await control._publish(made)
+        control._pins = await control._publish(made, _PIN_S)
         control._keys = made.keys
         return control
+
+    async def keep(self) -> None:
+        """Renew what holds the keys that are matched: writes of other rows would push them out."""
+        await self._writer.renew(self._pins, _PIN_S)
 
     async def match64_ms(self) -> float:
         """The median of this round's matches."""
@@ -94,14 +100,15 @@ class Control:
     async def _match(self, keys: list[BlockKey]) -> Match:
         found = await self._reader.match(keys, owner="bench", lease_s=60, timeout_s=TIMEOUT_S)
         if len(found.blocks) != len(keys):
-            raise RuntimeError(f"only {len(found.blocks)} of {len(keys)} keys match: {found.miss}")
+            raise WrongBytes(f"only {len(found.blocks)} of {len(keys)} keys match: {found.miss}")
         return found
 
-    async def _publish(self, made: KeyChain) -> None:
+    async def _publish(self, made: KeyChain, pin_for_s: float | None = None) -> Leases:
         blocks = [
             PublishBlock(key, made.parent(i), i, made.placement(i), payload(key, _LAYOUT.block_nbytes).data)
             for i, key in enumerate(made.keys)
         ]
-        await self._writer.publish(
-            blocks, quality=Quality.LOSSLESS, owner="w", pin_for_s=None, timeout_s=TIMEOUT_S
+        done = await self._writer.publish(
+            blocks, quality=Quality.LOSSLESS, owner="w", pin_for_s=pin_for_s, timeout_s=TIMEOUT_S
         )
+        return done.leases

@@ -90,12 +90,14 @@ def draw(result: Result, console: Console) -> None:
     console.print(_single(result, Table("", "figure", "spread", "wanted", title="calls and epochs")))
     for name, said in (result.peers | {n: f"absent: {why}" for n, why in result.absent.items()}).items():
         console.print(f"{_TITLES.get(name, name)}: {said}", highlight=False, markup=False)
+    for line in result.notes:
+        console.print(line, highlight=False)
 
 
 def _moved(result: Result, what: str, table: Table) -> Table:
     """A row for each size and store; `of memcpy` compares medians of the same rounds."""
     samples = result.samples
-    present = {who for kind, who, _ in samples.rows() if kind == what}
+    present = {who for kind, who, _ in samples.rows() if kind == what} - set(result.absent)
     for name in ("block", "by", "median", "least", "most", "of memcpy", "CPU s/GB"):
         table.add_column(name, justify="left" if name == "by" else "right")
     for nbytes in SIZES:

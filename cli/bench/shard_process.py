@@ -6,6 +6,8 @@ Asked by JSON lines: start (its address), cpu, flip (break a stored byte). Ends 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import importlib
 import json
 import sys
 from typing import IO, Any
@@ -32,14 +34,21 @@ async def _serve(out: IO[str]) -> None:
         limits=CoreLimits(slots_max=asked["slots"]),
         faults=True,
     )
-    driver = ShardDriver(config, HostTier())
-    server = ShardServer(driver, ServerConfig())
+    driver = ShardDriver(config, _memory(config.capacity_nbytes))
+    server = ShardServer(driver, ServerConfig(token=asked["token"]))
     await driver.start()
     put(out, {"address": await server.start()})
     while line := await loop.run_in_executor(None, sys.stdin.readline):
         put(out, _answer(driver, json.loads(line)["ask"]))
     await server.stop(0)
     await driver.close()
+
+
+def _memory(capacity_nbytes: int) -> Any:
+    """What a shard keeps frames in: an arena that readers may map, in versions that have one."""
+    with contextlib.suppress(ModuleNotFoundError):
+        return importlib.import_module("kvstore.tiers.arena").ArenaTier(capacity_nbytes)
+    return HostTier()
 
 
 def _answer(driver: ShardDriver, asked: str) -> dict[str, Any]:

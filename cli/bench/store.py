@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,7 @@ class Result:
     samples: Samples = field(default_factory=Samples)
     peers: dict[str, str] = field(default_factory=dict)  # name -> what it is
     absent: dict[str, str] = field(default_factory=dict)  # transport or peer -> why
+    notes: list[str] = field(default_factory=list)
     misses: int = 0
     core_match64_us: Spread = field(default_factory=lambda: Spread(0, 0, 0))
     epoch: dict[str, Any] = field(default_factory=dict)
@@ -77,6 +79,9 @@ class StoreBench:
                 await self._round(round_number)
             self._progress("commits that must be seen", 0, 1)
             self._result.misses = await self._control.read_your_writes()
+            if SHM in self._transports:
+                detours = self._transports[SHM].client.counters["shm:asked_shard"]
+                self._result.notes.append(f"{detours} blocks of the shm rows were read over gRPC")
         self._core_alone()
         return self._result
 
@@ -88,12 +93,12 @@ class StoreBench:
         capacity = resident + 4 * plan.request_nbytes
         slots = capacity // SIZES[0] + 2 * plan.pairs + 4 * KIB
         self._shard = self._closing.enter_context(Child.of_module("cli.bench.shard_process"))
-        address = self._shard.ask("start", TIMEOUT_S, capacity_nbytes=capacity, slots=slots)["address"]
+        token = secrets.token_hex(16)  # the arena is shared with those who know it
+        started = self._shard.ask("start", TIMEOUT_S, capacity_nbytes=capacity, slots=slots, token=token)
         self._ours = OurBlocks(plan, self._shard)
         self._tcp = limits.RawTcp()
         self._closing.callback(self._tcp.close)
-        topology = Topology(1, (ShardEntry(ShardId("bench"), address),))
-        await self._connect(topology)
+        await self._connect(Topology(1, (ShardEntry(ShardId("bench"), started["address"]),)), token)
         self._start_peers(peers_folder)
         for done, nbytes in enumerate(SIZES):
             self._progress("loading", done, len(SIZES))
@@ -106,26 +111,31 @@ class StoreBench:
             self._shard.ask("flip", TIMEOUT_S)  # of what was stored first
         self._control = await Control.open(plan, *self._clients)
 
-    async def _connect(self, topology: Topology) -> None:
+    async def _connect(self, topology: Topology, token: str) -> None:
         async def client(**options: Any) -> StoreClient:
-            return await self._closing.enter_async_context(await StoreClient.connect(topology, **options))
+            made = await StoreClient.connect(topology, token=token, **options)
+            return await self._closing.enter_async_context(made)
 
         knows_shm = "shared_memory" in inspect.signature(StoreClient.connect).parameters
         alone = {"shared_memory": False} if knows_shm else {}
         writer, reader = await client(**alone), await client(**alone)
         self._transports[GRPC] = await Sessions.open(reader)
         self._clients = writer, reader
-        if knows_shm:
-            self._transports[SHM] = await Sessions.open(await client(shared_memory=True))
-        else:
+        if not knows_shm:
             self._result.absent[SHM] = "this version of kvstrata has no shared-memory transport"
+            return
+        near = await Sessions.open(await client(shared_memory=True))
+        if near.client.counters["shm:attached"]:
+            self._transports[SHM] = near
+        else:
+            self._result.absent[SHM] = f"the shard's memory could not be mapped: {dict(near.client.counters)}"
 
     def _start_peers(self, folder: Path | None) -> None:
         for done, name in enumerate(PEERS):
-            self._progress(f"starting {name}", done, len(PEERS))
             if folder is None:
                 self._result.absent[name] = "left out, as asked"
                 continue
+            self._progress(f"starting {name}", done, len(PEERS))
             try:
                 peer = Peer(name, folder, self._plan)
             except ChildFailed as error:
@@ -147,6 +157,7 @@ class StoreBench:
 
     async def _round(self, number: int) -> None:
         await self._ours.keep()
+        await self._control.keep()
         samples, name = self._result.samples, f"round {number} of {self._plan.rounds}"
         for done, nbytes in enumerate(SIZES):
             self._progress(name, done, len(SIZES) + 1)

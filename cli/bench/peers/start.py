@@ -61,7 +61,7 @@ def _command(name: str, folder: Path, source: Path) -> tuple[list[str], dict[str
         if importlib.util.find_spec("ray") is None:
             raise ChildFailed("not installed: pip install 'kvstrata[serve]'")
         paths = os.pathsep.join(path for path in sys.path if path)
-        env = {"PYTHONPATH": paths, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+        env = {"PYTHONPATH": paths, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
         return [sys.executable, "-m", "cli.bench.peers.ray_store"], env
     python, binary = folder / "venv/bin/python", folder / "root/usr/bin/redis-server"
     if not python.exists() or not binary.exists():
