@@ -48,7 +48,8 @@ class Moved:
         return self.cpu_s / (self.nbytes / GB)
 
 
-Row = tuple[str, str, int]  # what ("read", "write"), by whom, bytes of a block
+Row = tuple[str, str, int]  # what ("read", "write", BYTES_ALONE), by whom, bytes of a block
+BYTES_ALONE: Final = "bytes alone"  # a read without its match and release; CPU is of the whole
 
 
 class Samples:

@@ -7,13 +7,14 @@ import os
 import platform
 from typing import TYPE_CHECKING, Any, Final
 
+from cli.bench.figures import BYTES_ALONE
 from cli.bench.plan import MIB, SIZES
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from cli.bench.figures import Spread
+    from cli.bench.figures import Row, Samples, Spread
     from cli.bench.store import Result
 
 TRANSPORTS: Final = ("shm", "grpc")
@@ -87,7 +88,7 @@ def draw(result: Result, console: Console) -> None:
     )
     for what in ("read", "write"):
         console.print(_moved(result, what, Table(title=f"{what}, payload in GiB/s")))
-    console.print(_single(result, Table("", "figure", "spread", "wanted", title="calls and epochs")))
+    console.print(_single(result, Table("", "figure", "spread", "wanted", title="what is wanted")))
     for name, said in (result.peers | {n: f"absent: {why}" for n, why in result.absent.items()}).items():
         console.print(f"{_TITLES.get(name, name)}: {said}", highlight=False, markup=False)
     for line in result.notes:
@@ -97,18 +98,17 @@ def draw(result: Result, console: Console) -> None:
 def _moved(result: Result, what: str, table: Table) -> Table:
     """A row for each size and store; `of memcpy` compares medians of the same rounds."""
     samples = result.samples
-    present = {who for kind, who, _ in samples.rows() if kind == what} - set(result.absent)
+    present = {row for row in samples.rows() if row[1] not in result.absent}
     for name in ("block", "by", "median", "least", "most", "of memcpy", "CPU s/GB"):
         table.add_column(name, justify="left" if name == "by" else "right")
     for nbytes in SIZES:
         size = f"{nbytes // 1024} KiB" if nbytes < MIB else f"{nbytes // MIB} MiB"
         memcpy = samples.gib_s(("read", "memcpy", nbytes)).median
         for who, title in _TITLES.items():
-            if who in present:
-                gib_s = samples.gib_s((what, who, nbytes))
-                figures = gib_s.median, gib_s.least, gib_s.most, gib_s.median / memcpy
-                cpu = samples.cpu_s_per_gb((what, who, nbytes)).median
-                table.add_row(size, title, *(f"{figure:.2f}" for figure in (*figures, cpu)))
+            if (what, who, nbytes) in present:
+                _add_row(table, samples, (what, who, nbytes), (size, title), memcpy)
+                if what == "read" and who in TRANSPORTS:
+                    _add_row(table, samples, (BYTES_ALONE, who, nbytes), ("", "  bytes alone"), memcpy)
             elif what == "read" or who in TRANSPORTS:
                 table.add_row(size, title, "absent")
             else:
@@ -118,6 +118,12 @@ def _moved(result: Result, what: str, table: Table) -> Table:
     return table
 
 
+def _add_row(table: Table, samples: Samples, row: Row, named: tuple[str, str], memcpy: float) -> None:
+    gib_s, cpu = samples.gib_s(row), samples.cpu_s_per_gb(row).median
+    figures = gib_s.median, gib_s.least, gib_s.most, gib_s.median / memcpy
+    table.add_row(*named, *(f"{figure:.2f}" for figure in figures), f"{cpu:.2f}")
+
+
 def _single(result: Result, table: Table) -> Table:
     def spread(value: Spread, digits: int) -> tuple[str, str]:
         return f"{value.median:,.{digits}f}", f"{value.least:,.{digits}f} to {value.most:,.{digits}f}"
@@ -125,6 +131,7 @@ def _single(result: Result, table: Table) -> Table:
     samples, epoch = result.samples, result.epoch
     versions, pairs = f"{epoch['versions']:,}", f"{result.plan.pairs:,}"
     for row in (
+        *_ratios(result),
         ("match of 64 keys, gRPC, p50, ms", *spread(samples.value("match64_ms"), 3), "≤ 0.6"),
         ("keys/s, gRPC, one client", *spread(samples.value("match_keys_per_s"), 0), "≥ 150,000"),
         ("match of 64 keys, core, us", *spread(result.core_match64_us, 1), "≤ 100"),
@@ -140,3 +147,23 @@ def _single(result: Result, table: Table) -> Table:
     for column in table.columns[1:3]:
         column.justify = "right"
     return table
+
+
+def _ratios(result: Result) -> list[tuple[str, str, str, str]]:
+    """What is wanted of blocks, at 64 KiB, 1 and 4 MiB: medians over medians of the same rounds."""
+    samples = result.samples
+    rows = []
+    for title, who, beside, wanted in (
+        ("shm of memcpy", "shm", "memcpy", "≥ 0.4, 0.7, 0.7"),
+        ("shm of Mooncake", "shm", "mooncake_tcp", "≥ 5"),
+        ("gRPC of Mooncake", "grpc", "mooncake_tcp", "≥ 1 from 1 MiB"),
+    ):
+        if who not in result.absent and beside not in result.absent:
+            ratios = [
+                samples.gib_s(("read", who, n)).median / samples.gib_s(("read", beside, n)).median
+                for n in SIZES
+            ]
+            rows.append((title, ", ".join(f"{ratio:.2f}" for ratio in ratios), "", wanted))
+    used = [samples.cpu_s_per_gb(("read", "grpc", n)).median for n in SIZES]
+    rows.append(("gRPC read, CPU s/GB", ", ".join(f"{cpu:.2f}" for cpu in used), "", "≤ 0.7 from 1 MiB"))
+    return rows

@@ -22,7 +22,7 @@ import numpy as np
 from cli.bench import limits
 from cli.bench.blocks import OurBlocks, Sessions
 from cli.bench.control import Control
-from cli.bench.figures import Moved, Samples, Spread
+from cli.bench.figures import BYTES_ALONE, Moved, Samples, Spread
 from cli.bench.jsonlines import Child, ChildFailed
 from cli.bench.oracle import Bytes, buffers, check
 from cli.bench.peers.start import PEERS, Peer
@@ -196,7 +196,9 @@ class StoreBench:
         async def read(transport: str) -> None:
             into = buffers(self._memory, nbytes, len(order))
             session = self._transports[transport].by_size[nbytes]
-            read_right(transport, await self._ours.read(session, nbytes, order, into), into)
+            whole, bytes_alone = await self._ours.read(session, nbytes, order, into)
+            read_right(transport, whole, into)
+            keep(BYTES_ALONE, transport, bytes_alone)
 
         async def write(transport: str) -> None:
             into = buffers(self._memory, nbytes, self._plan.request_blocks(nbytes))
