@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from cli.bench.command import bench
 from cli.chat import chat
 from cli.down import down
 from cli.model import model
@@ -45,6 +46,7 @@ app.command()(down)
 app.command()(chat)
 app.command()(status)
 app.add_typer(model, name="model")
+app.add_typer(bench, name="bench")
 
 
 @app.command(
