@@ -79,8 +79,8 @@ from kvstore.watching import Watchers
 log = structlog.get_logger(__name__)
 
 DISK_VERSION: Final = 1
-SWEEP_SLOTS: Final = 64  # looked at between two turns of the event loop: about 0.1 ms
-SWEEPS_A_TICK: Final = 512
+SWEEP_SLOTS: Final = 16  # looked at between two turns of the event loop: at most about 0.1 ms
+SWEEPS_A_TICK: Final = 2_048
 
 Answer = TypeVar("Answer")
 

@@ -139,13 +139,13 @@ class Index:
     def retire(self, slot: int, revision: int, into: State = State.RETIRED) -> None:
         """Take a live version out of sight. Its bytes go now, or with its last pin."""
         table, space = self.versions, self.space_of(slot)
-        if not table.pins[slot]:
-            self._no_longer_idle(space, slot)
-        self.evictables.forget(space.account.tenant, slot)
         table.states[slot], table.retired[slot] = into, revision
         if into is State.GONE:  # older snapshots lose it too, and must not see a lesser one instead
             space.horizons[table.key(slot)] = revision
-        if not table.pins[slot]:
+        if table.pins[slot]:
+            self.evictables.forget(space.account.tenant, slot)
+        else:
+            self._no_longer_idle(space, slot)
             self.drop(slot)
 
     def drop(self, slot: int) -> None:
