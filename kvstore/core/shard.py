@@ -5,8 +5,7 @@ reads the slots the core names, tells it what arrived (`written`) and what turne
 and discards what `index.freed` names. All bounds are in `CoreLimits`.
 
 What is held is always held by a lease: matches, transactions and commits that pin. `reap` frees what
-expired, without any traffic. Lease and transaction ids are of this incarnation alone and cannot be guessed:
-to know one is to own it.
+expired, without any traffic. Lease and transaction ids cannot be guessed: to know one is to own it.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Container, Sequence
-from operator import itemgetter
 
 from kvstore.core import integrity
 from kvstore.core.chain import run_of, view_of
@@ -24,13 +22,14 @@ from kvstore.core.holds import Holds
 from kvstore.core.ids import Ids
 from kvstore.core.index import Index
 from kvstore.core.leases import LeaseTable
+from kvstore.core.listing import list_page
 from kvstore.core.offers import Offers
 from kvstore.core.purging import Purging
 from kvstore.core.seams import MakePolicy
 from kvstore.core.spaces import Space
 from kvstore.core.state import Committed, CoreConfig, Matched, Namespace, Offer, Usage
 from kvstore.core.transactions import Txn, TxnTable
-from kvstore.core.versions import NONE, State, Version
+from kvstore.core.versions import NONE, State, Version, gather
 from kvstore.errors import Compacted, ConfigError, EpochUnknown, LeaseExpired, NotFound, OverLimit
 from kvstore.nouns import (
     ISOLATE,
@@ -48,7 +47,6 @@ from kvstore.nouns import (
     Refusal,
     Revision,
     Snapshot,
-    Tier,
     TxnId,
 )
 
@@ -134,11 +132,11 @@ class ShardCore:
         table = self.index.versions
         return Matched(
             run,
-            _gather(table.generations, run),
-            _gather(table.epochs, run),
-            _gather(table.qualities, run),
-            _gather(table.tiers, run),
-            _gather(table.nbytes, run),
+            gather(table.generations, run),
+            gather(table.epochs, run),
+            gather(table.qualities, run),
+            gather(table.tiers, run),
+            gather(table.nbytes, run),
             lease,
             miss,
         )
@@ -165,25 +163,13 @@ class ShardCore:
 
         What is evicted between two pages is missing from the second, and in the watch. Raises Compacted.
         """
-        space, table = self._space(namespace), self.index.versions
-        if self._cannot_read_at(at) is not None:
-            raise Compacted(f"nothing is listed at {at}: list at the latest revision")
+        space = self._space(namespace)
         counter = self.revision if at is None else at.counter
-        if counter < space.purged_last:
-            raise Compacted(f"{namespace.hex()} was purged after {at}: list at the latest revision")
-        found: list[Listed] = []
-        stop = min(table.n_slots, cursor + 8 * self.config.limits.page_max)
-        slot = cursor
-        while slot < stop and len(found) < max(1, min(limit, self.config.limits.page_max)):
-            mine = table.spaces[slot] == space.index and State.LIVE <= table.states[slot] <= State.RETIRED
-            if mine and table.stands_at(slot, counter) and not self.index.is_dead(slot):
-                epoch = self.epochs.bound[table.epochs[slot]].epoch
-                quality, tier = Quality(table.qualities[slot]), Tier(table.tiers[slot])
-                found.append(
-                    Listed(table.key(slot), epoch, quality, tier, table.created[slot], table.nbytes[slot])
-                )
-            slot += 1
-        return self._at(counter), found, slot if slot < table.n_slots else 0
+        if self._cannot_read_at(at) is not None or counter < space.purged_last:
+            raise Compacted(f"what stood at {at} is not known any more: list at the latest revision")
+        versions_max = max(1, min(limit, self.config.limits.page_max))
+        found, stopped = list_page(self.index, self.epochs, space, counter, cursor, versions_max)
+        return self._at(counter), found, stopped
 
     def changed_since(
         self, after: Revision | None, namespaces: Container[NamespaceId], changes_max: int
@@ -412,9 +398,3 @@ class ShardCore:
         if at.incarnation != self.config.incarnation or at.counter < self._horizon:
             return MissReason.COMPACTED
         return MissReason.NOT_YET if at.counter > self.revision else None  # it would gain: never
-
-
-def _gather(column: Sequence[int], slots: Sequence[int]) -> Sequence[int]:
-    if len(slots) < 2:
-        return [column[slot] for slot in slots]
-    return itemgetter(*slots)(column)  # type: ignore[no-any-return]

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import enum
 from array import array
+from collections.abc import Sequence
+from operator import itemgetter
 from typing import Final, NamedTuple
 
 from kvstore.core.links import Links
@@ -153,3 +155,10 @@ class Versions:
 
     def free_slots(self) -> list[int]:
         return list(self._free)
+
+
+def gather(column: Sequence[int], slots: Sequence[int]) -> Sequence[int]:
+    """The column's entries of these slots, at the speed of C."""
+    if len(slots) < 2:
+        return [column[slot] for slot in slots]
+    return itemgetter(*slots)(column)  # type: ignore[no-any-return]
