@@ -77,7 +77,7 @@ class Mirror:
         floor = self.world.history.horizons.get(self.at.incarnation, 0)
         after = self.at.counter
         async for batch in self._transport.watch(
-            self._namespaces, self.at, timeout_s=self.world.rng.uniform(0.5, 6.0)
+            self._namespaces, self.at, timeout_s=self.world.rng.uniform(1.0, 20.0)
         ):
             if after < floor:
                 raise Broken(f"watched from {after}, compacted up to {floor}")

@@ -201,7 +201,7 @@ def _nothing_is_left(host: SimHost) -> None:
         raise Broken(f"left behind on {host.shard}: {driver.core.leases} leases, {usage}")
     dead = [slot for slot in driver.core.index.slots() if driver.core.index.is_dead(slot)]
     if dead:
-        raise Broken(f"purged or dropped, and still on {host.shard}: {map(driver.core.index.row, dead)}")
+        raise Broken(f"purged or dropped, and still on {host.shard}: {[driver.core.index.row(slot) for slot in dead]}")
 
 
 @contextlib.contextmanager
