@@ -65,6 +65,7 @@ class SimHost:
         self.clock = clock
         self.crashes = 0
         self.doom: str | None = None  # crashes at its next call of this kind: before or after it took effect
+        self.tick_s = _TICK_S
         self._make = make
         self._awake = asyncio.Event()
         self._awake.set()
@@ -123,6 +124,6 @@ class SimHost:
 
     async def _reap_forever(self) -> None:
         while True:
-            await asyncio.sleep(_TICK_S)
+            await asyncio.sleep(self.tick_s)
             await self.awake()
             await self.driver.tick()

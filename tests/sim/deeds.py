@@ -24,6 +24,7 @@ from kvstore.nouns import (
     Snapshot,
     allow_stale,
 )
+from kvstore.placement import owner
 from kvstore.session import StoreSession
 from kvstore.transport.base import MatchResult, Purge
 from tests.kvstore.oracle import SPEC
@@ -31,7 +32,7 @@ from tests.sim.client import CHAIN_BLOCKS, LEASE_S, TIMEOUT_S, Client, Deed, Hel
 from tests.sim.history import NotingTransport
 from tests.sim.writings import Broken, Writing
 
-POLICIES = (ISOLATE, allow_stale(1), allow_stale(2), DROP)
+POLICIES = (ISOLATE, allow_stale(1), allow_stale(2), allow_stale(2), DROP)
 AUDITS_KEPT = 4
 
 
@@ -77,6 +78,7 @@ async def compact(client: Client) -> None:
             else at
         )
         await _all(client, [transport.compact(at, timeout_s=TIMEOUT_S)])
+    await look_back(client)
 
 
 async def advance(client: Client) -> None:
@@ -104,7 +106,7 @@ async def look_back(client: Client) -> None:
     if matched is None:
         return
     refs = [block.ref for block in matched.pinned(audit.transport.shard, audit.keys)]
-    client.world.report.reasons[f"looked back:{'same' if refs == audit.refs else 'less'}"] += 1
+    client.world.report.reasons[f"looked back:{_compared(refs, audit.refs)}"] += 1
     if refs != audit.refs[: len(refs)]:
         raise Broken(f"{audit.snapshot} has changed: {audit.refs} before, {refs} now")
     audit.refs = refs
@@ -125,7 +127,7 @@ async def compute(client: Client) -> None:
         return  # a real engine would recompute the rest itself
     lineage, truth, foreign = Lineage(session.epoch), Quality.LOSSLESS, False
     for index, block in enumerate(held.blocks):
-        lineage = lineage.absorb(block.epoch, block.quality)
+        lineage = lineage.absorb(block.epoch, held.qualities[index])
         truth = min(truth, held.writings[index].quality)
         foreign = foreign or held.writings[index].epoch != session.epoch
     quality = lineage.publishable
@@ -157,7 +159,7 @@ async def trespass(client: Client) -> None:
 
 
 DEEDS: Mapping[Deed, int] = {
-    Client.publish: 5,
+    Client.publish: 6,
     Client.match_and_read: 6,
     Client.read_held: 3,
     Client.renew: 2,
@@ -177,18 +179,29 @@ async def _look_first(client: Client) -> None:
     rng, session = client.world.rng, await client.session()
     if session is None:
         return
-    made = client.chain(session)
-    start = rng.choice((0, STRIPE_BLOCKS))  # a stripe is on one shard
-    keys = made.keys[start : start + rng.randrange(1, STRIPE_BLOCKS + 1)]
-    transport, since = rng.choice(client.transports), client.world.witness.step()
+    if client.held and rng.random() < 0.8:  # where something is, most likely
+        held = rng.choice(client.held)
+        session, shard = held.session, held.blocks[0].ref.shard
+        keys = [block.key for block in held.blocks if block.ref.shard == shard]
+    else:
+        made, start = client.chain(session), rng.choice((0, STRIPE_BLOCKS))  # a stripe is on one shard
+        shard = owner(made.placement(start), client.store.topology.weights())
+        keys = made.keys[start : start + rng.randrange(1, STRIPE_BLOCKS + 1)]
+    transport = next(transport for transport in client.transports if transport.shard == shard)
+    since = client.world.witness.step()
     matched = await _match(client, transport, session._snapshot, keys)
     if matched is None:
         return
     snapshot = dataclasses.replace(session._snapshot, revision=matched.revision)
     refs = [block.ref for block in matched.pinned(transport.shard, keys)]
     audit = Audit(transport, session, snapshot, keys, refs)
-    client.audits = [*client.audits[1 - AUDITS_KEPT :], audit]
+    if refs or rng.random() < 0.3:  # of nothing, little can be learnt but that it stays nothing
+        client.audits = [*client.audits[1 - AUDITS_KEPT :], audit]
     await _read(client, audit, matched, since)
+
+
+def _compared(now: list[BlockRef], before: list[BlockRef]) -> str:
+    return "less" if len(now) < len(before) else "same" if now else "nothing"
 
 
 async def _match(
