@@ -84,8 +84,9 @@ class Purging:
         table = self._index.versions
         table.written[slot] = FORBIDDEN
         if table.states[slot] == _LIVE:
-            number = self._epochs.bound[table.epochs[slot]].epoch.number
-            self._changes.add(ChangeKind.RETIRED, space.id, key, number, table.qualities[slot])
+            if not self._index.is_purged(slot):
+                number = self._epochs.bound[table.epochs[slot]].epoch.number
+                self._changes.add(ChangeKind.RETIRED, space.id, key, number, table.qualities[slot])
             self._index.retire(slot, revision, into=State.GONE)
         else:
             table.states[slot] = State.GONE  # it was retired and is pinned: older snapshots lose it too

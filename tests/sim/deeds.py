@@ -57,10 +57,15 @@ async def purge(client: Client) -> None:
     if how < 0.6:
         made = client.chain(session)
         keys = tuple(made.keys[rng.randrange(CHAIN_BLOCKS) :][: rng.randrange(1, 6)])
-    if how > 0.4 and how < 0.85:
+    if 0.4 < how < 0.85:
+        epoch = session.epoch.number
+    if client.audits and rng.random() < 0.5:  # of what it may look at again
+        audit = rng.choice(client.audits)
+        session, keys = audit.session, tuple(audit.keys[rng.randrange(len(audit.keys)) :])
         epoch = session.epoch.number
     scope = Purge(session.namespace, keys, epoch)
     await _all(client, [t.purge(scope, timeout_s=TIMEOUT_S) for t in client.transports])
+    await look_back(client)
 
 
 async def compact(client: Client) -> None:

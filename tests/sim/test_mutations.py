@@ -273,7 +273,7 @@ MUTATIONS: dict[Callable[[Patch], None], int] = {
     tenancy: 100,
     key_of_another_tenant: 60,
     snapshot_gains: 100,
-    horizon: 150,
+    horizon: 400,
     compaction: 150,
     tardy: 20,
 }

@@ -7,6 +7,7 @@ Nothing is taken from what the shard answers: what follows from a request is wor
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from kvstore.transport.base import Purge, Purged, TxnOpened
 from kvstore.watching import Watchers
 from tests.sim.writings import Broken
 
+SWEEP_SLOTS = 3
 WATCH_BATCH = 4  # changes: small, so that revisions do not fit and streams are long
 
 
@@ -123,6 +125,13 @@ class WitnessedDriver(ShardDriver):
         self._witness.begun[self.config.incarnation, int(owner.rpartition("#")[2])] = self._witness.step()
         self.check_quotas(self.config.quotas)
         return opened
+
+    async def _sweep(self) -> int:
+        """A few slots at a time, and time passes: much may happen before what is dead is freed."""
+        left = self.core.sweep(SWEEP_SLOTS)
+        self._discard_freed()
+        await asyncio.sleep(0.01 if left else 0.0)
+        return left
 
     def check_quotas(self, quotas: Mapping[str, int]) -> None:
         """No tenant ever holds more than its share. Counted from the slots, not from the accounts."""
