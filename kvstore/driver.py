@@ -152,6 +152,13 @@ class ShardDriver:
         if expired:
             log.info("leases expired", shard=self.shard, leases=expired)
 
+    async def tick(self) -> None:
+        """What `start` has done regularly: free what expired, and a bounded part of what was deleted."""
+        self.reap()
+        for _ in range(SWEEPS_A_TICK):
+            if not await self._sweep():
+                break
+
     def check_integrity(self) -> None:
         """The core's conservation check, and that storage holds just what the core knows to be written.
 
@@ -451,10 +458,7 @@ class ShardDriver:
     async def _reap_forever(self) -> None:
         while True:
             await asyncio.sleep(self.config.reap_interval_s)
-            self.reap()
-            for _ in range(SWEEPS_A_TICK):
-                if not await self._sweep():
-                    break
+            await self.tick()
 
 
 def _place(ref: BlockRef) -> Place:

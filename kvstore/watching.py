@@ -18,8 +18,9 @@ BATCH_CHANGES: Final = 2_048
 
 
 class Watchers:
-    def __init__(self, core: ShardCore) -> None:
+    def __init__(self, core: ShardCore, batch_changes: int = BATCH_CHANGES) -> None:
         self._core = core
+        self._batch_changes = batch_changes
         self._told = core.revision
         self._moved = asyncio.Event()
 
@@ -43,7 +44,7 @@ class Watchers:
         started = False
         while True:
             moved, newest = self._moved, self._core.revision
-            upto, changes = self._core.changed_since(after, chosen, BATCH_CHANGES)
+            upto, changes = self._core.changed_since(after, chosen, self._batch_changes)
             in_time = True
             if changes or not started:
                 yield WatchBatch(upto, tuple(changes))

@@ -208,9 +208,14 @@ class Index:
     def is_live(self, slot: int) -> bool:
         return self.versions.states[slot] == _LIVE and not self.is_dead(slot)
 
+    def is_purged(self, slot: int) -> bool:
+        """As part of a namespace or an epoch, not by its key: it stands in the table until it is swept."""
+        versions = self.versions
+        return versions.created[slot] <= self.space_of(slot).floor(versions.epochs[slot])
+
     def is_dead(self, slot: int) -> bool:
         """Live by its state, yet purged, or of an epoch that was dropped: nobody will ever see it."""
-        return self.versions.created[slot] <= self._floor(slot)
+        return self.is_purged(slot) or self._epochs.is_dropped(self.versions.epochs[slot])
 
     def chain(self, space: Space, head: int) -> Iterator[int]:
         """The slots of a chain, from its head on."""

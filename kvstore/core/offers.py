@@ -137,8 +137,9 @@ class Offers:
 
     def _retire(self, slot: int, revision: int) -> None:
         table, space = self._index.versions, self._index.space_of(slot)
-        epoch = self._epochs.bound[table.epochs[slot]].epoch.number
-        self._changes.add(ChangeKind.RETIRED, space.id, table.key(slot), epoch, table.qualities[slot])
+        if not self._index.is_purged(slot):  # else it was told of, and its name may stand for another by now
+            epoch = self._epochs.bound[table.epochs[slot]].epoch.number
+            self._changes.add(ChangeKind.RETIRED, space.id, table.key(slot), epoch, table.qualities[slot])
         self._index.retire(slot, revision)
 
     def _live(self, space: Space, key: BlockKey, epoch_id: int) -> Iterator[int]:

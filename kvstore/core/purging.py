@@ -27,6 +27,7 @@ class Purging:
         self._changes = changes
         self._counters = counters
         self._unswept = 0  # slots the sweep has still to look at
+        self._circle = 0  # of so many: those there were when something died last
         self._next = 0
 
     @property
@@ -64,14 +65,14 @@ class Purging:
 
     def sweep_again(self) -> None:
         """Something died without being named: every slot is to be looked at."""
-        self._unswept = self._index.versions.n_slots
+        self._unswept = self._circle = self._index.versions.n_slots
 
     def sweep(self, slots_max: int) -> int:
         """Look at some slots; free what is dead and not pinned. How many are still to be looked at."""
         index, table = self._index, self._index.versions
         for _ in range(min(slots_max, self._unswept)):
             self._unswept -= 1
-            slot = self._next % table.n_slots
+            slot = self._next % self._circle
             self._next = slot + 1
             if table.states[slot] == _LIVE and not table.pins[slot] and index.is_dead(slot):
                 self._counters["swept"] += 1
@@ -83,8 +84,9 @@ class Purging:
         table = self._index.versions
         table.written[slot] = FORBIDDEN
         if table.states[slot] == _LIVE:
-            number = self._epochs.bound[table.epochs[slot]].epoch.number
-            self._changes.add(ChangeKind.RETIRED, space.id, key, number, table.qualities[slot])
+            if not self._index.is_purged(slot):
+                number = self._epochs.bound[table.epochs[slot]].epoch.number
+                self._changes.add(ChangeKind.RETIRED, space.id, key, number, table.qualities[slot])
             self._index.retire(slot, revision, into=State.GONE)
         else:
             table.states[slot] = State.GONE  # it was retired and is pinned: older snapshots lose it too

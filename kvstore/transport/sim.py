@@ -6,17 +6,16 @@ gives the same history every time, a minute of it in milliseconds. What can go w
 
     client -> request: delayed, lost, sent twice -> host: paused, crashed -> driver -> answer: delayed, lost
 
-A call may be cut off by a crash before it is served, in the middle, and after it has taken effect.
-
-A host keeps its own time: monotonic, at a rate and an offset that are its own. A pause stops everything on
-it while time goes on, as SIGSTOP does. A crash forgets everything and comes back as another incarnation.
+A call may be cut off by a crash before it is served, in the middle, and after it has taken effect. A watch
+is a stream: each batch is a message of its own, and one that is lost ends the stream. Hosts and their time
+are in sim_host.py.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
-import selectors
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -25,8 +24,11 @@ from typing import Any, Final, TypeVar
 from kvstore.driver import ShardDriver
 from kvstore.errors import DeadlineExceeded, Unavailable
 from kvstore.nouns import (
+    ISOLATE,
     BlockRef,
     Epoch,
+    EpochPolicy,
+    EpochsOfModel,
     LeaseId,
     NamespaceId,
     NamespaceSpec,
@@ -40,43 +42,22 @@ from kvstore.nouns import (
 from kvstore.transport.base import (
     BlockOffer,
     CommitResult,
+    ListPage,
     MatchResult,
+    Purge,
+    Purged,
     ReadItem,
     ShardHello,
     ShardStatus,
     TxnOpened,
+    WatchBatch,
 )
+from kvstore.transport.sim_host import SimHost
 
 Answer = TypeVar("Answer")
 
-_TICK_S: Final = 0.5
 _ITEMS_A_MESSAGE: Final = 3
-
-
-class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock jumps to the next timer when nothing is ready. For one process alone."""
-
-    def __init__(self) -> None:
-        self._now = 0.0
-        super().__init__(_NoWaiting(self))
-
-    def time(self) -> float:
-        return self._now
-
-    def pass_time(self, seconds: float) -> None:
-        self._now += seconds
-
-
-class _NoWaiting(selectors.SelectSelector):
-    def __init__(self, loop: VirtualTimeLoop) -> None:
-        super().__init__()
-        self._loop = loop
-
-    def select(self, timeout: float | None = None) -> Any:
-        if timeout is None:
-            raise RuntimeError("every task waits for ever: the simulated world has come to a halt")
-        self._loop.pass_time(timeout)
-        return []  # nothing here ever comes from outside
+_BATCHES_AHEAD: Final = 2  # of a watch, sent and not yet read
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,81 +68,6 @@ class Faults:
     lose: float = 0.0  # the request, or the answer
     twice: float = 0.0
     linger: float = 0.5  # the host goes on with a call its caller gave up
-
-
-class SimClock:
-    """A host's own monotonic time."""
-
-    def __init__(self, rate: float, offset: float) -> None:
-        self._rate = rate
-        self._offset = offset
-
-    def now(self) -> float:
-        return asyncio.get_running_loop().time() * self._rate + self._offset
-
-
-class SimHost:
-    """A place for one shard. `make` gives a driver for each of its lives."""
-
-    def __init__(self, shard: ShardId, make: Callable[[SimHost], ShardDriver], clock: SimClock) -> None:
-        self.shard = shard
-        self.clock = clock
-        self.crashes = 0
-        self._make = make
-        self._awake = asyncio.Event()
-        self._awake.set()
-        self._calls: set[asyncio.Task[Any]] = set()
-        self.driver = make(self)
-        self._reaper = asyncio.create_task(self._reap_forever())
-
-    async def awake(self) -> None:
-        await self._awake.wait()
-
-    def pause(self) -> None:
-        self._awake.clear()
-
-    def resume(self) -> None:
-        self._awake.set()
-
-    def crash(self) -> None:
-        """Lose everything; be back at once as another incarnation."""
-        self.crashes += 1
-        for call in self._calls:
-            call.cancel()
-        self.driver = self._make(self)
-
-    def run(
-        self, call: Callable[[ShardDriver], Awaitable[Answer]], before_s: float, after_s: float
-    ) -> asyncio.Task[Answer]:
-        """Serve a call that waited for its turn; its answer too takes time to leave the host."""
-
-        async def served() -> Answer:
-            await asyncio.sleep(before_s)
-            await self.awake()
-            answer = await call(self.driver)
-            await asyncio.sleep(after_s)
-            return answer
-
-        task = asyncio.create_task(served())
-        self._calls.add(task)
-        task.add_done_callback(self._ended)
-        return task
-
-    async def close(self) -> None:
-        self.resume()
-        self._reaper.cancel()
-        await asyncio.gather(self._reaper, *self._calls, return_exceptions=True)
-
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._calls.discard(task)
-        if not task.cancelled():
-            task.exception()  # whoever called may have gone
-
-    async def _reap_forever(self) -> None:
-        while True:
-            await asyncio.sleep(_TICK_S)
-            await self.awake()
-            self.driver.reap()
 
 
 class SimNetwork:
@@ -214,10 +120,15 @@ class SimTransport:
             "register", lambda d: d.register_epoch(model_id, epoch, timeout_s=timeout_s), timeout_s
         )
 
-    async def advance_epoch(self, model_id: str, number: int, *, timeout_s: float) -> Revision:
+    async def advance_epoch(
+        self, model_id: str, number: int, policy: EpochPolicy = ISOLATE, *, timeout_s: float
+    ) -> Revision:
         return await self._call(
-            "advance", lambda d: d.advance_epoch(model_id, number, timeout_s=timeout_s), timeout_s
+            "advance", lambda d: d.advance_epoch(model_id, number, policy, timeout_s=timeout_s), timeout_s
         )
+
+    async def epochs(self, model_id: str, *, timeout_s: float) -> EpochsOfModel:
+        return await self._call("epochs", lambda d: d.epochs(model_id, timeout_s=timeout_s), timeout_s)
 
     async def match(
         self, snapshot: Snapshot, keys: Sequence[Any], owner: str, lease_s: float, *, timeout_s: float
@@ -283,6 +194,58 @@ class SimTransport:
     async def report(self, namespace: NamespaceId, refs: Sequence[BlockRef], *, timeout_s: float) -> int:
         return await self._call("report", lambda d: d.report(namespace, refs, timeout_s=timeout_s), timeout_s)
 
+    async def listing(
+        self, namespace: NamespaceId, at: Revision | None, cursor: int, limit: int, *, timeout_s: float
+    ) -> ListPage:
+        return await self._call(
+            "list", lambda d: d.listing(namespace, at, cursor, limit, timeout_s=timeout_s), timeout_s
+        )
+
+    async def watch(
+        self, namespaces: Sequence[NamespaceId], after: Revision | None, *, timeout_s: float
+    ) -> AsyncIterator[WatchBatch]:
+        """In order, as on one connection; whatever breaks it ends it, in an error."""
+        network, end = self._network, asyncio.get_running_loop().time() + timeout_s
+
+        async def serve(driver: ShardDriver, sent: asyncio.Queue[WatchBatch] | None) -> None:
+            left = end - asyncio.get_running_loop().time()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(end + network.faults.delay_s):  # whoever read it may have gone
+                    async for batch in driver.watch(namespaces, after, timeout_s=left):
+                        await self._host.awake()
+                        if sent is not None:
+                            await sent.put(batch)
+
+        sent: asyncio.Queue[WatchBatch] = asyncio.Queue(_BATCHES_AHEAD)
+        network.met["calls", "watch"] += 1
+        async with self._bounded("watch", timeout_s):
+            await network.carry("request", "watch")
+        if network.chance("twice", "watch", network.faults.twice):
+            self._host.run("watch", lambda d: serve(d, None), *network.times())
+        served = self._host.run("watch", lambda d: serve(d, sent), *network.times())
+        try:
+            while not (served.done() and sent.empty()):
+                batch = await _first_of(sent, served)
+                if batch is None:
+                    continue
+                if network.chance("lost answer", "watch", network.faults.lose):
+                    raise Unavailable(f"shard {self.shard} broke off watch")
+                await asyncio.sleep(network.rng.random() * network.faults.delay_s)
+                yield batch
+            if served.cancelled():
+                network.met["crash", "watch"] += 1
+                raise Unavailable(f"shard {self.shard} broke off watch")
+            served.result()
+        finally:
+            if not served.done():
+                self._give_up(served, "watch")
+
+    async def purge(self, scope: Purge, *, timeout_s: float) -> Purged:
+        return await self._call("purge", lambda d: d.purge(scope, timeout_s=timeout_s), timeout_s)
+
+    async def compact(self, revision: Revision, *, timeout_s: float) -> Revision:
+        return await self._call("compact", lambda d: d.compact(revision, timeout_s=timeout_s), timeout_s)
+
     async def status(self, *, timeout_s: float) -> ShardStatus:
         return await self._call("status", lambda d: d.status(timeout_s=timeout_s), timeout_s)
 
@@ -298,14 +261,14 @@ class SimTransport:
             async with asyncio.timeout(timeout_s):
                 await network.carry("request", step)
                 if network.chance("twice", step, network.faults.twice):
-                    self._host.run(call, *network.times())
-                served = self._host.run(call, *network.times())
+                    self._host.run(step, call, *network.times())
+                served = self._host.run(step, call, *network.times())
                 answer = await asyncio.shield(served)
                 await network.carry("answer", step)
                 return answer
         except TimeoutError:
             self._give_up(served, step)
-            raise DeadlineExceeded(f"{step} on {self.shard} took longer than {timeout_s:.3f} s") from None
+            raise self._too_late(step, timeout_s) from None
         except asyncio.CancelledError:
             if served is not None and served.cancelled():
                 network.met["crash", step] += 1
@@ -313,7 +276,32 @@ class SimTransport:
             self._give_up(served, step)
             raise
 
+    @contextlib.asynccontextmanager
+    async def _bounded(self, step: str, timeout_s: float) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(timeout_s):
+                yield
+        except TimeoutError:
+            raise self._too_late(step, timeout_s) from None
+
+    def _too_late(self, step: str, timeout_s: float) -> DeadlineExceeded:
+        return DeadlineExceeded(f"{step} on {self.shard} took longer than {timeout_s:.3f} s")
+
     def _give_up(self, served: asyncio.Task[Any] | None, step: str) -> None:
         lingers = self._network.chance("late", step, self._network.faults.linger)
         if served is not None and not lingers:
             served.cancel()
+
+
+async def _first_of(sent: asyncio.Queue[WatchBatch], served: asyncio.Task[None]) -> WatchBatch | None:
+    """The next batch; None when what sends them has ended first."""
+    if sent.empty():
+        getting = asyncio.create_task(sent.get())
+        try:
+            await asyncio.wait((getting, served), return_when=asyncio.FIRST_COMPLETED)
+            if getting.done():
+                return getting.result()
+        finally:
+            getting.cancel()
+        return None
+    return sent.get_nowait()

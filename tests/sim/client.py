@@ -1,28 +1,45 @@
-"""One user of the simulated store: random work, and every answer checked against what must hold."""
+"""One user of the simulated store: random work, and every answer checked against what must hold.
+
+The everyday half: publish, match, read, hold, renew, let go. Deletion, weights that change, snapshots of the
+past, lineage and trespassing are in deeds.py.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvstore.answers import BlockMiss, PublishBlock, VerifiedBlock
 from kvstore.client import StoreClient
+from kvstore.errors import KVStrataError
 from kvstore.hashing import KeyChain
-from kvstore.nouns import LeaseId, MissReason, PinnedBlock, Quality, ShardId
+from kvstore.nouns import (
+    BlockKey,
+    LeaseId,
+    MissReason,
+    NamespaceId,
+    PinnedBlock,
+    Quality,
+    Refusal,
+    ShardId,
+)
 from kvstore.session import StoreSession
-from kvstore.transport.sim import SimTransport
-from tests.kvstore.oracle import SPEC, chain, epoch, payload
+from tests.kvstore.oracle import SPEC, epoch
+from tests.sim.history import SURE, NotingTransport
+from tests.sim.witness import covers
+from tests.sim.writings import Broken, Writing
 
 if TYPE_CHECKING:
+    from tests.sim.deeds import Audit
     from tests.sim.world import World
 
-OPS_A_CLIENT = 14
-CHAINS = 4
+OPS_A_CLIENT = 20
+CHAINS = (0, 0, 1, 2)
 CHAIN_BLOCKS = 20  # two stripes: a chain may lie on two shards
 LEASE_S = 4.0
-SURE = 0.9  # of a lease: clocks differ by less
 TIMEOUT_S = 2.0
 QUALITIES = (Quality.LOSSLESS, Quality.LOSSLESS, Quality.INT8)
 EXCUSES = {MissReason.DEADLINE, MissReason.SHARD_UNAVAILABLE}
@@ -41,64 +58,45 @@ WRONG_BYTES = {
 Leases = tuple[tuple[ShardId, LeaseId], ...]
 
 
-class Broken(AssertionError):
-    """A promise that did not hold, in words."""
-
-
 @dataclass(slots=True)
 class Held:
     """Blocks a client was told are pinned for it, and until when that is certain."""
 
-    of: int  # chain
-    epoch: int
+    session: StoreSession
     blocks: tuple[PinnedBlock, ...]
     leases: Leases
+    since: int  # the step it was asked for at
     sure_until: float
     crashes: dict[ShardId, int]
+    writings: dict[int, Writing] = field(default_factory=dict)  # whose bytes block i was, once read
+    qualities: dict[int, Quality] = field(default_factory=dict)  # and what the reader was told they are
 
 
 class Client:
     """One user of the store: random work, every answer checked."""
 
-    def __init__(self, world: World, name: str) -> None:
+    def __init__(self, world: World, name: str, tenant: str) -> None:
         self.world = world
         self.name = name
-        self.store = StoreClient.over([SimTransport(h, world.network) for h in world.hosts.values()])
+        self.tenant = tenant
+        self.transports = [NotingTransport(h, world.network, world.history) for h in world.hosts.values()]
+        self.store = StoreClient.over(self.transports)
         self.sessions: dict[int, StoreSession] = {}
         self.held: list[Held] = []
-        self.operations = (
-            self.publish,
-            self.match_and_read,
-            self.read_held,
-            self.renew,
-            self.let_go,
-            self.advance,
-            self.idle,
-        )
+        self.audits: list[Audit] = []
 
-    async def work(self) -> None:
-        rng = self.world.rng
+    async def work(self, deeds: Mapping[Deed, int]) -> None:
+        rng, report = self.world.rng, self.world.report
         for _ in range(OPS_A_CLIENT):
-            op = rng.choices(
-                (
-                    self.publish,
-                    self.match_and_read,
-                    self.read_held,
-                    self.renew,
-                    self.let_go,
-                    self.advance,
-                    self.idle,
-                ),
-                (5, 6, 3, 2, 2, 1, 1),
-            )[0]
-            self.world.report.ops[op.__name__] += 1
+            (deed,) = rng.choices(tuple(deeds), tuple(deeds.values()))
+            report.ops[deed.__name__] += 1
             if rng.random() < 0.06:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(rng.random() * 0.3):
-                        await op()  # the user gave up in the middle
-                self.world.report.ops["given up"] += 1
+                        await deed(self)  # the user gave up in the middle
+                report.ops["given up"] += 1
             else:
-                await op()
+                await deed(self)
             self.held = [
                 held for held in self.held if held.sure_until > self.world.now() or rng.random() < 0.8
             ]
@@ -106,46 +104,75 @@ class Client:
     async def end(self) -> None:
         for held in self.held:
             if self.world.rng.random() < 0.5:
-                await self.store_session(held.epoch).release(held.leases)
+                await held.session.release(held.leases)
         await self.store.close()
 
-    # -- operations --------------------------------------------------------------------------------
+    # -- deeds -------------------------------------------------------------------------------------
 
     async def publish(self) -> None:
         rng, session = self.world.rng, await self.session()
         if session is None:
             return
-        of, made = self.chain(session)
+        made = self.chain(session)
         end = rng.randrange(1, CHAIN_BLOCKS + 1)
-        begin = rng.randrange(end) if rng.random() < 0.3 else 0
+        begin = rng.randrange(end) if rng.random() < 0.2 else 0
         quality = rng.choice(QUALITIES)
+        held = await self.publish_range(session, made, range(begin, end), quality)
+        if held is not None and begin == 0 and len(held.blocks) == end:
+            await self.anybody_sees(held, made, quality)
+
+    async def publish_range(
+        self,
+        session: StoreSession,
+        made: KeyChain,
+        which: range,
+        quality: Quality,
+        truth: Quality | None = None,
+        foreign: bool = False,
+    ) -> Held | None:
+        """What is held of it, if anything is. `truth`: the quality its bytes are of, if another."""
+        name, steps = self.name, self.world.witness
+        writing = self.world.writings.new(
+            name, session.namespace, session.epoch, truth or quality, foreign=foreign
+        )
         blocks = [
             PublishBlock(
-                made.keys[i], made.parent(i), i, made.placement(i),
-                memoryview(payload(made.keys[i], session.epoch, quality)),
+                made.keys[i], made.parent(i), i, made.placement(i), memoryview(writing.payload(made.keys[i]))
             )
-            for i in range(begin, end)
-        ]  # fmt: skip
-        pin_for_s = LEASE_S if rng.random() < 0.7 else None
-        asked, crashes = self.world.now(), self.world.crashes()
+            for i in which
+        ]
+        pin_for_s = LEASE_S if self.world.rng.random() < 0.7 else None
+        since, asked, crashes = steps.step(), self.world.now(), self.world.crashes()
         done = await session.publish(
-            blocks, quality=quality, owner=self.name, pin_for_s=pin_for_s, timeout_s=TIMEOUT_S
+            blocks,
+            quality=quality,
+            owner=f"{name}#{writing.number}",
+            pin_for_s=pin_for_s,
+            timeout_s=TIMEOUT_S,
         )
+        if [b.key for b in done.blocks if isinstance(b, PinnedBlock)] != [
+            block.key for block, b in zip(blocks, done.blocks, strict=True) if isinstance(b, PinnedBlock)
+        ]:
+            raise Broken(f"offered {blocks}, answered {done.blocks}")
         landed = tuple(block for block in done.blocks if isinstance(block, PinnedBlock))
-        self.count("refused", [b.value for b in done.blocks if not isinstance(b, PinnedBlock)])
-        if landed and done.leases:
-            self.keep(of, session, landed, done.leases, asked, crashes)
-            if begin == 0 and len(landed) == len(blocks):
-                await self.anybody_sees(made, end, quality)
+        refused = [block for block in done.blocks if not isinstance(block, PinnedBlock)]
+        if Refusal.QUOTA in refused and self.tenant not in self.world.quotas:
+            raise Broken(f"{self.tenant} has no quota, and is over it")
+        self.count("refused", [refusal.value for refusal in refused])
+        if not (landed and done.leases):
+            return None
+        return self.keep(session, landed, done.leases, since, asked, crashes)
 
-    async def anybody_sees(self, made: KeyChain, end: int, quality: Quality) -> None:
-        """Acknowledged and pinned means that every later match sees it."""
-        held = self.held[-1]
-        if quality < self.least(held):
+    async def anybody_sees(self, held: Held, made: KeyChain, quality: Quality) -> None:
+        """Acknowledged and pinned means that every later match sees it, unless it was deleted."""
+        session = held.session
+        if quality < session.min_quality:
             return
-        session = self.store_session(held.epoch)
-        found = await session.match(made.keys[:end], owner=self.name, lease_s=LEASE_S, timeout_s=TIMEOUT_S)
-        if self.sure(held) and found.miss not in (None, *EXCUSES):
+        keys, epoch = made.keys[: len(held.blocks)], session.epoch.number
+        found = await session.match(keys, owner=self.name, lease_s=LEASE_S, timeout_s=TIMEOUT_S)
+        shards = {block.ref.shard for block in held.blocks}
+        deleted = self.world.witness.may_be_deleted(shards, session.namespace, keys, epoch, held.since)
+        if self.sure(held) and not deleted and found.miss not in (None, *EXCUSES):
             raise Broken(f"acknowledged, pinned, and not seen: block {len(found.blocks)} is {found.miss}")
         await session.release(found.leases)
 
@@ -153,31 +180,28 @@ class Client:
         rng, session = self.world.rng, await self.session()
         if session is None:
             return
-        of, made = self.chain(session)
-        asked, crashes = self.world.now(), self.world.crashes()
-        found = await session.match(
-            made.keys[: rng.randrange(1, CHAIN_BLOCKS + 1)],
-            owner=self.name,
-            lease_s=LEASE_S,
-            timeout_s=TIMEOUT_S,
-        )
+        held = await self.match(session, self.chain(session).keys[: rng.randrange(1, CHAIN_BLOCKS + 1)])
+        if held is not None and rng.random() < 0.8:
+            await self.read(held)
+
+    async def match(self, session: StoreSession, keys: list[BlockKey]) -> Held | None:
+        since, asked, crashes = self.world.witness.step(), self.world.now(), self.world.crashes()
+        found = await session.match(keys, owner=self.name, lease_s=LEASE_S, timeout_s=TIMEOUT_S)
         self.count("match", [found.miss.value] if found.miss else [])
+        self.world.report.blocks_matched += len(found.blocks)
         if not found.blocks:
-            return
-        self.keep(of, session, found.blocks, found.leases, asked, crashes)
-        if rng.random() < 0.8:
-            await self.read(self.held[-1])
+            return None
+        return self.keep(session, found.blocks, found.leases, since, asked, crashes)
 
     async def read_held(self) -> None:
         """Perhaps long after the lease ended: a stale reference must be a miss."""
         if self.held:
             await self.read(self.world.rng.choice(self.held))
 
-    async def read(self, held: Held) -> None:
-        session = self.store_session(held.epoch)
-        whole = self.world.rng.random() < 0.8
+    async def read(self, held: Held, *, whole: bool = False) -> None:
+        whole = whole or self.world.rng.random() < 0.8
         try:
-            items = session.read(held.blocks, timeout_s=TIMEOUT_S)
+            items = held.session.read(held.blocks, timeout_s=TIMEOUT_S)
             index = 0
             async for item in items:
                 self.check(held, index, item)
@@ -193,25 +217,16 @@ class Client:
         if not leased:
             return
         held, asked = self.world.rng.choice(leased), self.world.now()
-        if await self.store_session(held.epoch).renew(held.leases, LEASE_S):
+        if await held.session.renew(held.leases, LEASE_S):
             held.sure_until = max(held.sure_until, asked + SURE * LEASE_S)
 
     async def let_go(self) -> None:
         if self.held:
             held = self.held.pop(self.world.rng.randrange(len(self.held)))
-            released = Held(held.of, held.epoch, held.blocks, (), 0.0, held.crashes)
-            await self.store_session(held.epoch).release(held.leases)
+            released = Held(held.session, held.blocks, (), held.since, 0.0, held.crashes, held.writings)
+            await held.session.release(held.leases)
             if self.world.rng.random() < 0.5:
                 self.held.append(released)  # to be read all the same
-
-    async def advance(self) -> None:
-        """New weights: this client serves them from now on, others still serve the old ones."""
-        self.world.epoch += 1
-        self.sessions.pop(self.world.epoch, None)
-        if await self.session() is not None:
-            for transport in self.store._peers.transports.values():
-                with contextlib.suppress(Exception):
-                    await transport.advance_epoch(SPEC.model_id, self.world.epoch, timeout_s=TIMEOUT_S)
 
     async def idle(self) -> None:
         await asyncio.sleep(self.world.rng.uniform(0.0, 1.5 * LEASE_S))
@@ -219,7 +234,7 @@ class Client:
     # -- what must hold ----------------------------------------------------------------------------
 
     def check(self, held: Held, index: int, item: VerifiedBlock | BlockMiss) -> None:
-        pinned, report = held.blocks[index], self.world.report
+        pinned, report, session = held.blocks[index], self.world.report, held.session
         if item.index != index:
             raise Broken(f"item {item.index} came as the {index}th")
         if isinstance(item, BlockMiss):
@@ -228,7 +243,7 @@ class Client:
                 return
             if item.reason in WRONG_BYTES:
                 raise Broken(f"a shard gave out bytes that are {item.reason} for {pinned}")
-            if item.reason is MissReason.LOW_QUALITY and pinned.quality < self.least(held):
+            if item.reason is MissReason.LOW_QUALITY and pinned.quality < session.min_quality:
                 return  # it published what it would not read
             if self.sure(held, pinned.ref.shard) and item.reason not in EXCUSES:
                 raise Broken(
@@ -236,10 +251,28 @@ class Client:
                 )
             return
         report.blocks_read += 1
-        if item.epoch.number != held.epoch:
-            raise Broken(f"asked for epoch {held.epoch}, got {item.epoch.number}")
-        if item.payload != payload(pinned.key, item.epoch, item.quality):
-            raise Broken(f"wrong bytes for {pinned}: a wrong hit")
+        if item.epoch != pinned.epoch:
+            raise Broken(f"promised epoch {pinned.epoch.number}, got {item.epoch.number}")
+        writing = self.world.writings.origin(
+            item.payload, session.namespace, pinned.key, item.epoch, item.quality
+        )
+        held.qualities[index] = item.quality
+        was = held.writings.setdefault(index, writing)
+        if was is not writing and not self.world.storage_broken:
+            raise Broken(f"{pinned} was {was}, and is {writing} now")
+        self.check_not_purged(pinned, session.namespace, writing, held.since)
+
+    def check_not_purged(
+        self, pinned: PinnedBlock, namespace: NamespaceId, writing: Writing, since: int
+    ) -> None:
+        """No match begun after an acknowledged purge finds what was begun before it."""
+        incarnation, begun = pinned.ref.incarnation, self.world.witness.begun
+        for purge in self.world.history.purges:
+            if purge.incarnation == incarnation and purge.acked < since:
+                if not covers(purge.scope, namespace, pinned.key, pinned.epoch.number):
+                    continue
+                if begun.get((incarnation, writing.number), 0) < purge.served:
+                    raise Broken(f"purged and acknowledged, and matched since: {writing}")
 
     def sure(self, held: Held, shard: ShardId | None = None) -> bool:
         """Is it certain that the shards still hold this for us?"""
@@ -251,31 +284,41 @@ class Client:
 
     async def session(self) -> StoreSession | None:
         """Of the newest epoch, or at times of an older one that is still served."""
-        number = self.world.epoch if self.world.rng.random() < 0.8 else max(1, self.world.epoch - 1)
+        rng = self.world.rng
+        number = self.world.epoch if rng.random() < 0.8 else max(1, self.world.epoch - rng.choice((1, 1, 2)))
         if number not in self.sessions:
-            least = self.world.rng.choice((Quality.LOSSLESS, Quality.INT8))
+            least = rng.choice((Quality.LOSSLESS, Quality.INT8))
             try:
-                self.sessions[number] = await self.store.open(SPEC, epoch(number), min_quality=least)
-            except Exception as error:
+                self.sessions[number] = await self.store.open(
+                    SPEC,
+                    epoch(number),
+                    tenant=self.tenant,
+                    min_quality=least,
+                    stale_lag_max=rng.choice((0, 1, 2)),
+                )
+            except KVStrataError as error:
                 self.world.report.reasons[f"open:{type(error).__name__}"] += 1
                 return None
         return self.sessions[number]
 
-    def store_session(self, number: int) -> StoreSession:
-        return self.sessions[number]
-
-    def least(self, held: Held) -> Quality:
-        return self.store_session(held.epoch).min_quality
-
-    def chain(self, session: StoreSession) -> tuple[int, KeyChain]:
-        of = self.world.rng.randrange(CHAINS)
-        return of, chain(session.namespace, CHAIN_BLOCKS, 1000 * of)
+    def chain(self, session: StoreSession) -> KeyChain:
+        return self.world.chain(session.namespace, self.world.rng.choice(CHAINS))
 
     def keep(
-        self, of: int, session: StoreSession, blocks: tuple[PinnedBlock, ...], leases: Leases,
-        asked: float, crashes: dict[ShardId, int],
-    ) -> None:  # fmt: skip
-        self.held.append(Held(of, session.epoch.number, blocks, leases, asked + SURE * LEASE_S, crashes))
+        self,
+        session: StoreSession,
+        blocks: tuple[PinnedBlock, ...],
+        leases: Leases,
+        since: int,
+        asked: float,
+        crashes: dict[ShardId, int],
+    ) -> Held:
+        held = Held(session, blocks, leases, since, asked + SURE * LEASE_S, crashes)
+        self.held.append(held)
+        return held
 
     def count(self, what: str, reasons: list[str]) -> None:
         self.world.report.reasons.update(f"{what}:{reason}" for reason in reasons)
+
+
+Deed = Callable[[Client], Awaitable[None]]

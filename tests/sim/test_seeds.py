@@ -14,22 +14,9 @@ from collections.abc import Iterator
 import pytest
 import structlog
 
-from tests.sim.world import Report, run_seed
+from tests.sim.world import STEPS, Report, run_seed
 
 SEEDS = 1000
-STEPS = (
-    "open",
-    "register",
-    "advance",
-    "match",
-    "read",
-    "renew",
-    "release",
-    "begin",
-    "write",
-    "commit",
-    "abort",
-)
 FAULTS = ("lost request", "lost answer", "twice", "late", "crash")
 
 

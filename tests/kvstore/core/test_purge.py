@@ -167,3 +167,15 @@ def test_what_is_committed_into_an_epoch_that_was_dropped_meanwhile_is_refused()
     assert shard.commit(txn) == (Refusal.EPOCH, Refusal.EPOCH)
     assert shard.begin([0], E1).refusals == [Refusal.EPOCH]
     assert len(shard.core.index) == 0
+
+
+def test_a_shard_that_grows_before_it_sweeps_leaves_nothing_behind(shard: Shard) -> None:
+    """Found by tests/sim, seed 69: the sweep went round a circle that had grown meanwhile."""
+    shard.put([0, 1])
+    shard.core.purge(NAMESPACE, None, None)
+    drain(shard)  # and stands where the next sweep begins
+    shard.put([0, 1])
+    shard.core.advance_epoch(MODEL, 2, DROP)
+    shard.put([2, 3, 4], E2)
+    drain(shard)
+    assert [version.epoch for version in shard.core.index.rows()] == [E2, E2, E2]

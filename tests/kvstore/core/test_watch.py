@@ -146,3 +146,33 @@ def test_the_log_stays_within_its_bound() -> None:
         shard.put([n])
         assert len(shard.core.changes) <= 10
     assert shard.core.usage().live_nbytes == 60 * NBYTES
+
+
+def test_what_goes_after_its_purge_takes_nothing_from_what_was_written_since() -> None:
+    """Found by tests/sim: evicting a purged version told watchers that the new one of its name had gone."""
+    shard = Shard(2)
+    shard.put([0])
+    shard.core.purge(NAMESPACE, None, None)
+    written_again = shard.revision()
+    shard.put([0])
+    shard.put([1])  # in the place of what was purged and not swept yet
+    assert shard.present([0, 1]) == {0, 1}
+    _, changes = shard.core.changed_since(written_again, {NAMESPACE}, 100)
+    assert [(change.kind, change.key) for change in changes] == [
+        (ChangeKind.COMMITTED, key(0)),
+        (ChangeKind.COMMITTED, key(1)),
+    ]
+
+
+def test_a_version_retires_once() -> None:
+    """Found by tests/sim, seed 26: purging keys told of what was purged before and is pinned, too."""
+    shard = Shard()
+    shard.put([0])
+    held = shard.match([0])
+    shard.core.purge(NAMESPACE, None, None)
+    shard.put([0])
+    before = shard.revision()
+    shard.core.purge(NAMESPACE, (key(0),), None)
+    _, changes = shard.core.changed_since(before, {NAMESPACE}, 100)
+    assert [change.kind for change in changes] == [ChangeKind.RETIRED]
+    shard.release(held.lease)
