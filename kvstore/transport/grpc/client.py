@@ -10,21 +10,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Any
 
 import grpc
 
 from kvstore import failpoints
 from kvstore.deadline import Deadline
 from kvstore.errors import Unavailable, WireVersionMismatch
-from kvstore.frame import HEADER_NBYTES, PAYLOAD_NBYTES_MAX
 from kvstore.nouns import (
     BlockKey,
     BlockRef,
     Epoch,
     Incarnation,
     LeaseId,
-    MissReason,
     NamespaceId,
     NamespaceSpec,
     Quality,
@@ -36,7 +33,6 @@ from kvstore.nouns import (
 )
 from kvstore.topology import Topology
 from kvstore.transport.base import (
-    CHUNK_NBYTES,
     WIRE_VERSIONS_READ,
     BlockOffer,
     CommitResult,
@@ -46,10 +42,10 @@ from kvstore.transport.base import (
     ShardStatus,
     TxnOpened,
 )
-from kvstore.transport.grpc import bulk, methods, wire
+from kvstore.transport.grpc import methods, wire
+from kvstore.transport.grpc.blocks_client import BlocksClient, runs_of_one_incarnation
 from kvstore.transport.grpc.methods import Answer, Asked, Method
 from kvstore.transport.grpc.options import channel_options
-from kvstore.v1 import blocks_pb2 as blocks
 from kvstore.v1 import control_pb2 as control
 from kvstore.v1 import topology_pb2 as topology
 
@@ -70,6 +66,7 @@ class GrpcTransport:
         self._greeted = self._closed = False
         self._control = _channel(address, "control", credentials)
         self._bulk = _channel(address, "bulk", credentials)
+        self._blocks = BlocksClient(self._bulk, self._metadata)
 
     @property
     def shard(self) -> ShardId:
@@ -113,24 +110,11 @@ class GrpcTransport:
         self, namespace: NamespaceId, refs: Sequence[BlockRef], *, timeout_s: float
     ) -> AsyncIterator[ReadItem]:
         deadline = await self._introduced(timeout_s)
-        for run_start, run in _runs_of_one_incarnation(refs):
-            asked = blocks.ReadRequest(
-                incarnation=run[0].incarnation,
-                slots=[ref.slot for ref in run],
-                generations=[ref.generation for ref in run],
-                namespace_id=namespace,
-            )
+        for run_start, run in runs_of_one_incarnation(refs):
             with self._named_errors():
-                call: Any = self._bulk.unary_stream(
-                    methods.READ.path, methods.READ.asked.SerializeToString, bulk.parse_read
-                )
-                stream = call(asked, timeout=deadline.left(), metadata=self._metadata)
-                try:
-                    async for item in _items(stream):
-                        await failpoints.hit("transport.read")
-                        yield ReadItem(run_start + item.index, item.frame, item.miss)
-                finally:
-                    stream.cancel()
+                async for item in self._blocks.read(namespace, run, deadline.left()):
+                    await failpoints.hit("transport.read")
+                    yield ReadItem(run_start + item.index, item.frame, item.miss)
 
     async def renew(self, leases: Sequence[LeaseId], lease_s: float, *, timeout_s: float) -> list[bool]:
         asked = control.RenewRequest(leases=leases, lease_ms=wire.lease_ms(lease_s))
@@ -176,13 +160,7 @@ class GrpcTransport:
         await failpoints.hit("transport.write")
         deadline = await self._introduced(timeout_s)
         with self._named_errors():
-            call: Any = self._bulk.stream_unary(
-                methods.WRITE.path, response_deserializer=methods.WRITE.answer.FromString
-            )
-            chunks = _chunks(txn, frames)
-            answer = await call(chunks, timeout=deadline.left(), metadata=self._metadata)
-            outcomes = dict(zip(answer.indexes, wire.refusals_in(answer.refusals), strict=True))
-        return [outcomes.get(index, Refusal.UNWRITTEN) for index, _, _ in frames]
+            return await self._blocks.write(txn, frames, deadline.left())
 
     async def commit(self, txn: TxnId, pin_for_s: float | None, *, timeout_s: float) -> CommitResult:
         await failpoints.hit("transport.commit")
@@ -195,7 +173,7 @@ class GrpcTransport:
 
     async def report(self, namespace: NamespaceId, refs: Sequence[BlockRef], *, timeout_s: float) -> int:
         retired = 0
-        for _, run in _runs_of_one_incarnation(refs):
+        for _, run in runs_of_one_incarnation(refs):
             asked = control.ReportRequest(
                 incarnation=run[0].incarnation,
                 slots=[ref.slot for ref in run],
@@ -257,45 +235,3 @@ def _channel(address: str, traffic: str, credentials: grpc.ChannelCredentials | 
     if credentials is None:
         return grpc.aio.insecure_channel(address, options=options)
     return grpc.aio.secure_channel(address, credentials, options=options)
-
-
-def _runs_of_one_incarnation(refs: Sequence[BlockRef]) -> Iterator[tuple[int, Sequence[BlockRef]]]:
-    """References in runs that one request can carry; almost always all of them."""
-    start = 0
-    for end in range(1, len(refs) + 1):
-        if end == len(refs) or refs[end].incarnation != refs[start].incarnation:
-            yield start, refs[start:end]
-            start = end
-
-
-async def _items(stream: Any) -> AsyncIterator[ReadItem]:
-    """Whole frames from the chunks of a stream. Raises Unavailable when the peer breaks the framing."""
-    frame, filled = bytearray(), 0
-    async for chunk in stream:
-        if chunk.miss:
-            yield ReadItem(chunk.index, None, MissReason(chunk.miss))
-            continue
-        if not filled:
-            if not 0 < chunk.frame_nbytes <= PAYLOAD_NBYTES_MAX + HEADER_NBYTES:
-                raise Unavailable(
-                    f"a frame of {chunk.frame_nbytes} bytes: the peer does not speak our framing"
-                )
-            frame = bytearray(chunk.frame_nbytes)
-        end = filled + len(chunk.data)
-        if end > len(frame) or not chunk.data:
-            raise Unavailable("chunks run past their frame: the peer does not speak our framing")
-        frame[filled:end] = chunk.data
-        filled = end
-        if filled == len(frame):
-            yield ReadItem(chunk.index, memoryview(frame), None)
-            filled = 0
-
-
-def _chunks(txn: TxnId, frames: Sequence[tuple[int, bytes, memoryview]]) -> Iterator[bytes]:
-    """The first chunk of a frame carries its header and the payload's start; none exceeds CHUNK_NBYTES."""
-    for index, header, payload in frames:
-        nbytes = len(header) + payload.nbytes
-        first = CHUNK_NBYTES - len(header)
-        yield bulk.pack_write(txn, index, nbytes, header, payload[:first])
-        for start in range(first, payload.nbytes, CHUNK_NBYTES):
-            yield bulk.pack_write(txn, index, nbytes, payload[start : start + CHUNK_NBYTES])

@@ -1,50 +1,40 @@
 """The server's side of the wire: requests in, the shard's answers out, errors by name.
 
-Any `ShardTransport` can stand behind it; in production it is the driver. Bytes of writes in flight are
-admitted against a budget, and streams against a number: beyond them the shard says RESOURCE_EXHAUSTED
-rather than queueing.
+Any `ShardTransport` can stand behind it; in production it is the driver. The bulk streams are in
+blocks_service.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Final
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import grpc
 import structlog
 
 from kvstore.errors import (
-    ConfigError,
-    DeadlineExceeded,
     KVStrataError,
-    OverLimit,
     WireVersionMismatch,
 )
-from kvstore.frame import HEADER_NBYTES
-from kvstore.nouns import BlockRef, Incarnation, LeaseId, TxnId
+from kvstore.nouns import LeaseId, TxnId
 from kvstore.topology import Topology
-from kvstore.transport.base import CHUNK_NBYTES, REQUEST_ID_NBYTES, WIRE_VERSIONS_READ, ShardTransport
+from kvstore.transport.base import REQUEST_ID_NBYTES, WIRE_VERSIONS_READ, ShardTransport
 from kvstore.transport.grpc import bulk, methods, wire
+from kvstore.transport.grpc.blocks_service import BlocksService, refs_in
+from kvstore.transport.grpc.calls import Context
+from kvstore.transport.grpc.calls import left as _left
 from kvstore.transport.grpc.methods import Method
-from kvstore.v1 import blocks_pb2 as blocks
 from kvstore.v1 import control_pb2 as control
 from kvstore.v1 import topology_pb2 as topology
 
 log = structlog.get_logger(__name__)
 
-TIMEOUT_S_MAX: Final = 60.0  # for a caller that set no deadline
-Context = Any  # grpc.aio.ServicerContext: its generics say nothing here
-
 
 class ShardService:
     def __init__(self, shard: ShardTransport, inflight_nbytes_max: int, streams_max: int) -> None:
         self._shard = shard
-        self._inflight_nbytes_max = inflight_nbytes_max
-        self._inflight_nbytes = 0
-        self._streams_max = streams_max
-        self._streams = 0
+        self.blocks = BlocksService(shard, inflight_nbytes_max, streams_max)
         self.topology = Topology(0, ())
 
     def handlers(self) -> list[grpc.GenericRpcHandler]:
@@ -69,10 +59,10 @@ class ShardService:
             by_service.setdefault(method.service, {})[method.name] = made
         by_service[methods.BLOCKS] = {
             methods.READ.name: grpc.unary_stream_rpc_method_handler(
-                _named_errors(self._read), methods.READ.asked.FromString
+                _named_errors(self.blocks.read), methods.READ.asked.FromString
             ),
             methods.WRITE.name: grpc.stream_unary_rpc_method_handler(
-                _named_errors(self._write), bulk.parse_write, methods.WRITE.answer.SerializeToString
+                _named_errors(self.blocks.write), bulk.parse_write, methods.WRITE.answer.SerializeToString
             ),
         }
         return [grpc.method_handlers_generic_handler(name, made) for name, made in by_service.items()]
@@ -150,7 +140,9 @@ class ShardService:
     async def _report(self, asked: Any, context: Context) -> control.ReportResponse:
         return control.ReportResponse(
             retired=await self._shard.report(
-                wire.namespace_in(asked.namespace_id), self._refs(asked), timeout_s=_left(context)
+                wire.namespace_in(asked.namespace_id),
+                refs_in(self._shard.shard, asked),
+                timeout_s=_left(context),
             )
         )
 
@@ -159,93 +151,6 @@ class ShardService:
 
     async def _get_topology(self, asked: Any, context: Context) -> topology.GetTopologyResponse:
         return topology.GetTopologyResponse(topology=wire.topology_out(self.topology))
-
-    async def _read(self, asked: blocks.ReadRequest, context: Context) -> None:
-        async with self._stream(context):
-            async for chunk in self._chunks(asked, context):
-                await context.write(chunk)
-
-    async def _chunks(self, asked: blocks.ReadRequest, context: Context) -> AsyncIterator[bytes]:
-        namespace = wire.namespace_in(asked.namespace_id)
-        async for item in self._shard.read(namespace, self._refs(asked), timeout_s=_left(context)):
-            if item.frame is None:
-                miss = item.miss.value if item.miss else ""
-                yield bulk.pack_miss(item.index, miss)
-                continue
-            nbytes = item.frame.nbytes
-            for start in range(0, nbytes, CHUNK_NBYTES):
-                yield bulk.pack_read(item.index, nbytes, item.frame[start : start + CHUNK_NBYTES])
-
-    async def _write(self, chunks: AsyncIterator[bulk.WriteChunk], context: Context) -> blocks.WriteResponse:
-        async with self._stream(context):
-            return await self._store(chunks, context)
-
-    @contextlib.asynccontextmanager
-    async def _stream(self, context: Context) -> AsyncIterator[None]:
-        """A place among the streams, held no longer than the call may take, whatever the peer does.
-
-        Raises OverLimit when all are taken, so that there is always room for calls without bytes.
-        """
-        if self._streams >= self._streams_max:
-            raise OverLimit(f"{self._streams} streams are open on this shard: try again later")
-        limit_s = _left(context)
-        self._streams += 1
-        try:
-            async with asyncio.timeout(limit_s):
-                yield
-        except TimeoutError:
-            raise DeadlineExceeded(f"the stream was not done within {limit_s:.1f} s") from None
-        finally:
-            self._streams -= 1
-
-    async def _store(self, chunks: AsyncIterator[bulk.WriteChunk], context: Context) -> blocks.WriteResponse:
-        answer = blocks.WriteResponse()
-        frame, filled = bytearray(), 0
-        try:
-            async for chunk in chunks:
-                if not filled:
-                    frame = self._admit_frame(chunk.frame_nbytes)
-                end = filled + len(chunk.data)
-                if end > len(frame) or not chunk.data:
-                    raise ConfigError("chunks run past the frame they announced: send frames in order")
-                frame[filled:end] = chunk.data
-                filled = end
-                if filled == len(frame):
-                    view = memoryview(frame)
-                    piece = (chunk.index, bytes(view[:HEADER_NBYTES]), view[HEADER_NBYTES:])
-                    (refusal,) = await self._shard.write(TxnId(chunk.txn), [piece], timeout_s=_left(context))
-                    answer.indexes.append(chunk.index)
-                    answer.refusals.append(refusal.value if refusal else "")
-                    self._inflight_nbytes -= len(frame)
-                    frame, filled = bytearray(), 0
-        finally:
-            self._inflight_nbytes -= len(frame)
-        return answer
-
-    def _admit_frame(self, nbytes: int) -> bytearray:
-        """A buffer within the budget; whoever takes it gives `len` back.
-
-        Raises ConfigError for a nonsense size, OverLimit beyond the budget.
-        """
-        if nbytes <= HEADER_NBYTES:
-            raise ConfigError(f"a frame of {nbytes} bytes has no room for a header and a payload")
-        if self._inflight_nbytes + nbytes > self._inflight_nbytes_max:
-            raise OverLimit(f"{self._inflight_nbytes} bytes of writes are in flight: try again later")
-        frame = bytearray(nbytes)
-        self._inflight_nbytes += nbytes
-        return frame
-
-    def _refs(self, asked: blocks.ReadRequest | control.ReportRequest) -> list[BlockRef]:
-        if len(asked.slots) != len(asked.generations):
-            raise ConfigError(f"{len(asked.slots)} slots and {len(asked.generations)} generations: one each")
-        incarnation = Incarnation(asked.incarnation)
-        columns = zip(asked.slots, asked.generations, strict=True)
-        return [BlockRef(self._shard.shard, incarnation, slot, generation) for slot, generation in columns]
-
-
-def _left(context: Context) -> float:
-    remaining = context.time_remaining()
-    return TIMEOUT_S_MAX if remaining is None else min(remaining, TIMEOUT_S_MAX)
 
 
 def _named_errors(

@@ -34,8 +34,9 @@ from kvstore.server import ServerConfig, ShardServer, TlsFiles, is_loopback
 from kvstore.topology import ShardEntry, Topology
 from kvstore.transport.base import CHUNK_NBYTES, ShardHello, ShardStatus
 from kvstore.transport.grpc import methods, wire
+from kvstore.transport.grpc.blocks_client import _chunks
 from kvstore.transport.grpc.bulk import parse_write
-from kvstore.transport.grpc.client import GrpcTransport, _chunks
+from kvstore.transport.grpc.client import GrpcTransport
 from kvstore.transport.grpc.options import channel_options
 from kvstore.v1 import control_pb2 as control
 from tests.kvstore.conftest import TOKEN, Served

@@ -15,9 +15,9 @@ from kvstore.nouns import Refusal, ShardId, TxnId
 from kvstore.server import ServerConfig, ShardServer
 from kvstore.transport.base import CHUNK_NBYTES, ReadItem
 from kvstore.transport.grpc import methods
+from kvstore.transport.grpc.blocks_service import BlocksService
 from kvstore.transport.grpc.bulk import WriteChunk
 from kvstore.transport.grpc.client import GrpcTransport
-from kvstore.transport.grpc.service import ShardService
 from kvstore.v1 import blocks_pb2 as blocks
 from tests.kvstore.conftest import Served
 from tests.kvstore.oracle import TIMEOUT, new_driver
@@ -42,9 +42,9 @@ async def test_the_write_budget_comes_back_whole_however_a_stream_ends(
 
     driver = new_driver()
     monkeypatch.setattr(driver, "write", take)
-    service = ShardService(driver, inflight_nbytes_max=700, streams_max=1)
+    service = BlocksService(driver, inflight_nbytes_max=700, streams_max=1)
     with pytest.raises((OverLimit, ConfigError)):
-        await service._write(_announcing(nbytes), _NoDeadline())
+        await service.write(_announcing(nbytes), _NoDeadline())
     assert service._inflight_nbytes == 0
 
 
@@ -61,22 +61,22 @@ class _NoDeadline:
 async def test_a_peer_that_stops_sending_holds_its_bytes_no_longer_than_its_deadline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("kvstore.transport.grpc.service.TIMEOUT_S_MAX", 0.1)
-    service = ShardService(new_driver(), inflight_nbytes_max=2000, streams_max=1)
+    monkeypatch.setattr("kvstore.transport.grpc.calls.TIMEOUT_S_MAX", 0.1)
+    service = BlocksService(new_driver(), inflight_nbytes_max=2000, streams_max=1)
 
     async def half_a_frame() -> AsyncIterator[WriteChunk]:
         yield WriteChunk(1, 0, 1000, memoryview(bytes(500)))
         await asyncio.Event().wait()
 
     with pytest.raises(DeadlineExceeded, match=r"not done within 0\.1 s"):
-        await service._write(half_a_frame(), _NoDeadline())
+        await service.write(half_a_frame(), _NoDeadline())
     assert (service._inflight_nbytes, service._streams) == (0, 0)
 
 
 async def test_a_peer_that_stops_reading_holds_its_place_no_longer_than_its_deadline(
     served: Served, transport: GrpcTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvstore.transport.grpc.service.TIMEOUT_S_MAX", 0.3)
+    monkeypatch.setattr("kvstore.transport.grpc.calls.TIMEOUT_S_MAX", 0.3)
 
     async def endless(*_: object, timeout_s: float) -> AsyncIterator[ReadItem]:
         for index in itertools.count():
@@ -88,7 +88,7 @@ async def test_a_peer_that_stops_reading_holds_its_place_no_longer_than_its_dead
     asked = blocks.ReadRequest(namespace_id=bytes(16))
     unread = open_read(asked, metadata=transport._metadata)  # no deadline, and nobody reads
     await unread.read()
-    service = served.server._service
+    service = served.server._service.blocks
     assert service._streams == 1
     async with asyncio.timeout(TIMEOUT):
         while service._streams:  # noqa: ASYNC110 - a peer that reads nothing is told nothing

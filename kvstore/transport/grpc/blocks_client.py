@@ -1,0 +1,97 @@
+"""The client's side of the bulk streams: frames in chunks of about 1 MiB, on a connection of their own.
+
+What fails raises gRPC's own errors; `GrpcTransport` names them. A stream that breaks raises, and what was
+yielded before stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
+
+import grpc
+
+from kvstore.errors import Unavailable
+from kvstore.frame import HEADER_NBYTES, PAYLOAD_NBYTES_MAX
+from kvstore.nouns import BlockRef, MissReason, NamespaceId, Refusal, TxnId
+from kvstore.transport.base import CHUNK_NBYTES, ReadItem
+from kvstore.transport.grpc import bulk, methods, wire
+from kvstore.v1 import blocks_pb2 as blocks
+
+
+class BlocksClient:
+    def __init__(self, channel: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...]) -> None:
+        self._channel = channel
+        self._metadata = metadata
+
+    async def read(
+        self, namespace: NamespaceId, refs: Sequence[BlockRef], timeout_s: float
+    ) -> AsyncIterator[ReadItem]:
+        """Frames of references of one incarnation, in their order."""
+        asked = blocks.ReadRequest(
+            incarnation=refs[0].incarnation,
+            slots=[ref.slot for ref in refs],
+            generations=[ref.generation for ref in refs],
+            namespace_id=namespace,
+        )
+        call: Any = self._channel.unary_stream(
+            methods.READ.path, methods.READ.asked.SerializeToString, bulk.parse_read
+        )
+        stream = call(asked, timeout=timeout_s, metadata=self._metadata)
+        try:
+            async for item in _items(stream):
+                yield item
+        finally:
+            stream.cancel()
+
+    async def write(
+        self, txn: TxnId, frames: Sequence[tuple[int, bytes, memoryview]], timeout_s: float
+    ) -> list[Refusal | None]:
+        call: Any = self._channel.stream_unary(
+            methods.WRITE.path, response_deserializer=methods.WRITE.answer.FromString
+        )
+        answer = await call(_chunks(txn, frames), timeout=timeout_s, metadata=self._metadata)
+        outcomes = dict(zip(answer.indexes, wire.refusals_in(answer.refusals), strict=True))
+        return [outcomes.get(index, Refusal.UNWRITTEN) for index, _, _ in frames]
+
+
+def runs_of_one_incarnation(refs: Sequence[BlockRef]) -> Iterator[tuple[int, Sequence[BlockRef]]]:
+    """References in runs that one request can carry; almost always all of them."""
+    start = 0
+    for end in range(1, len(refs) + 1):
+        if end == len(refs) or refs[end].incarnation != refs[start].incarnation:
+            yield start, refs[start:end]
+            start = end
+
+
+async def _items(stream: Any) -> AsyncIterator[ReadItem]:
+    """Whole frames from the chunks of a stream. Raises Unavailable when the peer breaks the framing."""
+    frame, filled = bytearray(), 0
+    async for chunk in stream:
+        if chunk.miss:
+            yield ReadItem(chunk.index, None, MissReason(chunk.miss))
+            continue
+        if not filled:
+            if not 0 < chunk.frame_nbytes <= PAYLOAD_NBYTES_MAX + HEADER_NBYTES:
+                raise Unavailable(
+                    f"a frame of {chunk.frame_nbytes} bytes: the peer does not speak our framing"
+                )
+            frame = bytearray(chunk.frame_nbytes)
+        end = filled + len(chunk.data)
+        if end > len(frame) or not chunk.data:
+            raise Unavailable("chunks run past their frame: the peer does not speak our framing")
+        frame[filled:end] = chunk.data
+        filled = end
+        if filled == len(frame):
+            yield ReadItem(chunk.index, memoryview(frame), None)
+            filled = 0
+
+
+def _chunks(txn: TxnId, frames: Sequence[tuple[int, bytes, memoryview]]) -> Iterator[bytes]:
+    """The first chunk of a frame carries its header and the payload's start; none exceeds CHUNK_NBYTES."""
+    for index, header, payload in frames:
+        nbytes = len(header) + payload.nbytes
+        first = CHUNK_NBYTES - len(header)
+        yield bulk.pack_write(txn, index, nbytes, header, payload[:first])
+        for start in range(first, payload.nbytes, CHUNK_NBYTES):
+            yield bulk.pack_write(txn, index, nbytes, payload[start : start + CHUNK_NBYTES])
