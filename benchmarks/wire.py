@@ -28,7 +28,7 @@ from kvstore.memory import keep_freed_buffers
 from kvstore.nouns import Epoch, KVLayout, NamespaceSpec, Quality, ShardId, WeightsDigest
 from kvstore.server import ServerConfig, ShardServer
 from kvstore.session import StoreSession
-from kvstore.tiers.host import HostTier
+from kvstore.tiers.arena import ArenaTier
 from kvstore.topology import ShardEntry, Topology
 
 LAYOUT = KVLayout(30, 0, 3, 64, "float32")  # SmolLM2-135M: 1.47 MB a block
@@ -42,7 +42,7 @@ def serve(pipe: multiprocessing.connection.Connection) -> None:
 
     async def run() -> None:
         config = DriverConfig(ShardId("bench"), 4 << 30, b"a secret of the benchmark")
-        server = ShardServer(ShardDriver(config, HostTier()), ServerConfig())
+        server = ShardServer(ShardDriver(config, ArenaTier(4 << 30)), ServerConfig())
         pipe.send(await server.start())
         loop = asyncio.get_running_loop()
         while await loop.run_in_executor(None, pipe.recv):

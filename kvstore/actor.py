@@ -14,7 +14,7 @@ from kvstore.driver import ShardDriver
 from kvstore.memory import keep_freed_buffers
 from kvstore.nouns import ShardId
 from kvstore.server import ShardServer
-from kvstore.tiers.host import HostTier
+from kvstore.tiers.arena import ArenaTier
 from kvstore.topology import Topology
 from kvstore.transport.base import ShardStatus
 
@@ -42,7 +42,8 @@ class KVShard:
     async def start(self, start: ShardStart) -> str:
         """Serve; the address clients use. Raises ConfigError when it may not or cannot listen."""
         keep_freed_buffers()
-        self._driver = ShardDriver(start.store.driver(start.shard, start.cluster_secret), HostTier())
+        config = start.store.driver(start.shard, start.cluster_secret)
+        self._driver = ShardDriver(config, ArenaTier(config.capacity_nbytes))
         self._server = ShardServer(self._driver, start.store.server(start.token))
         await self._driver.start()
         return _advertised(await self._server.start())

@@ -9,25 +9,40 @@ from __future__ import annotations
 from kvstore.errors import CorruptBlock
 from kvstore.frame import LOSSLESS_CODEC, Frame, decode_frame
 from kvstore.nouns import BlockMeta, MissReason, Quality, Refusal
-from kvstore.tiers.copying import join
+from kvstore.tiers.base import TierStorage
+from kvstore.tiers.copying import fill, to_its_end
+
+
+async def arrive(
+    storage: TierStorage, header: bytes, payload: memoryview, expected: BlockMeta, block_nbytes: int
+) -> tuple[Refusal | None, memoryview]:
+    """A frame in room of the storage's own, to be written there; or why it is not the one expected, and the
+    room was given up."""
+    room = storage.allocate(len(header) + payload.nbytes)
+    refusal = await to_its_end(
+        room.nbytes,
+        lambda: copy_and_verify(room, header, payload, expected, block_nbytes),
+        lambda: storage.give_up(room),
+    )
+    if refusal is not None:
+        storage.give_up(room)
+    return refusal, room
 
 
 def copy_and_verify(
-    header: bytes, payload: memoryview, expected: BlockMeta, block_nbytes: int
-) -> tuple[Refusal | None, memoryview]:
-    """A frame in a buffer of its own, and why it is not the one expected (None: it is).
+    room: memoryview, header: bytes, payload: memoryview, expected: BlockMeta, block_nbytes: int
+) -> Refusal | None:
+    """Copy a frame into `room`, then say why what stands there is not the one expected (None: it is).
 
     `block_nbytes` is the layout's: what a payload that claims to be lossless must have.
     """
-    copy = join(header, payload)
+    fill(room, header, payload)
     try:
-        frame, _ = decode_frame(copy)
+        frame, _ = decode_frame(room)
     except CorruptBlock as error:
-        corrupt = error.reason is MissReason.CHECKSUM
-        return Refusal.CHECKSUM if corrupt else Refusal.BAD_HEADER, copy
-    return None if frame.meta == expected and _is_true_to_quality(
-        frame, block_nbytes
-    ) else Refusal.MISMATCH, copy
+        return Refusal.CHECKSUM if error.reason is MissReason.CHECKSUM else Refusal.BAD_HEADER
+    as_expected = frame.meta == expected and _is_true_to_quality(frame, block_nbytes)
+    return None if as_expected else Refusal.MISMATCH
 
 
 def is_intact(frame: memoryview) -> bool:

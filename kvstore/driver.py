@@ -22,7 +22,7 @@ from typing import Final, TypeVar
 
 import structlog
 
-from kvstore.arrival import copy_and_verify, is_intact
+from kvstore.arrival import arrive, is_intact
 from kvstore.clock import Clock, MonotonicClock
 from kvstore.core.shard import ShardCore
 from kvstore.core.state import CoreConfig, CoreLimits, Namespace, Offer
@@ -405,9 +405,7 @@ class ShardDriver:
             quality=version.quality,
             fingerprint=namespace.fingerprint,
         )
-        return await beside_the_loop(
-            nbytes, lambda: copy_and_verify(header, payload, expected, namespace.block_nbytes)
-        )
+        return await arrive(self._storage, header, payload, expected, namespace.block_nbytes)
 
     async def _retire_corrupt(self, namespace: NamespaceId, refs: Sequence[BlockRef]) -> int:
         retired = 0

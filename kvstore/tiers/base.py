@@ -1,4 +1,4 @@
-"""The storage seam of a tier: five methods, and nothing about versions, leases or keys.
+"""The storage seam of a tier: where bytes lie, and nothing about versions, leases or keys.
 
 Real tiers, the tests' crashing ones and the simulator's all obey it. Bytes are addressed by slot *and*
 generation: a write that comes late, for a slot that was given to somebody else meanwhile, can neither be
@@ -23,8 +23,19 @@ class TierStorage(Protocol):
     @property
     def tier(self) -> Tier: ...
 
+    def allocate(self, nbytes: int) -> memoryview:
+        """Room for one frame, writable, of unknown content: for `write`, or for `give_up`. Never fails."""
+        ...
+
+    def give_up(self, frame: memoryview) -> None:
+        """What was allocated will not be written after all. Nobody may be writing into it any more."""
+        ...
+
     async def write(self, place: Place, frame: memoryview) -> None:
-        """Keep `frame` under `place`; the storage owns the buffer from here on."""
+        """Keep `frame` under `place`; the storage owns the buffer from here on, also when this raises.
+
+        Copies nothing if `allocate` gave the buffer.
+        """
         ...
 
     async def read(self, place: Place) -> memoryview | None:
@@ -32,6 +43,15 @@ class TierStorage(Protocol):
 
         The place may be discarded while the bytes are copied: the caller checks its reference again.
         """
+        ...
+
+    async def borrow(self, place: Place) -> memoryview | None:
+        """The frame itself, to be read only, until `give_back`: it stays what it is even if its place is
+        discarded meanwhile. None when the place holds nothing."""
+        ...
+
+    def give_back(self, frame: memoryview) -> None:
+        """Once for each `borrow`, with what it answered."""
         ...
 
     def discard(self, place: Place) -> None:

@@ -25,6 +25,40 @@ def join(*pieces: bytes | memoryview) -> memoryview:
     return joined.data
 
 
+def corrupted(frame: memoryview) -> memoryview:
+    """A copy with one bit wrong: what a failpoint asks for."""
+    copy = join(frame)
+    copy[-1] ^= 1
+    return copy
+
+
+def fill(room: memoryview, *pieces: bytes | memoryview) -> None:
+    """Copy the pieces, end to end, into `room`, which has just their size."""
+    target = np.frombuffer(room, dtype=np.uint8)
+    np.concatenate([np.frombuffer(piece, dtype=np.uint8) for piece in pieces], out=target)
+
+
+async def to_its_end(nbytes: int, work: Callable[[], Result], abandoned: Callable[[], None]) -> Result:
+    """`work` over memory that must not change hands while it runs; `abandoned` frees that memory.
+
+    A thread cannot be cancelled: if the caller is, the memory is freed when the thread is done with it.
+    """
+    if nbytes <= INLINE_NBYTES_MAX:
+        return work()
+    working = asyncio.get_running_loop().run_in_executor(None, work)
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+
+        def free(done: asyncio.Future[Result]) -> None:
+            if not done.cancelled():
+                done.exception()  # nobody else asks
+            abandoned()
+
+        working.add_done_callback(free)
+        raise
+
+
 async def beside_the_loop(nbytes: int, work: Callable[[], Result]) -> Result:
     """`work` over `nbytes` bytes: at once if they are few, else in a thread."""
     return work() if nbytes <= INLINE_NBYTES_MAX else await asyncio.to_thread(work)

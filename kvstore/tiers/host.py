@@ -8,10 +8,12 @@ through the allocator's free lists, which costs no page fault in the steady stat
 
 from __future__ import annotations
 
+import numpy as np
+
 from kvstore import failpoints
 from kvstore.nouns import Tier
 from kvstore.tiers.base import Place
-from kvstore.tiers.copying import beside_the_loop, join
+from kvstore.tiers.copying import beside_the_loop, corrupted, join
 
 
 class HostTier:
@@ -20,6 +22,12 @@ class HostTier:
     def __init__(self) -> None:
         self._frames: dict[int, tuple[int, memoryview]] = {}  # slot -> generation, frame
         self._nbytes = 0
+
+    def allocate(self, nbytes: int) -> memoryview:
+        return np.empty(nbytes, dtype=np.uint8).data
+
+    def give_up(self, frame: memoryview) -> None:
+        """The allocator has it back as soon as nobody holds it."""
 
     async def write(self, place: Place, frame: memoryview) -> None:
         if await failpoints.hit("storage.write") is failpoints.Effect.DROP:
@@ -33,16 +41,20 @@ class HostTier:
         self._nbytes += frame.nbytes
 
     async def read(self, place: Place) -> memoryview | None:
+        frame = await self.borrow(place)
+        return None if frame is None else await beside_the_loop(frame.nbytes, lambda: join(frame))
+
+    async def borrow(self, place: Place) -> memoryview | None:
         frame = self._find(place)
         if frame is None:
             return None
         effect = await failpoints.hit("storage.read")
         if effect is failpoints.Effect.DROP:
             return None
-        copy = await beside_the_loop(frame.nbytes, lambda: join(frame))
-        if effect is failpoints.Effect.CORRUPT:
-            copy[-1] ^= 1
-        return copy
+        return corrupted(frame) if effect is failpoints.Effect.CORRUPT else frame
+
+    def give_back(self, frame: memoryview) -> None:
+        """Whoever holds a frame keeps it alive."""
 
     def discard(self, place: Place) -> None:
         frame = self._find(place)

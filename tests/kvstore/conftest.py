@@ -11,7 +11,7 @@ from kvstore.client import StoreClient
 from kvstore.driver import DriverConfig, ShardDriver
 from kvstore.nouns import ShardId
 from kvstore.server import ServerConfig, ShardServer
-from kvstore.tiers.host import HostTier
+from kvstore.tiers.arena import ArenaTier
 from kvstore.topology import ShardEntry, Topology
 from tests.kvstore.oracle import FRAME_NBYTES, SECRET
 
@@ -29,7 +29,7 @@ class Served:
     @classmethod
     async def start(cls, name: str, frames: int = 256, port: int = 0) -> Served:
         config = DriverConfig(ShardId(name), frames * FRAME_NBYTES, SECRET, faults=True)
-        driver = ShardDriver(config, HostTier())
+        driver = ShardDriver(config, ArenaTier(config.capacity_nbytes))
         server = ShardServer(driver, ServerConfig(port=port, token=TOKEN))
         return cls(driver, server, await server.start())
 
