@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvstore.nouns import (
     BlockKey,
@@ -27,11 +28,10 @@ class Match:
     miss: MissReason | None
 
 
-@dataclass(frozen=True, slots=True)
-class VerifiedBlock:
+class VerifiedBlock(NamedTuple):
     """Header, identity and checksum hold on the reader's own copy. `payload` is a view into it."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody asks
     payload: memoryview
     epoch: Epoch
     quality: Quality

@@ -28,6 +28,7 @@ from kvstore.session import StoreSession
 from kvstore.topology import ShardEntry, Topology
 from kvstore.transport.base import ShardStatus, ShardTransport
 from kvstore.transport.grpc.client import GrpcTransport
+from kvstore.transport.shm.transport import SameHostTransport
 
 log = structlog.get_logger(__name__)
 
@@ -51,9 +52,11 @@ class StoreClient:
         token: str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
         limits: ClientLimits | None = None,
+        shared_memory: bool = True,
     ) -> None:
         self.counters: Counter[str] = Counter()
         self.topology = topology
+        self._shared_memory = shared_memory
         self._token = token
         self._credentials = credentials
         self._limits = limits or ClientLimits()
@@ -67,10 +70,18 @@ class StoreClient:
         token: str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
         limits: ClientLimits | None = None,
+        shared_memory: bool = True,
     ) -> StoreClient:
-        """A client of the topology's shards over gRPC. Connections are made by the first calls."""
-        transports = [GrpcTransport(e.shard, e.address, token, credentials) for e in topology.shards]
-        return cls(topology, transports, token=token, credentials=credentials, limits=limits)
+        """A client of the topology's shards over gRPC. Connections are made by the first calls.
+
+        The bytes of shards on this host go through shared memory where that works, unless
+        `shared_memory` is False.
+        """
+        made = cls(
+            topology, (), token=token, credentials=credentials, limits=limits, shared_memory=shared_memory
+        )
+        made._peers.replace(topology.weights(), {e.shard: made._transport(e) for e in topology.shards})
+        return made
 
     @classmethod
     def over(cls, transports: Sequence[ShardTransport], *, limits: ClientLimits | None = None) -> StoreClient:
@@ -115,10 +126,17 @@ class StoreClient:
         kept = {t.shard: t for t in self._peers.transports.values() if t not in gone}
         for entry in topology.shards:
             if entry.shard not in kept:
-                kept[entry.shard] = GrpcTransport(entry.shard, entry.address, self._token, self._credentials)
+                kept[entry.shard] = self._transport(entry)
         self.topology = topology
         self._peers.replace(topology.weights(), kept)
         await _close_all(gone)
+
+    def _transport(self, entry: ShardEntry) -> ShardTransport:
+        if self._shared_memory:
+            return SameHostTransport(
+                entry.shard, entry.address, self._token, self._credentials, self.counters
+            )
+        return GrpcTransport(entry.shard, entry.address, self._token, self._credentials)
 
     async def status(self) -> list[ShardStatus]:
         """Of every shard that answers in time."""

@@ -123,7 +123,7 @@ class ShardDriver:
         self.config = config
         self.core = ShardCore(config.core(), POLICIES[config.policy])
         self._watchers = Watchers(self.core)
-        self._storage = storage
+        self.storage = self._storage = storage
         self._clock = clock or MonotonicClock()
         self._reaper: asyncio.Task[None] | None = None
         self._closed = False

@@ -23,6 +23,7 @@ from kvstore.transport.base import ShardTransport
 from kvstore.transport.grpc import methods
 from kvstore.transport.grpc.options import server_options
 from kvstore.transport.grpc.service import ShardService
+from kvstore.transport.shm.server import shared_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,7 @@ class ShardServer:
         self._config = config
         streams_max = max(1, config.concurrent_calls_max // 2)  # the other half is for calls without bytes
         self._service = ShardService(shard, config.inflight_nbytes_max, streams_max)
+        self._shm = shared_memory(shard, config.token)
         self._health = health.aio.HealthServicer()
         interceptors = [_TokenCheck(config.token)] if config.token else []
         self._server = grpc.aio.server(
@@ -102,6 +104,9 @@ class ShardServer:
         except RuntimeError as error:
             raise ConfigError(f"cannot listen on {wanted}: {error}; choose another port") from None
         await self._server.start()
+        if self._shm is not None:
+            self._shm.start()
+            self._service.shm_socket = self._shm.name.lstrip("\0")
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         return f"{wanted.rpartition(':')[0]}:{port}"
 
@@ -114,6 +119,8 @@ class ShardServer:
         """Say NOT_SERVING, let running calls finish within `grace_s`, then cut them off."""
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.stop(grace_s)
+        if self._shm is not None:
+            await self._shm.stop()
 
     async def _set_health(self, status: Any) -> None:
         for name in ("", methods.CONTROL, methods.BLOCKS, methods.TOPOLOGY):

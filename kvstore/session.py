@@ -44,6 +44,7 @@ from kvstore.nouns import (
 from kvstore.peers import ERRAND_TIMEOUT_S, Peers, miss_of, refusal_of
 from kvstore.placement import owner as owner_of
 from kvstore.publication import Publication
+from kvstore.reading import read_into
 from kvstore.transport.base import MatchResult, ReadItem, ShardTransport
 
 log = structlog.get_logger(__name__)
@@ -162,6 +163,21 @@ class StoreSession:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def read_into(
+        self, blocks: Sequence[PinnedBlock], buffers: Sequence[Any], *, timeout_s: float
+    ) -> list[VerifiedBlock | BlockMiss]:
+        """Payload i into `buffers[i]`: writable bytes, contiguous, of the layout's `block_nbytes`.
+
+        Answers in order, verified in the buffer itself. Where the answer is a `BlockMiss` the buffer's
+        content is undefined. Raises ValueError for buffers that do not fit.
+        """
+        answers, refused = await read_into(
+            self._peers, self._snapshot, self.layout, blocks, buffers, timeout_s, self._unexpected
+        )
+        for block in refused:
+            self._report(block.ref)
+        return answers
 
     # -- writing -----------------------------------------------------------------------------------
 

@@ -50,6 +50,7 @@ class ShardHello:
     incarnation: Incarnation
     wire_version: int
     disk_version: int
+    shm_socket: str = ""  # where clients of the shard's own host get at its memory; "": nowhere
 
 
 @dataclass(frozen=True, slots=True)

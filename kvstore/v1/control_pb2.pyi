@@ -28,16 +28,18 @@ class HelloRequest(_message.Message):
     def __init__(self, wire_versions: _Optional[_Iterable[int]] = ..., client: _Optional[str] = ...) -> None: ...
 
 class HelloResponse(_message.Message):
-    __slots__ = ("wire_version", "disk_version", "shard", "incarnation")
+    __slots__ = ("wire_version", "disk_version", "shard", "incarnation", "shm_socket")
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
     DISK_VERSION_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    SHM_SOCKET_FIELD_NUMBER: _ClassVar[int]
     wire_version: int
     disk_version: int
     shard: str
     incarnation: int
-    def __init__(self, wire_version: _Optional[int] = ..., disk_version: _Optional[int] = ..., shard: _Optional[str] = ..., incarnation: _Optional[int] = ...) -> None: ...
+    shm_socket: str
+    def __init__(self, wire_version: _Optional[int] = ..., disk_version: _Optional[int] = ..., shard: _Optional[str] = ..., incarnation: _Optional[int] = ..., shm_socket: _Optional[str] = ...) -> None: ...
 
 class Layout(_message.Message):
     __slots__ = ("layers", "head_begin", "head_end", "head_dim", "block_tokens", "dtype")

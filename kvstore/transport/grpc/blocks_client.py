@@ -10,12 +10,15 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import grpc
+import numpy as np
+import xxhash
 
 from kvstore.errors import Unavailable
 from kvstore.frame import HEADER_NBYTES, PAYLOAD_NBYTES_MAX
 from kvstore.nouns import BlockRef, MissReason, NamespaceId, Refusal, TxnId
 from kvstore.transport.base import CHUNK_NBYTES, ReadItem
 from kvstore.transport.grpc import bulk, methods, wire
+from kvstore.transport.landing import Landing, copy, row_in
 from kvstore.v1 import blocks_pb2 as blocks
 
 
@@ -28,19 +31,41 @@ class BlocksClient:
         self, namespace: NamespaceId, refs: Sequence[BlockRef], timeout_s: float
     ) -> AsyncIterator[ReadItem]:
         """Frames of references of one incarnation, in their order."""
-        asked = blocks.ReadRequest(
-            incarnation=refs[0].incarnation,
-            slots=[ref.slot for ref in refs],
-            generations=[ref.generation for ref in refs],
-            namespace_id=namespace,
-        )
         call: Any = self._channel.unary_stream(
             methods.READ.path, methods.READ.asked.SerializeToString, bulk.parse_read
         )
-        stream = call(asked, timeout=timeout_s, metadata=self._metadata)
+        stream = call(_asked(namespace, refs), timeout=timeout_s, metadata=self._metadata)
         try:
             async for item in _items(stream):
                 yield item
+        finally:
+            stream.cancel()
+
+    async def read_into(
+        self,
+        namespace: NamespaceId,
+        refs: Sequence[BlockRef],
+        landing: Landing,
+        rows: Sequence[int],
+        timeout_s: float,
+    ) -> None:
+        """As `LandingTransport.read_into`: each chunk is copied from its message to where it belongs."""
+        call: Any = self._channel.unary_stream(
+            methods.READ.path, methods.READ.asked.SerializeToString, bulk.parse_read
+        )
+        stream = call(_asked(namespace, refs), timeout=timeout_s, metadata=self._metadata)
+        arriving: _Arriving | None = None
+        try:
+            async for chunk in stream:
+                row = row_in(rows, chunk.index)
+                if chunk.miss:
+                    landing.void(row, MissReason(chunk.miss))
+                    arriving = None
+                    continue
+                if arriving is None:
+                    arriving = _Arriving(landing, row, chunk.frame_nbytes)
+                if arriving.take(chunk.data):
+                    arriving = None
         finally:
             stream.cancel()
 
@@ -53,6 +78,52 @@ class BlocksClient:
         answer = await call(_chunks(txn, frames), timeout=timeout_s, metadata=self._metadata)
         outcomes = dict(zip(answer.indexes, wire.refusals_in(answer.refusals), strict=True))
         return [outcomes.get(index, Refusal.UNWRITTEN) for index, _, _ in frames]
+
+
+def _asked(namespace: NamespaceId, refs: Sequence[BlockRef]) -> blocks.ReadRequest:
+    return blocks.ReadRequest(
+        incarnation=refs[0].incarnation,
+        slots=[ref.slot for ref in refs],
+        generations=[ref.generation for ref in refs],
+        namespace_id=namespace,
+    )
+
+
+class _Arriving:
+    """One frame on its way into a row: hashed where it lands, piece by piece, while it is in the cache."""
+
+    def __init__(self, landing: Landing, row: int, frame_nbytes: int) -> None:
+        """Raises Unavailable for a size no frame has."""
+        if not HEADER_NBYTES < frame_nbytes <= PAYLOAD_NBYTES_MAX + HEADER_NBYTES:
+            raise Unavailable(f"a frame of {frame_nbytes} bytes: the peer does not speak our framing")
+        self._landing = landing
+        self._row = row
+        self._frame_nbytes = frame_nbytes
+        self._filled = 0
+        self._fits = landing.payloads[row].nbytes == frame_nbytes - HEADER_NBYTES
+        self._digest = xxhash.xxh3_64()
+
+    def take(self, data: memoryview) -> bool:
+        """Put the next bytes where they belong. True when the frame is whole."""
+        start, end = self._filled, self._filled + data.nbytes
+        if end > self._frame_nbytes or not data.nbytes:
+            raise Unavailable("chunks run past their frame: the peer does not speak our framing")
+        if start < HEADER_NBYTES:
+            head = data[: HEADER_NBYTES - start]
+            row = self._landing.headers[self._row]
+            row[start : start + head.nbytes] = np.frombuffer(head, dtype=np.uint8)
+            data, start = data[head.nbytes :], start + head.nbytes
+        if self._fits and data.nbytes:
+            at = start - HEADER_NBYTES
+            target = self._landing.payloads[self._row][at : at + data.nbytes]
+            copy(target, data)
+            self._digest.update(target)
+        self._filled = end
+        if end < self._frame_nbytes:
+            return False
+        self._landing.payload_nbytes[self._row] = end - HEADER_NBYTES
+        self._landing.checksums[self._row] = self._digest.intdigest()
+        return True
 
 
 def runs_of_one_incarnation(refs: Sequence[BlockRef]) -> Iterator[tuple[int, Sequence[BlockRef]]]:

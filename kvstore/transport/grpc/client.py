@@ -46,6 +46,7 @@ from kvstore.transport.grpc import methods, wire
 from kvstore.transport.grpc.blocks_client import BlocksClient, runs_of_one_incarnation
 from kvstore.transport.grpc.methods import Answer, Asked, Method
 from kvstore.transport.grpc.options import channel_options
+from kvstore.transport.landing import Landing
 from kvstore.v1 import control_pb2 as control
 from kvstore.v1 import topology_pb2 as topology
 
@@ -83,7 +84,11 @@ class GrpcTransport:
             )
         self._greeted = True
         return ShardHello(
-            self.shard, Incarnation(answer.incarnation), answer.wire_version, answer.disk_version
+            self.shard,
+            Incarnation(answer.incarnation),
+            answer.wire_version,
+            answer.disk_version,
+            answer.shm_socket,
         )
 
     async def open_namespace(self, spec: NamespaceSpec, tenant: str, *, timeout_s: float) -> NamespaceId:
@@ -115,6 +120,22 @@ class GrpcTransport:
                 async for item in self._blocks.read(namespace, run, deadline.left()):
                     await failpoints.hit("transport.read")
                     yield ReadItem(run_start + item.index, item.frame, item.miss)
+
+    async def read_into(
+        self,
+        namespace: NamespaceId,
+        refs: Sequence[BlockRef],
+        landing: Landing,
+        rows: Sequence[int],
+        *,
+        timeout_s: float,
+    ) -> None:
+        await failpoints.hit("transport.read")
+        deadline = await self._introduced(timeout_s)
+        for start, run in runs_of_one_incarnation(refs):
+            into = rows[start : start + len(run)]
+            with self._named_errors():
+                await self._blocks.read_into(namespace, run, landing, into, deadline.left())
 
     async def renew(self, leases: Sequence[LeaseId], lease_s: float, *, timeout_s: float) -> list[bool]:
         asked = control.RenewRequest(leases=leases, lease_ms=wire.lease_ms(lease_s))

@@ -36,6 +36,7 @@ class ShardService:
         self._shard = shard
         self.blocks = BlocksService(shard, inflight_nbytes_max, streams_max)
         self.topology = Topology(0, ())
+        self.shm_socket = ""
 
     def handlers(self) -> list[grpc.GenericRpcHandler]:
         unary: dict[Method[Any, Any], Callable[[Any, Context], Awaitable[Any]]] = {
@@ -80,6 +81,7 @@ class ShardService:
             disk_version=own.disk_version,
             shard=own.shard,
             incarnation=own.incarnation,
+            shm_socket=self.shm_socket,
         )
 
     async def _open_namespace(self, asked: Any, context: Context) -> control.OpenNamespaceResponse:

@@ -1,0 +1,105 @@
+"""Reading a shard's arena from another process: no round trip, no lock, and never other data.
+
+Look the reference up in the slot table, copy, look again (tiers/slot_table.py): a copy whose row changed
+meanwhile is void. Offsets and sizes that do not lie in the arena are not believed. What was copied is then
+verified like anything that came over a wire. Runs in threads: numpy's copy and xxh3 let go of the lock.
+
+A payload is copied whole, then hashed. Doing both in pieces that stay in the cache was not faster here:
+large copies go past the cache (docs/devlog.md).
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.frame import HEADER_NBYTES
+from kvstore.nouns import BlockRef, Incarnation, MissReason
+from kvstore.tiers import slot_table
+from kvstore.tiers.arena import Geometry
+from kvstore.tiers.extents import PAGE_NBYTES
+from kvstore.transport.landing import Landing, copy_and_hash
+
+Columns = npt.NDArray[np.uint64]
+
+
+class ArenaReader:
+    """One shard's arena, in one incarnation, mapped read-only."""
+
+    def __init__(self, mapped: mmap.mmap, geometry: Geometry, incarnation: Incarnation) -> None:
+        """Raises ValueError for a geometry that does not fit the memory."""
+        table_nbytes = geometry.slots * slot_table.ROW_NBYTES
+        if table_nbytes > geometry.nbytes or geometry.nbytes > len(mapped) or geometry.nbytes % PAGE_NBYTES:
+            raise ValueError(f"an arena of {geometry.nbytes} bytes with {geometry.slots} slots")
+        self.incarnation = incarnation
+        self._slots = geometry.slots
+        self._arena = memoryview(mapped)[: geometry.nbytes]
+        self._pages = np.frombuffer(self._arena, dtype=np.uint8).reshape(-1, PAGE_NBYTES)
+        self._rows = slot_table.rows_of(memoryview(mapped), geometry.slots)
+        self._data_offset = table_nbytes
+
+    def read_into(self, refs: Sequence[BlockRef], landing: Landing, rows: Sequence[int]) -> list[int]:
+        """Fill the rows; positions in `refs` of those whose frames the arena does not hold: ask the shard.
+
+        A reference that is past is voided as STALE_REFERENCE, before or after its bytes were copied.
+        """
+        slots, generations, elsewhere = self._columns(refs)
+        seen = self._rows[slots]
+        current = slot_table.are_current(seen, generations)
+        readable = self._readable(seen) & current & ~elsewhere
+        found = np.flatnonzero(readable)
+        into = np.asarray(rows, dtype=np.int64)[found]
+        offsets = seen[found, slot_table.OFFSET].astype(np.int64)
+        ends = offsets + seen[found, slot_table.NBYTES].astype(np.int64)
+        starts = offsets + HEADER_NBYTES
+        landing.headers[into] = self._pages[offsets // PAGE_NBYTES, :HEADER_NBYTES]
+        arena, targets, checksums = self._arena, landing.payloads, []
+        for row, start, end in zip(into.tolist(), starts.tolist(), ends.tolist(), strict=True):
+            target = targets[row]
+            fits = target.nbytes == end - start
+            checksums.append(copy_and_hash(target, arena[start:end]) if fits else 0)
+        landing.checksums[into] = checksums
+        landing.payload_nbytes[into] = ends - starts
+        late = self._rows[slots[found], slot_table.GENERATION] != generations[found]
+        for i in [*found[late].tolist(), *np.flatnonzero(~current & ~elsewhere).tolist()]:
+            landing.void(rows[i], MissReason.STALE_REFERENCE)
+        asked: list[int] = np.flatnonzero(elsewhere | (current & ~readable)).tolist()
+        return asked
+
+    def read(self, ref: BlockRef) -> npt.NDArray[np.uint8] | MissReason | None:
+        """A copy of one whole frame, the reason why not, or None: ask the shard."""
+        slots, generations, elsewhere = self._columns([ref])
+        if elsewhere[0]:
+            return None
+        seen = self._rows[slots]
+        if not slot_table.are_current(seen, generations)[0]:
+            return MissReason.STALE_REFERENCE
+        if not self._readable(seen)[0]:
+            return None
+        offset, nbytes = int(seen[0, slot_table.OFFSET]), int(seen[0, slot_table.NBYTES])
+        copy = np.empty(nbytes, dtype=np.uint8)
+        np.copyto(copy, self._pages.reshape(-1)[offset : offset + nbytes])
+        late = self._rows[slots[0], slot_table.GENERATION] != generations[0]
+        return MissReason.STALE_REFERENCE if late else copy
+
+    def _columns(self, refs: Sequence[BlockRef]) -> tuple[Columns, Columns, npt.NDArray[np.bool_]]:
+        """Slots, generations, and whose row this table does not have (their slot reads 0 here)."""
+        incarnation = self.incarnation
+        slots = np.array([ref[2] for ref in refs], dtype=np.uint64)
+        generations = np.array([ref[3] for ref in refs], dtype=np.uint64)
+        others = np.array([ref[1] != incarnation for ref in refs], dtype=np.bool_)
+        elsewhere = others | (slots >= self._slots)
+        slots[elsewhere] = 0
+        return slots, generations, elsewhere
+
+    def _readable(self, seen: slot_table.Rows) -> npt.NDArray[np.bool_]:
+        offsets, sizes = seen[:, slot_table.OFFSET], seen[:, slot_table.NBYTES]
+        size = np.uint64(self._arena.nbytes)
+        aligned = offsets % np.uint64(PAGE_NBYTES) == 0
+        inside = (offsets >= self._data_offset) & (offsets <= size)
+        whole = (sizes >= HEADER_NBYTES) & (sizes <= size - np.minimum(offsets, size))
+        readable: npt.NDArray[np.bool_] = aligned & inside & whole
+        return readable
