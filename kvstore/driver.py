@@ -217,7 +217,7 @@ class ShardDriver:
     async def read(
         self, namespace: NamespaceId, refs: Sequence[BlockRef], *, timeout_s: float
     ) -> AsyncIterator[ReadItem]:
-        self._check_count(len(refs))
+        self.check_count(len(refs))
         end = self._clock.now() + timeout_s
         for i, ref in enumerate(refs):
             frame = await self._within(self._read_frame(namespace, ref), end - self._clock.now(), "read")
@@ -266,7 +266,7 @@ class ShardDriver:
 
     async def report(self, namespace: NamespaceId, refs: Sequence[BlockRef], *, timeout_s: float) -> int:
         """Check our own copy of what a reader found corrupt; retire what really is."""
-        self._check_count(len(refs))
+        self.check_count(len(refs))
         return await self._within(self._retire_corrupt(namespace, refs), timeout_s, "report")
 
     async def listing(
@@ -325,7 +325,7 @@ class ShardDriver:
             raise Unavailable(f"shard {self.shard} is closed: ask the topology who took over")
         return self.core
 
-    def _check_count(self, refs: int) -> None:
+    def check_count(self, refs: int) -> None:
         if refs > self.config.limits.keys_max:
             raise OverLimit(f"{refs} references in one call: at most {self.config.limits.keys_max}")
 

@@ -96,7 +96,6 @@ class ArenaTier:
         pages = _pages(nbytes)
         first = self._free.take(pages)
         if first is None:
-            self.counters["arena:full"] += 1
             return np.empty(nbytes, dtype=np.uint8).data
         offset = self._data_offset + first * PAGE_NBYTES
         self._extents[offset] = Extent(pages)
@@ -214,6 +213,7 @@ class ArenaTier:
         offset = self._offset_of(frame)
         self._frames[place.slot] = Stored(place.generation, frame, offset)
         self._nbytes += frame.nbytes
+        self.counters["arena:elsewhere"] += not offset
         if place.slot < self.geometry.slots:
             slot_table.publish(self._rows, place.slot, place.generation, offset, frame.nbytes)
 

@@ -41,7 +41,7 @@ WIRE_VERSIONS_READ: Final = frozenset({1})  # our own and, once there is one, th
 REQUEST_ID_NBYTES: Final = 16  # random, made by the client: what makes a begin repeatable
 QUALITIES: Final = {int(quality): quality for quality in Quality}
 TIERS: Final = {int(tier): tier for tier in Tier}
-CHUNK_NBYTES: Final = 1 << 20  # bulk streams move frames in pieces of about this size
+CHUNK_NBYTES: Final = 2 << 20  # bulk streams move frames in pieces of about this size, at most
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,13 @@ def topology(shards: list[Served]) -> Topology:
     return Topology(1, tuple(ShardEntry(s.driver.shard, s.address) for s in shards))
 
 
+@pytest.fixture(params=[True, False], ids=["shm", "grpc"])
+def shared_memory(request: pytest.FixtureRequest) -> bool:
+    """Frames of shards on this host come out of their arenas, or over gRPC: it must not matter."""
+    return bool(request.param)
+
+
 @pytest.fixture
-async def client(topology: Topology) -> AsyncIterator[StoreClient]:
-    async with await StoreClient.connect(topology, token=TOKEN) as connected:
+async def client(topology: Topology, shared_memory: bool) -> AsyncIterator[StoreClient]:
+    async with await StoreClient.connect(topology, token=TOKEN, shared_memory=shared_memory) as connected:
         yield connected

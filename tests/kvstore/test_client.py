@@ -175,6 +175,7 @@ async def test_a_stream_that_breaks_is_a_miss_for_what_had_not_arrived(session: 
     assert got[2:] == [MissReason.SHARD_UNAVAILABLE] * 3
 
 
+@pytest.mark.parametrize("shared_memory", [False], ids=["grpc"])  # out of an arena nobody waits for the shard
 async def test_a_shard_that_stalls_costs_a_bounded_wait(session: StoreSession) -> None:
     made = chain(session.namespace, 2)
     await publish(session, made)

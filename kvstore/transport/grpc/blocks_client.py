@@ -1,4 +1,4 @@
-"""The client's side of the bulk streams: frames in chunks of about 1 MiB, on a connection of their own.
+"""The client's side of the bulk streams: frames in chunks of at most 2 MiB, on a connection of their own.
 
 What fails raises gRPC's own errors; `GrpcTransport` names them. A stream that breaks raises, and what was
 yielded before stands.

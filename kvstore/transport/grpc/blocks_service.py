@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
+from kvstore.driver import ShardDriver
 from kvstore.errors import ConfigError, DeadlineExceeded, OverLimit
 from kvstore.frame import HEADER_NBYTES
-from kvstore.nouns import BlockRef, Incarnation, ShardId, TxnId
+from kvstore.lending import lent
+from kvstore.nouns import BlockRef, Incarnation, MissReason, ShardId, TxnId
 from kvstore.transport.base import CHUNK_NBYTES, ShardTransport
 from kvstore.transport.grpc import bulk, wire
 from kvstore.transport.grpc.calls import Context, left
@@ -35,16 +37,17 @@ class BlocksService:
 
     async def _chunks(self, asked: blocks.ReadRequest, context: Context) -> AsyncIterator[bytes]:
         namespace = wire.namespace_in(asked.namespace_id)
-        async for item in self._shard.read(
-            namespace, refs_in(self._shard.shard, asked), timeout_s=left(context)
-        ):
-            if item.frame is None:
-                miss = item.miss.value if item.miss else ""
-                yield bulk.pack_miss(item.index, miss)
-                continue
-            nbytes = item.frame.nbytes
-            for start in range(0, nbytes, CHUNK_NBYTES):
-                yield bulk.pack_read(item.index, nbytes, item.frame[start : start + CHUNK_NBYTES])
+        refs = refs_in(self._shard.shard, asked)
+        if isinstance(self._shard, ShardDriver):
+            self._shard.check_count(len(refs))
+            for index, ref in enumerate(refs):
+                async with lent(self._shard, namespace, ref) as found:
+                    for chunk in _packed(index, found):
+                        yield chunk
+            return
+        async for item in self._shard.read(namespace, refs, timeout_s=left(context)):
+            for chunk in _packed(item.index, item.frame or item.miss or MissReason.ABSENT):
+                yield chunk
 
     async def write(self, chunks: AsyncIterator[bulk.WriteChunk], context: Context) -> blocks.WriteResponse:
         async with self._stream(context):
@@ -104,6 +107,15 @@ class BlocksService:
         frame = bytearray(nbytes)
         self._inflight_nbytes += nbytes
         return frame
+
+
+def _packed(index: int, found: memoryview | MissReason) -> Iterator[bytes]:
+    """The messages of one answer, each packed when it is asked for: with one copy of its bytes."""
+    if isinstance(found, MissReason):
+        yield bulk.pack_miss(index, found.value)
+        return
+    for start in range(0, found.nbytes, CHUNK_NBYTES):
+        yield bulk.pack_read(index, found.nbytes, found[start : start + CHUNK_NBYTES])
 
 
 def refs_in(shard: ShardId, asked: blocks.ReadRequest | control.ReportRequest) -> list[BlockRef]:

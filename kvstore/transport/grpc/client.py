@@ -1,7 +1,7 @@
 """One shard over gRPC, as a `ShardTransport`. Control and bulk travel on two connections.
 
 Every call has a deadline; every failure comes out as one of `errors.py`'s. Frames arrive in chunks of
-about 1 MiB and are put together in a buffer the reader owns; a stream that breaks raises, and what was
+at most 2 MiB and are put together in a buffer the reader owns; a stream that breaks raises, and what was
 yielded before stands.
 """
 

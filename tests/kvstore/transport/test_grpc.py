@@ -114,7 +114,7 @@ async def test_nonsense_is_an_invalid_argument(transport: GrpcTransport) -> None
 
 
 async def test_frames_larger_than_a_chunk_arrive_whole(served: Served, transport: GrpcTransport) -> None:
-    big = memoryview(bytes(range(256)) * 10_000)
+    big = memoryview(bytes(range(256)) * 20_000)
     pieces = [parse_write(p) for p in _chunks(TxnId(1), [(0, b"h" * HEADER_NBYTES, big)])]
     assert len(pieces) == 3
     assert max(len(p.data) for p in pieces) == CHUNK_NBYTES

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,10 +12,10 @@ from kvstore.errors import ConfigError, DeadlineExceeded, OverLimit
 from kvstore.frame import HEADER_NBYTES
 from kvstore.nouns import Refusal, ShardId, TxnId
 from kvstore.server import ServerConfig, ShardServer
-from kvstore.transport.base import CHUNK_NBYTES, ReadItem
+from kvstore.transport.base import CHUNK_NBYTES
 from kvstore.transport.grpc import methods
 from kvstore.transport.grpc.blocks_service import BlocksService
-from kvstore.transport.grpc.bulk import WriteChunk
+from kvstore.transport.grpc.bulk import WriteChunk, pack_read
 from kvstore.transport.grpc.client import GrpcTransport
 from kvstore.v1 import blocks_pb2 as blocks
 from tests.kvstore.conftest import Served
@@ -78,11 +77,11 @@ async def test_a_peer_that_stops_reading_holds_its_place_no_longer_than_its_dead
 ) -> None:
     monkeypatch.setattr("kvstore.transport.grpc.calls.TIMEOUT_S_MAX", 0.3)
 
-    async def endless(*_: object, timeout_s: float) -> AsyncIterator[ReadItem]:
-        for index in itertools.count():
-            yield ReadItem(index, memoryview(bytes(CHUNK_NBYTES)), None)
+    async def endless(*_: object) -> AsyncIterator[bytes]:
+        while True:
+            yield pack_read(0, CHUNK_NBYTES, memoryview(bytes(CHUNK_NBYTES)))
 
-    monkeypatch.setattr(served.driver, "read", endless)
+    monkeypatch.setattr(served.server._service.blocks, "_chunks", endless)
     await transport.hello(timeout_s=TIMEOUT)
     open_read: Any = transport._bulk.unary_stream(methods.READ.path, methods.READ.asked.SerializeToString)
     asked = blocks.ReadRequest(namespace_id=bytes(16))

@@ -1,0 +1,37 @@
+"""A shard's frames lent to whoever sends them: packed from where they lie, without a copy in between.
+
+A lent frame stays what it is until it is given back, even if its version is evicted meanwhile: its memory
+goes to nobody else. What is lent at one time is bounded by the streams a shard serves, one frame each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+
+from kvstore.driver import ShardDriver
+from kvstore.errors import Unavailable
+from kvstore.nouns import BlockRef, MissReason, NamespaceId
+from kvstore.tiers.base import Place
+
+
+@contextlib.asynccontextmanager
+async def lent(
+    driver: ShardDriver, namespace: NamespaceId, ref: BlockRef
+) -> AsyncIterator[memoryview | MissReason]:
+    """The frame a reference means, to be read only; or why it is not served. Raises Unavailable."""
+    version = driver.core.resolve(namespace, ref)
+    if isinstance(version, MissReason):
+        yield version
+        return
+    try:
+        frame = await driver.storage.borrow(Place(ref.slot, ref.generation))
+    except OSError as error:
+        raise Unavailable(f"shard {driver.shard} could not read a frame: {error}") from error
+    if frame is None:
+        yield driver.core.missed(MissReason.ABSENT)
+        return
+    try:
+        yield frame
+    finally:
+        driver.storage.give_back(frame)
