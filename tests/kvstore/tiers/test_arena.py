@@ -18,6 +18,7 @@ from kvstore.tiers.base import Place
 from kvstore.tiers.extents import PAGE_NBYTES
 
 SIZE = 3 * PAGE_NBYTES
+REFUSED = "not permitted|denied|Bad file descriptor|Invalid argument"
 
 
 def tier(frames: int = 4, slots: int = 64) -> ArenaTier:
@@ -51,14 +52,14 @@ async def test_whoever_has_the_descriptor_can_only_read(how: int) -> None:
     frame = await put(arena, Place(0, 1), 7)
     descriptor = opened(arena, how)
     try:
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match=REFUSED):
             mmap.mmap(descriptor, SIZE, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match=REFUSED):
             os.pwrite(descriptor, b"x", 0)
         for change in (0, arena.geometry.nbytes * 2):
-            with pytest.raises(OSError):
+            with pytest.raises(OSError, match=REFUSED):
                 os.ftruncate(descriptor, change)
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match=REFUSED):
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
         with mmap.mmap(descriptor, 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ) as mapped:
             frame[0] = 9
@@ -101,18 +102,18 @@ async def test_what_is_lent_stays_what_it_is_and_comes_free_afterwards() -> None
     arena.discard(Place(0, 1))
     others = [await put(arena, Place(slot, 1), 9) for slot in range(1, 4)]
     assert bytes(lent) == b"\x01" * SIZE, "its memory was given to another frame while it was lent"
-    assert len(others) == arena.counters["arena:full"] == 3
+    assert len(others) == arena.counters["arena:elsewhere"] == 3
     arena.give_back(lent)
     arena.check_integrity()
     await put(arena, Place(5, 1), 5)
-    assert arena.counters["arena:full"] == 3, "its memory was not given back"
+    assert arena.counters["arena:elsewhere"] == 3, "its memory was not given back"
 
 
 async def test_a_frame_without_room_lies_elsewhere_and_readers_are_told() -> None:
     arena = tier(frames=1)
     await put(arena, Place(0, 1), 1)
     await put(arena, Place(1, 1), 2)
-    assert arena.counters["arena:full"] == 1
+    assert arena.counters["arena:elsewhere"] == 1
     assert bytes(await arena.read(Place(1, 1)) or b"") == b"\x02" * SIZE
     assert arena._rows[1, slot_table.GENERATION] == 1
     assert arena._rows[1, slot_table.OFFSET] == 0
@@ -146,10 +147,9 @@ def test_any_history_leaves_every_page_with_one_owner(steps: list[tuple[int, int
 
 
 async def _history(steps: list[tuple[int, int, int]]) -> None:
-    arena, stored, generation = tier(frames=3, slots=4), {}, 0
+    arena, stored = tier(frames=3, slots=4), {}
     lent: list[tuple[memoryview, bytes]] = []
-    for kind, slot, nbytes in steps:
-        generation += 1
+    for generation, (kind, slot, nbytes) in enumerate(steps, 1):
         if kind == 0:
             await put(arena, Place(slot, generation), generation % 256, nbytes)
             stored[slot] = generation, bytes([generation % 256]) * nbytes
