@@ -7,11 +7,12 @@ import hashlib
 
 import numpy as np
 import xxhash
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.errors import CorruptBlock
 from kvstore.frame import HEADER_NBYTES, LOSSLESS_CODEC, decode_frame, encode_header, verify_identity
-from kvstore.frame_columns import identities
+from kvstore.frame_columns import identities, verdicts
 from kvstore.nouns import (
     BlockKey,
     BlockMeta,
@@ -74,6 +75,14 @@ def one_by_one(frame: bytes, key: BlockKey) -> MissReason | None:
 
 
 def judged(some: list[bytes], keys: list[BlockKey]) -> list[MissReason | None]:
+    headers = np.stack([np.frombuffer(f[:HEADER_NBYTES], dtype=np.uint8) for f in some])
+    sizes = np.array([len(f) - HEADER_NBYTES for f in some], dtype=np.int64)
+    sums = np.array([xxhash.xxh3_64_intdigest(f[HEADER_NBYTES:]) for f in some], dtype=np.uint64)
+    return verdicts(headers, sizes, sums, keys, SNAPSHOT, LAYOUT)
+
+
+@given(st.lists(st.tuples(frames(), st.sampled_from(KEYS)), min_size=1, max_size=6))
+def test_columns_and_single_headers_are_judged_alike(some: list[tuple[bytes, BlockKey]]) -> None:
     keys = [key for _, key in some]
     got = judged([frame for frame, _ in some], keys)
     for (frame, key), reason in zip(some, got, strict=True):
