@@ -71,13 +71,16 @@ async def near() -> AsyncIterator[Near]:
     served.driver.check_integrity()
 
 
-async def publish(session: StoreSession, made: KeyChain) -> None:
-    blocks = [
+def blocks_of(made: KeyChain) -> list[PublishBlock]:
+    return [
         PublishBlock(key, made.parent(i), i, made.placement(i), memoryview(payload(key, E1)))
         for i, key in enumerate(made.keys)
     ]
+
+
+async def publish(session: StoreSession, made: KeyChain) -> None:
     done = await session.publish(
-        blocks, quality=Quality.LOSSLESS, owner="w", pin_for_s=None, timeout_s=TIMEOUT
+        blocks_of(made), quality=Quality.LOSSLESS, owner="w", pin_for_s=None, timeout_s=TIMEOUT
     )
     assert all(isinstance(block, PinnedBlock) for block in done.blocks), done
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from kvstore.answers import VerifiedBlock
 from kvstore.client import StoreClient
@@ -20,17 +23,19 @@ from tests.kvstore.oracle import FRAME_NBYTES, SPEC, TIMEOUT, chain, epoch, fram
 from tests.kvstore.transport.shm.conftest import all_gone, publish
 
 Pipe = multiprocessing.connection.Connection
+Process = multiprocessing.process.BaseProcess
 SPAWN = multiprocessing.get_context("spawn")
 E1 = epoch(1)
 
 
-def maps_of(what: str, pid: int | str = "self") -> int:
-    return Path(f"/proc/{pid}/maps").read_text().count(what)
+def maps_of(what: str) -> int:
+    gc.collect()  # arenas of earlier tests
+    return Path("/proc/self/maps").read_text().count(what)
 
 
-def descriptors_of(what: str, pid: int | str = "self") -> int:
+def descriptors_of(what: str) -> int:
     found = 0
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
+    for entry in Path("/proc/self/fd").iterdir():
         try:
             found += what in os.readlink(entry)
         except OSError:
@@ -73,15 +78,24 @@ def client_process(pipe: Pipe, address: str) -> None:
     asyncio.run(run())
 
 
-async def started(target: object, *args: object) -> tuple[multiprocessing.process.BaseProcess, object]:
+async def started(
+    target: Callable[..., None], *args: object
+) -> tuple[multiprocessing.process.BaseProcess, Any]:
     ours, theirs = SPAWN.Pipe()
-    process = SPAWN.Process(target=target, args=(theirs, *args), daemon=True)  # type: ignore[arg-type]
+    process = SPAWN.Process(target=target, args=(theirs, *args), daemon=True)
     process.start()
     theirs.close()
     return process, await asyncio.to_thread(ours.recv)
 
 
-async def killed(process: multiprocessing.process.BaseProcess) -> None:
+async def let_go(transport: SameHostTransport) -> None:
+    """Until the client has heard that the shard is gone."""
+    async with asyncio.timeout(TIMEOUT):
+        while transport.shares_memory:  # noqa: ASYNC110 - the socket's end comes from the kernel
+            await asyncio.sleep(0)
+
+
+async def killed(process: Process) -> None:
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     await asyncio.to_thread(process.join, TIMEOUT)
@@ -91,12 +105,14 @@ async def test_a_writer_killed_in_the_middle_leaves_the_shard_nothing() -> None:
     served = await Served.start("shard-0")
     server = served.server._shm
     assert server is not None
+    before = maps_of("kvstrata-window")
     process, shares = await started(client_process, served.address)
     assert shares is True
-    assert maps_of("kvstrata-window") == 1, "the shard maps the writer's window"
+    assert maps_of("kvstrata-window") == before + 1, "the shard maps the writer's window"
     await killed(process)
     await all_gone(server)
-    assert maps_of("kvstrata-window") == descriptors_of("kvstrata-window") == 0
+    assert maps_of("kvstrata-window") == before
+    assert descriptors_of("kvstrata-window") == 0
     assert (await served.driver.status(timeout_s=TIMEOUT)).staged_nbytes == 2 * FRAME_NBYTES
     served.driver._clock = _Later()  # its lease ends
     for _ in range(3):
@@ -117,8 +133,9 @@ class _Later:
 
 
 async def test_a_shard_killed_under_its_readers_leaves_them_nothing() -> None:
+    before = maps_of("kvstrata-arena"), descriptors_of("kvstrata-arena")
     process, told = await started(shard_process)
-    address, name = told  # type: ignore[misc]
+    address, name = told
     topology = Topology(1, (ShardEntry(ShardId("shard-0"), address),))
     async with await StoreClient.connect(topology, token=TOKEN) as client:
         session = await client.open(SPEC, E1)
@@ -128,16 +145,15 @@ async def test_a_shard_killed_under_its_readers_leaves_them_nothing() -> None:
         transport = client._peers.transports[ShardId("shard-0")]
         assert isinstance(transport, SameHostTransport)
         assert transport.shares_memory
-        assert maps_of("kvstrata-arena") == 1
-        assert descriptors_of("kvstrata-arena") == 0, "a map needs no descriptor"
+        assert maps_of("kvstrata-arena") == before[0] + 1
+        assert descriptors_of("kvstrata-arena") == before[1] + 1, "the map's own, and none besides"
         assert listening(name)
         await killed(process)
-        async with asyncio.timeout(TIMEOUT):
-            while transport.shares_memory:
-                await asyncio.sleep(0)  # until the socket's end is heard
+        await let_go(transport)
         buffers = [bytearray(FRAME_NBYTES - 256) for _ in found.blocks]
         got = await session.read_into(found.blocks, buffers, timeout_s=TIMEOUT)
         assert not any(isinstance(item, VerifiedBlock) for item in got), "a dead shard serves nothing"
         assert not listening(name)
-        assert maps_of("kvstrata-arena") == maps_of("kvstrata-window") == 0
-        assert descriptors_of("kvstrata-") == 0
+        assert maps_of("kvstrata-arena") == before[0]
+        assert descriptors_of("kvstrata-arena") == before[1]
+        assert descriptors_of("kvstrata-window") == 0

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from kvstore import failpoints
-from kvstore.answers import VerifiedBlock
+from kvstore.answers import PublishBlock, VerifiedBlock
 from kvstore.client import StoreClient
-from kvstore.frame import encode_header
-from kvstore.nouns import BlockMeta, KVLayout, MissReason, NamespaceSpec, PinnedBlock, Quality, TxnId
+from kvstore.hashing import KeyChain
+from kvstore.nouns import KVLayout, MissReason, NamespaceSpec, PinnedBlock, Quality
 from kvstore.tiers.arena import ArenaTier
 from kvstore.topology import ShardEntry, Topology
 from kvstore.transport.shm import client as client_module
@@ -19,7 +19,7 @@ from kvstore.transport.shm import packets
 from kvstore.transport.shm.client import HALF_NBYTES, NotHere, _batches, _places, attach, fits
 from tests.kvstore.conftest import TOKEN, Served
 from tests.kvstore.oracle import SPEC, TIMEOUT, chain
-from tests.kvstore.transport.shm.conftest import E1, Near, all_gone, publish
+from tests.kvstore.transport.shm.conftest import E1, Near, all_gone, blocks_of, publish
 
 
 async def reads(near: Near) -> None:
@@ -71,8 +71,8 @@ async def test_an_arena_that_cannot_be_shared_is_served_over_grpc(monkeypatch: p
 async def test_when_the_shard_lets_go_frames_go_over_grpc(near: Near) -> None:
     await near.server.stop()
     async with asyncio.timeout(TIMEOUT):
-        while near.transport.shares_memory:
-            await asyncio.sleep(0)  # until the socket's end is heard
+        while near.transport.shares_memory:  # noqa: ASYNC110 - until the socket's end is heard
+            await asyncio.sleep(0)
     await reads(near)
     await publish(near.session, chain(near.session.namespace, 2, 500))
 
@@ -121,7 +121,7 @@ async def test_a_write_past_its_deadline_ends_the_attachment(near: Near) -> None
     with failpoints.armed("storage.write", failpoints.Delay(stalled)):
         answers = (
             await near.session.publish(
-                [_block(made)], quality=Quality.LOSSLESS, owner="w", pin_for_s=None, timeout_s=0.3
+                blocks_of(made), quality=Quality.LOSSLESS, owner="w", pin_for_s=None, timeout_s=0.3
             )
         ).blocks
     assert not isinstance(answers[0], PinnedBlock)
@@ -131,16 +131,7 @@ async def test_a_write_past_its_deadline_ends_the_attachment(near: Near) -> None
     await all_gone(near.server)
 
 
-def _block(made):  # type: ignore[no-untyped-def]
-    from kvstore.answers import PublishBlock
-    from tests.kvstore.oracle import payload
-
-    return PublishBlock(
-        made.keys[0], made.parent(0), 0, made.placement(0), memoryview(payload(made.keys[0], E1))
-    )
-
-
-async def test_blocks_larger_than_a_thread_hop_and_a_chunk_arrive_whole(near: Near) -> None:
+async def test_blocks_larger_than_a_thread_hop_and_a_chunk_arrive_whole() -> None:
     """Two threads fill the buffers, the window is used in turns, and gRPC says the same."""
     layout = KVLayout(layers=1, head_begin=0, head_end=1280, head_dim=16, dtype="float32")  # 5 MiB
     spec = NamespaceSpec("large", layout, bytes(16))
@@ -150,12 +141,9 @@ async def test_blocks_larger_than_a_thread_hop_and_a_chunk_arrive_whole(near: Ne
     for shared_memory in (True, False):
         async with await StoreClient.connect(topology, token=TOKEN, shared_memory=shared_memory) as client:
             session = await client.open(spec, E1)
-            made = chain(session.namespace, 8 * 16, int(shared_memory) * 10**6)
-            made = type(made)(session.namespace, layout.block_tokens)
+            made = KeyChain(session.namespace, layout.block_tokens)
             made.extend(range(shared_memory, shared_memory + 7 * layout.block_tokens))
             payloads = [rng.integers(0, 256, layout.block_nbytes, dtype=np.uint8) for _ in made.keys]
-            from kvstore.answers import PublishBlock
-
             blocks = [
                 PublishBlock(key, made.parent(i), i, made.placement(i), payloads[i].data)
                 for i, key in enumerate(made.keys)
@@ -182,4 +170,3 @@ def test_frames_are_cut_into_halves_of_the_window_in_order() -> None:
     assert fits(frames)
     assert not fits([(0, bytes(256), memoryview(bytes(HALF_NBYTES)))])
     assert not fits([(0, b"", memoryview(b"x"))])
-    _ = (TxnId, BlockMeta, encode_header)
