@@ -123,7 +123,7 @@ async def run(
 ) -> dict[str, float]:
     topology = Topology(1, (ShardEntry(ShardId("bench"), address),))
     samples: dict[str, list[float]] = {}
-    async with await StoreClient.connect(topology) as client:
+    async with await StoreClient.connect(topology, shared_memory=False) as client:
         bench = Bench(await client.open(SPEC, EPOCH), pipe, blocks)
         for i in range(rounds + 1):
             made = bench.chain(i * 1_000_000)
