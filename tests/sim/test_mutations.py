@@ -251,11 +251,11 @@ def tardy(patch: Patch) -> None:
 
 MUTATIONS: dict[Callable[[Patch], None], int] = {
     generation: 150,
-    incarnation: 100,
+    incarnation: 150,
     digest: 60,
     header: 60,
     pin: 20,
-    exists_pin: 20,
+    exists_pin: 150,
     epochs: 60,
     no_reaping: 20,
     purge: 60,
