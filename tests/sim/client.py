@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from tests.sim.deeds import Audit
     from tests.sim.world import World
 
-OPS_A_CLIENT = 20
+OPS_A_CLIENT = 18
 CHAINS = (0, 0, 1, 2)
 CHAIN_BLOCKS = 20  # two stripes: a chain may lie on two shards
 LEASE_S = 4.0

@@ -98,6 +98,8 @@ async def advance(client: Client) -> None:
             t.advance_epoch(SPEC.model_id, number, policy, timeout_s=TIMEOUT_S) for t in client.transports
         ]
         await _all(client, calls)
+        for old in [client.sessions[n] for n in client.sessions if n < number][-2:]:
+            await client.match(old, client.chain(old).keys)
 
 
 async def look_back(client: Client) -> None:

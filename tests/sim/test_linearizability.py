@@ -10,7 +10,7 @@ import pytest
 from kvstore.nouns import BlockRef, Incarnation, ShardId
 from tests.sim.history import NotLinearizable
 from tests.sim.linearizability import Kind, Op, is_linearizable
-from tests.sim.test_mutations import exists_pin, purge_of_keys, silent, tardy
+from tests.sim.test_mutations import purge_of_keys, silent, tardy
 from tests.sim.world import run_seed
 
 __all__ = ["silent"]
@@ -90,7 +90,7 @@ def test_a_history_is_told_from_one_that_can_not_be(name: str) -> None:
     assert is_linearizable(ops[::-1], lambda version, _: version in held, BETTER) is can_be
 
 
-@pytest.mark.parametrize("mutation", [exists_pin, purge_of_keys, tardy], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("mutation", [purge_of_keys, tardy], ids=lambda m: m.__name__)
 def test_it_finds_what_is_broken_by_itself(
     mutation: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
