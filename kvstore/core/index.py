@@ -215,7 +215,7 @@ class Index:
 
     def is_dead(self, slot: int) -> bool:
         """Live by its state, yet purged, or of an epoch that was dropped: nobody will ever see it."""
-        return self.is_purged(slot) or self._epochs.is_dropped(self.versions.epochs[slot])
+        return self.versions.created[slot] <= self._floor(slot)
 
     def chain(self, space: Space, head: int) -> Iterator[int]:
         """The slots of a chain, from its head on."""

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvstore.errors import KVStrataError
-from kvstore.hashing import STRIPE_BLOCKS
+from kvstore.hashing import STRIPE_BLOCKS, KeyChain
 from kvstore.lineage import Lineage
 from kvstore.nouns import (
     DROP,
@@ -60,7 +60,7 @@ async def purge(client: Client) -> None:
     if 0.4 < how < 0.85:
         epoch = session.epoch.number
     if client.audits and rng.random() < 0.5:  # of what it may look at again
-        audit = rng.choice(client.audits)
+        audit = max(client.audits, key=lambda a: (a.snapshot.stale_lag_max > 0, len(a.refs)))
         session, keys = audit.session, tuple(audit.keys[rng.randrange(len(audit.keys)) :])
         epoch = session.epoch.number
     scope = Purge(session.namespace, keys, epoch)
@@ -98,15 +98,23 @@ async def advance(client: Client) -> None:
             t.advance_epoch(SPEC.model_id, number, policy, timeout_s=TIMEOUT_S) for t in client.transports
         ]
         await _all(client, calls)
+        for old in [client.sessions[n] for n in client.sessions if n < number][-2:]:
+            await client.match(old, client.chain(old).keys)
 
 
 async def look_back(client: Client) -> None:
     """A snapshot at a revision never changes and never gains: what was missed once is missed for ever."""
     rng = client.world.rng
-    if not client.audits or rng.random() < 0.4:
-        await _look_first(client)
-        return
-    audit, since = rng.choice(client.audits), client.world.witness.step()
+    if client.audits and rng.random() < 0.6:
+        await _look_again(client, rng.choice(client.audits))
+    elif client.held and rng.random() < 0.8:
+        await _look_first(client, rng.choice(client.held))  # where something is, most likely
+    else:
+        await _look_first(client, None)
+
+
+async def _look_again(client: Client, audit: Audit) -> None:
+    since = client.world.witness.step()
     matched = await _match(client, audit.transport, audit.snapshot, audit.keys)
     if matched is None:
         return
@@ -137,9 +145,24 @@ async def compute(client: Client) -> None:
         foreign = foreign or held.writings[index].epoch != session.epoch
     quality = lineage.publishable
     client.world.report.reasons[f"computed:{'kept' if quality is None else quality.name.lower()}"] += 1
-    if quality is not None:
+    if quality is None:
+        await _recompute(client, session, made, len(held.blocks))
+    else:
         which = range(len(held.blocks), min(CHAIN_BLOCKS, len(held.blocks) + rng.randrange(1, 5)))
-        await client.publish_range(session, made, which, quality, truth, foreign)
+        mine = await client.publish_range(session, made, which, quality, truth, foreign)
+        if mine is not None:
+            await client.read(mine)
+
+
+async def _recompute(client: Client, session: StoreSession, made: KeyChain, blocks: int) -> None:
+    """With the new weights from the first block on; perhaps that is deleted, and the old is still there."""
+    if await client.publish_range(session, made, range(blocks), Quality.LOSSLESS) is None:
+        return
+    await _look_first(client, client.held[-1])
+    scope = Purge(session.namespace, tuple(made.keys[:blocks]), session.epoch.number)
+    if client.world.rng.random() < 0.7:
+        await _all(client, [t.purge(scope, timeout_s=TIMEOUT_S) for t in client.transports])
+        await _look_again(client, client.audits[-1])
 
 
 async def trespass(client: Client) -> None:
@@ -171,7 +194,7 @@ DEEDS: Mapping[Deed, int] = {
     Client.let_go: 2,
     Client.idle: 1,
     look_back: 3,
-    compute: 2,
+    compute: 3,
     advance: 1,
     purge: 1,
     compact: 1,
@@ -180,12 +203,11 @@ DEEDS: Mapping[Deed, int] = {
 """How often each, among all."""
 
 
-async def _look_first(client: Client) -> None:
+async def _look_first(client: Client, held: Held | None) -> None:
     rng, session = client.world.rng, await client.session()
     if session is None:
         return
-    if client.held and rng.random() < 0.8:  # where something is, most likely
-        held = rng.choice(client.held)
+    if held is not None:
         session, shard = held.session, held.blocks[0].ref.shard
         keys = [block.key for block in held.blocks if block.ref.shard == shard]
     else:
@@ -200,7 +222,7 @@ async def _look_first(client: Client) -> None:
     snapshot = dataclasses.replace(session._snapshot, revision=matched.revision)
     refs = [block.ref for block in matched.pinned(transport.shard, keys)]
     audit = Audit(transport, session, snapshot, keys, refs)
-    if refs or rng.random() < 0.3:  # of nothing, little can be learnt but that it stays nothing
+    if refs or not client.audits:  # of nothing, little can be learnt but that it stays nothing
         client.audits = [*client.audits[1 - AUDITS_KEPT :], audit]
     await _read(client, audit, matched, since)
 

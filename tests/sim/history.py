@@ -150,6 +150,10 @@ class History:
             if isinstance(block, Refusal):
                 if outcome not in (None, Refusal.EXISTS, block):
                     raise Broken(f"refused as {outcome} at begin, as {block} at commit")
+                since, deleted = txn.call.invoked, self.witness.may_be_deleted
+                lost = outcome is Refusal.EXISTS or block is Refusal.PURGED
+                if lost and self.holds and not deleted({shard}, txn.namespace, [key], txn.epoch, since):
+                    raise Broken(f"answered {outcome} at begin, {block} at commit: nobody deleted it")
                 continue
             if outcome not in (None, Refusal.EXISTS):
                 raise Broken(f"refused as {outcome}, and yet committed")

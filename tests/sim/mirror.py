@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvstore.errors import Compacted, KVStrataError, NotFound
-from kvstore.nouns import BlockKey, Change, ChangeKind, NamespaceId, Revision
+from kvstore.nouns import BlockKey, Change, ChangeKind, NamespaceId, Quality, Revision, Snapshot
 from kvstore.transport.base import WatchBatch
 from kvstore.transport.sim import SimTransport
 from kvstore.transport.sim_host import SimHost
-from tests.kvstore.oracle import SPEC
+from tests.kvstore.oracle import SPEC, epoch
 from tests.sim.writings import Broken
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class Mirror:
             }
 
     async def check(self) -> None:
-        """At a quiet moment. Raises Broken unless the index is what the shard lists."""
+        """At a quiet moment. Raises Broken unless index, listing and what can be matched are one."""
         driver = self.host.driver
         listed: set[Entry] = set()
         for namespace in self._namespaces:
@@ -133,6 +133,26 @@ class Mirror:
                 f"the index of {self.host.shard} at {self.at}, revision {driver.core.revision} there: "
                 f"{_names(self.index - listed)} are not, {_names(listed - self.index)} are missing"
             )
+        current = epoch(self.world.epoch)
+        for namespace in self._namespaces:
+            for key in self.world.chain(namespace, 0).keys:
+                best = max(
+                    (q for n, k, e, q in listed if (n, k, e) == (namespace, key, current.number)), default=0
+                )
+                seen = await self._seen(Snapshot(namespace, current, Quality.INT4), key)
+                if seen != best:
+                    raise Broken(f"listed at quality {best}, matched at {seen}: {key.hex()[:8]}")
+
+    async def _seen(self, snapshot: Snapshot, key: BlockKey) -> int:
+        """The quality a match finds; 0: none."""
+        driver = self.host.driver
+        try:
+            found = await driver.match(snapshot, [key], "end", 1.0, timeout_s=TIMEOUT_S)
+        except NotFound:
+            return 0
+        if found.lease is not None:
+            await driver.release([found.lease], timeout_s=TIMEOUT_S)
+        return max(found.qualities, default=0)
 
 
 def _names(entries: set[Entry]) -> Sequence[str]:
