@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 from kvstore.errors import ConfigError, NotFound, OverLimit, PermissionDenied, Unauthenticated
-from kvstore.nouns import NamespaceId
+from kvstore.nouns import NamespaceId, NamespaceSpec
 
 TENANT_CHARS_MAX: Final = 256
 NAMESPACES_A_TENANT: Final = 256
-"""Opened by one tenant's own callers: well below what a core keeps, so that one tenant leaves room for others."""
+"""What one tenant's own callers may open: well below what a core keeps, so that others find room."""
 _SCHEME: Final = "Bearer "
 
 
@@ -53,16 +52,20 @@ class Tenant:
         if not 0 < len(self.name) <= TENANT_CHARS_MAX:
             raise ConfigError(f"a tenant's name has 1 to {TENANT_CHARS_MAX} characters, not {len(self.name)}")
         if not self.token and not self.certificate:
-            raise ConfigError(f"tenant {self.name} cannot be told from others: give it a token or certificate")
+            raise ConfigError(
+                f"tenant {self.name} cannot be told from others: give it a token or certificate"
+            )
 
 
 class Callers:
-    """Raises ConfigError for tenants beside no cluster token, or two callers with one token or certificate."""
+    """Raises ConfigError for tenants without a cluster token, or two callers that nothing tells apart."""
 
     def __init__(self, cluster_token: str | None, tenants: Iterable[Tenant] = ()) -> None:
         known = list(tenants)
         if known and not cluster_token:
-            raise ConfigError("tenants need a cluster token beside their own: without one everybody is trusted")
+            raise ConfigError(
+                "tenants need a cluster token beside their own: without one everybody is trusted"
+            )
         self._open = not cluster_token
         self._tokens = [(_digest(cluster_token or ""), TRUSTED)]
         self._certificates: dict[str, Caller] = {}
@@ -111,7 +114,7 @@ class Callers:
 
 
 def acting_tenant(caller: Caller, asked: str) -> str:
-    """The tenant a call is made for. Raises PermissionDenied for another one's name, ConfigError for a bad one."""
+    """Whom a call is made for. Raises PermissionDenied for another's name, or ConfigError."""
     if len(asked) > TENANT_CHARS_MAX:
         raise ConfigError(f"a tenant's name of {len(asked)} characters: at most {TENANT_CHARS_MAX}")
     if caller.tenant is None:
@@ -126,17 +129,18 @@ class NamespaceOwners:
 
     def __init__(self) -> None:
         self._owners: dict[NamespaceId, str] = {}
-        self._opened: Counter[str] = Counter()
+        self._specs: dict[str, set[NamespaceSpec]] = {}
 
-    def admit(self, caller: Caller) -> None:
-        """Before a namespace is opened. Raises OverLimit for a tenant that has opened too many."""
-        if caller.tenant is not None and self._opened[caller.tenant] >= NAMESPACES_A_TENANT:
-            raise OverLimit(f"tenant {caller.tenant} has {NAMESPACES_A_TENANT} namespaces open on this shard")
+    def admit(self, caller: Caller, spec: NamespaceSpec) -> None:
+        """Before a namespace is opened. Raises OverLimit for a tenant that has too many open."""
+        known = self._specs.get(caller.tenant, ()) if caller.tenant is not None else ()
+        if len(known) >= NAMESPACES_A_TENANT and spec not in known:
+            raise OverLimit(f"tenant {caller.tenant} has {len(known)} namespaces open: that is the most")
 
-    def opened(self, namespace: NamespaceId, tenant: str) -> None:
-        if namespace not in self._owners:
-            self._owners[namespace] = tenant
-            self._opened[tenant] += 1
+    def opened(self, namespace: NamespaceId, tenant: str, spec: NamespaceSpec) -> None:
+        """The shard did open it: what is kept here is bounded by what it keeps."""
+        self._owners[namespace] = tenant
+        self._specs.setdefault(tenant, set()).add(spec)
 
     def check(self, caller: Caller, namespace: NamespaceId) -> None:
         """Raises NotFound for a namespace that nobody opened here, PermissionDenied for another tenant's."""

@@ -63,7 +63,7 @@ class LeaseExpired(KVStrataError):
 
 
 class OverLimit(KVStrataError):
-    """With `retry_after_s` nothing was done and the same call may succeed after so long; None: it will not."""
+    """With `retry_after_s` nothing was done and the call may succeed after so long; None: it will not."""
 
     status = "RESOURCE_EXHAUSTED"
 

@@ -50,7 +50,10 @@ class ClientTls:
 
 def peer_names(auth_context: Mapping[str, Sequence[bytes]]) -> frozenset[str]:
     """Common name and alternative names of the client certificate that the handshake verified."""
-    shown = (*auth_context.get("x509_common_name", ()), *auth_context.get("x509_subject_alternative_name", ()))
+    shown = (
+        *auth_context.get("x509_common_name", ()),
+        *auth_context.get("x509_subject_alternative_name", ()),
+    )
     return frozenset(name.decode("utf-8", "replace") for name in shown)
 
 

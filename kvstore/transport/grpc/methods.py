@@ -91,4 +91,5 @@ UNARY: Final = frozenset(
         STATUS,
     }
 )
-"""What the control service answers with one message; all but Hello travel over a Pipeline too."""
+"""What the control service answers with one message."""
+PIPELINED: Final = UNARY - {HELLO}

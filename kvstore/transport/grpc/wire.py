@@ -1,9 +1,9 @@
 """Nouns to messages and back: what is named, matched, written. Total on what comes in.
 
 A message that does not parse into a noun (a key column of odd length, an unknown quality) raises
-ConfigError on the server, hence INVALID_ARGUMENT; an answer that does not raises ValueError or ConfigError on
-the client, hence Unavailable. Bytes from a peer never raise anything else. History (epochs, listings, watches)
-is in wire_history.py, errors in faults.py.
+ConfigError on the server, hence INVALID_ARGUMENT; an answer that does not raises ValueError or ConfigError
+on the client, hence Unavailable. Bytes from a peer never raise anything else. History (epochs, listings,
+watches) is in wire_history.py, errors in faults.py.
 """
 
 from __future__ import annotations

@@ -212,7 +212,7 @@ async def test_any_lease_fits_the_wire(transport: GrpcTransport, lease_s: float)
 
 
 async def test_a_bound_of_grpcs_own_is_over_limit_and_not_a_dead_shard() -> None:
-    server = ShardServer(new_driver(), ServerConfig(concurrent_calls_max=1))
+    server = ShardServer(new_driver(), ServerConfig(concurrent_calls_max=1, pipelines_max=1, watches_max=1))
     transport = GrpcTransport(ShardId("shard-0"), await server.start())
     answers = await asyncio.gather(
         *(transport.hello(timeout_s=TIMEOUT) for _ in range(50)), return_exceptions=True

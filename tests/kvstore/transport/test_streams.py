@@ -17,7 +17,7 @@ from kvstore.transport.base import CHUNK_NBYTES, ReadItem
 from kvstore.transport.grpc import methods
 from kvstore.transport.grpc.bulk import WriteChunk
 from kvstore.transport.grpc.client import GrpcTransport
-from kvstore.transport.grpc.service import ShardService
+from kvstore.transport.grpc.service import ServiceLimits, ShardService
 from kvstore.v1 import blocks_pb2 as blocks
 from tests.kvstore.conftest import Served
 from tests.kvstore.oracle import TIMEOUT, new_driver
@@ -42,7 +42,7 @@ async def test_the_write_budget_comes_back_whole_however_a_stream_ends(
 
     driver = new_driver()
     monkeypatch.setattr(driver, "write", take)
-    service = ShardService(driver, inflight_nbytes_max=700, streams_max=1)
+    service = ShardService(driver, ServiceLimits(inflight_nbytes_max=700, streams_max=1))
     with pytest.raises((OverLimit, ConfigError)):
         await service._write(_announcing(nbytes), _NoDeadline())
     assert service._inflight_nbytes == 0
@@ -61,8 +61,8 @@ class _NoDeadline:
 async def test_a_peer_that_stops_sending_holds_its_bytes_no_longer_than_its_deadline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("kvstore.transport.grpc.service.TIMEOUT_S_MAX", 0.1)
-    service = ShardService(new_driver(), inflight_nbytes_max=2000, streams_max=1)
+    monkeypatch.setattr("kvstore.transport.grpc.calls.TIMEOUT_S_MAX", 0.1)
+    service = ShardService(new_driver(), ServiceLimits(inflight_nbytes_max=2000, streams_max=1))
 
     async def half_a_frame() -> AsyncIterator[WriteChunk]:
         yield WriteChunk(1, 0, 1000, memoryview(bytes(500)))
@@ -76,7 +76,7 @@ async def test_a_peer_that_stops_sending_holds_its_bytes_no_longer_than_its_dead
 async def test_a_peer_that_stops_reading_holds_its_place_no_longer_than_its_deadline(
     served: Served, transport: GrpcTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvstore.transport.grpc.service.TIMEOUT_S_MAX", 0.3)
+    monkeypatch.setattr("kvstore.transport.grpc.calls.TIMEOUT_S_MAX", 0.3)
 
     async def endless(*_: object, timeout_s: float) -> AsyncIterator[ReadItem]:
         for index in itertools.count():
