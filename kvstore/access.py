@@ -18,6 +18,8 @@ from typing import Final
 from kvstore.errors import ConfigError, NotFound, OverLimit, PermissionDenied, Unauthenticated
 from kvstore.nouns import NamespaceId, NamespaceSpec
 
+DEFAULT_TENANT: Final = "default"
+"""Whom a trusted caller acts for that names nobody. From a tenant's own callers it says nothing."""
 TENANT_CHARS_MAX: Final = 256
 NAMESPACES_A_TENANT: Final = 256
 """What one tenant's own callers may open: well below what a core keeps, so that others find room."""
@@ -118,8 +120,8 @@ def acting_tenant(caller: Caller, asked: str) -> str:
     if len(asked) > TENANT_CHARS_MAX:
         raise ConfigError(f"a tenant's name of {len(asked)} characters: at most {TENANT_CHARS_MAX}")
     if caller.tenant is None:
-        return asked
-    if asked and asked != caller.tenant:
+        return asked or DEFAULT_TENANT
+    if asked not in ("", DEFAULT_TENANT, caller.tenant):
         raise PermissionDenied(f"tenant {caller.tenant} cannot act for another: leave the tenant empty")
     return caller.tenant
 

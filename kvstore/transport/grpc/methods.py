@@ -69,9 +69,9 @@ READ = Method(BLOCKS, "Read", blocks.ReadRequest, blocks.ReadResponse)
 WRITE = Method(BLOCKS, "Write", blocks.WriteRequest, blocks.WriteResponse)
 GET_TOPOLOGY = Method(TOPOLOGY, "GetTopology", topology.GetTopologyRequest, topology.GetTopologyResponse)
 
-ADMIN: Final = frozenset({ADVANCE_EPOCH, PURGE, COMPACT})
+ADMIN: Final[frozenset[Method[Any, Any]]] = frozenset({ADVANCE_EPOCH, PURGE, COMPACT})
 """Answered on the admin listener only."""
-UNARY: Final = frozenset(
+UNARY: Final[frozenset[Method[Any, Any]]] = frozenset(
     {
         HELLO,
         OPEN_NAMESPACE,
@@ -92,4 +92,4 @@ UNARY: Final = frozenset(
     }
 )
 """What the control service answers with one message."""
-PIPELINED: Final = UNARY - {HELLO}
+PIPELINED: Final[frozenset[Method[Any, Any]]] = UNARY - {HELLO}

@@ -50,7 +50,7 @@ class PipelineStream:
         self._reading: asyncio.Task[Any] | None = None
 
     async def run(self) -> None:
-        """Until the client ends the stream, or `drain` does. Raises ConfigError for a message that is none."""
+        """Until the client ends the stream, or `drain` does. Raises ConfigError for what is no message."""
         try:
             while (data := await self._next()) is not None:
                 await self._take(data)
@@ -71,7 +71,7 @@ class PipelineStream:
             return None
         reading = self._reading = asyncio.current_task()
         try:
-            data: bytes = await self._context.read()
+            data: Any = await self._context.read()
         except asyncio.CancelledError:
             if not self._drained or reading is None:
                 raise

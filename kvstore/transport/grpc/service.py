@@ -85,7 +85,7 @@ class ShardService:
         """Of everybody's listener, or of the admin's: the control plane alone, for the cluster's token."""
         by_service: dict[str, dict[str, grpc.RpcMethodHandler[Any, Any]]] = {}
         for method, served in self._control.served.items():
-            made = grpc.unary_unary_rpc_method_handler(self._unary(served, admin))
+            made: Any = grpc.unary_unary_rpc_method_handler(self._unary(served, admin))
             by_service.setdefault(method.service, {})[method.name] = made
         by_service[methods.CONTROL] |= {
             methods.WATCH.name: grpc.unary_stream_rpc_method_handler(self._watch(admin)),
