@@ -59,7 +59,7 @@ class Watches:
         timeout_s = watch_s(call.timeout_s)
         batches = self._shard.watch(namespaces, wire_history.after_in(asked), timeout_s=timeout_s)
         try:
-            async with asyncio.timeout(timeout_s) as end:
+            async with asyncio.timeout(call.timeout_s) as end:
                 self._ends.add(end)
                 async for batch in batches:
                     for message in wire_history.batches_out(batch):
@@ -75,4 +75,4 @@ class Watches:
 
 def watch_s(timeout_s: float) -> float:
     """How long a watch is served: short of the caller's deadline, so that it ends by OK and not by that."""
-    return min(WATCH_S_MAX, timeout_s - min(0.5, timeout_s / 10))
+    return min(WATCH_S_MAX, timeout_s) - min(0.5, timeout_s / 10)
