@@ -46,7 +46,7 @@ class PipelineStream:
         self._admin = admin
         self._waiting: set[asyncio.Task[None]] = set()
         self._writing = asyncio.Lock()  # gRPC takes one message at a time
-        self._draining = self._drained = False
+        self._draining = self._drained = self._peer_left = False
         self._reading: asyncio.Task[Any] | None = None
 
     async def run(self) -> None:
@@ -152,7 +152,14 @@ class PipelineStream:
         if answers:
             message = control.PipelineResponse(answers=answers).SerializeToString()
             async with self._writing:
-                await self._context.write(message)
+                if not self._peer_left:
+                    await self._send(message)
+
+    async def _send(self, message: bytes) -> None:
+        try:
+            await self._context.write(message)
+        except grpc.aio.InternalError:
+            self._peer_left = True  # the next read says so too
 
 
 class Begun:

@@ -170,8 +170,8 @@ class ShardService:
             except KVStrataError as error:
                 code = grpc.StatusCode[type(error).status]
                 return await context.abort(code, str(error), faults.metadata_of(error))
-            except asyncio.CancelledError:
-                raise
+            except grpc.aio.InternalError:
+                return None  # gRPC's word for a peer that left while we wrote to it
             except Exception:
                 log.exception("a call failed")
                 return await context.abort(grpc.StatusCode.INTERNAL, faults.INTERNAL_DETAIL)
