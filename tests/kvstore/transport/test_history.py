@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -18,6 +18,7 @@ from kvstore.nouns import (
     ChangeKind,
     EpochsOfModel,
     Incarnation,
+    Listed,
     NamespaceId,
     Revision,
     Snapshot,
@@ -26,6 +27,7 @@ from kvstore.nouns import (
 from kvstore.transport.base import Purge, WatchBatch
 from kvstore.transport.grpc import methods, watch_service, wire, wire_history
 from kvstore.transport.grpc.client import GrpcTransport
+from kvstore.transport.grpc.methods import Method
 from kvstore.v1 import control_pb2 as control
 from tests.kvstore.conftest import TOKEN, Served
 from tests.kvstore.oracle import SPEC, TIMEOUT, chain, epoch, put
@@ -64,7 +66,8 @@ async def test_a_listing_is_the_drivers_own_page_by_page(served: Served, transpo
     namespace = await opened(transport)
     made = chain(namespace, 5)
     await put(served.driver, made, range(5), E1)
-    at, cursor, heard = None, 0, []
+    at, cursor = None, 0
+    heard: list[Listed] = []
     for _ in range(3):
         page = await transport.listing(namespace, at, cursor, 2, timeout_s=TIMEOUT)
         own = await served.driver.listing(namespace, at, cursor, 2, timeout_s=TIMEOUT)
@@ -113,7 +116,7 @@ async def test_admins_calls_are_made_on_the_admins_port(
     transport: GrpcTransport, admin: GrpcTransport
 ) -> None:
     namespace = await opened(transport)
-    calls = {
+    calls: dict[Method[Any, Any], Callable[[], Awaitable[Any]]] = {
         methods.ADVANCE_EPOCH: lambda: transport.advance_epoch(SPEC.model_id, 2, timeout_s=TIMEOUT),
         methods.PURGE: lambda: transport.purge(Purge(namespace), timeout_s=TIMEOUT),
         methods.COMPACT: lambda: transport.compact(Revision(Incarnation(1), 1), timeout_s=TIMEOUT),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -53,7 +54,7 @@ async def test_a_call_that_waits_holds_up_no_other(
 ) -> None:
     snapshot = Snapshot(await transport.open_namespace(SPEC, "t", timeout_s=TIMEOUT), E1)
     stall = Stall(served, monkeypatch, method)
-    calls = {
+    calls: dict[str, Callable[[], Awaitable[Any]]] = {
         "status": lambda: transport.status(timeout_s=TIMEOUT),
         "match": lambda: transport.match(snapshot, [], "r", 1.0, timeout_s=TIMEOUT),
     }

@@ -16,6 +16,7 @@ from kvstore.errors import ERRORS, ConfigError, KVStrataError
 from kvstore.nouns import ChangeKind, ShardId
 from kvstore.transport.grpc import faults, methods, wire, wire_history
 from kvstore.transport.grpc.control_service import Call, ControlService, Served
+from kvstore.transport.grpc.methods import Method
 from kvstore.v1 import control_pb2 as control
 from tests.kvstore.oracle import TIMEOUT, new_driver
 
@@ -67,7 +68,8 @@ def _values(field: Any) -> st.SearchStrategy[Any]:
     return next(made for name, made in NUMBERS.items() if field.type == getattr(field, name))
 
 
-ASKED = sorted(methods.UNARY | {methods.GET_TOPOLOGY}, key=lambda method: method.name)
+_TOPOLOGY: set[Method[Any, Any]] = {methods.GET_TOPOLOGY}
+ASKED = sorted(methods.UNARY | _TOPOLOGY, key=lambda method: method.name)
 
 
 def served() -> dict[str, Served]:
@@ -167,7 +169,7 @@ def test_change_kinds_are_the_protos_own() -> None:
 def test_the_table_names_every_call_of_the_protos() -> None:
     own = control.DESCRIPTOR.services_by_name["ControlService"].methods_by_name
     assert {m.name for m in methods.UNARY} | {"Watch", "Pipeline"} == set(own)
-    streams = {methods.WATCH, methods.PIPELINE}
+    streams: set[Method[Any, Any]] = {methods.WATCH, methods.PIPELINE}
     for method in methods.UNARY | streams:
         assert own[method.name].input_type.full_name == method.asked.DESCRIPTOR.full_name
         assert own[method.name].output_type.full_name == method.answer.DESCRIPTOR.full_name
