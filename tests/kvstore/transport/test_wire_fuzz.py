@@ -47,8 +47,9 @@ def messages(kind: type[Message]) -> st.SearchStrategy[Message]:
             values = _values(field)
             if field.message_type is not None and field.message_type.GetOptions().map_entry:
                 continue
-            if field.is_repeated if hasattr(field, "is_repeated") else field.label == field.LABEL_REPEATED:
-                getattr(made, field.name).extend(draw(st.lists(values, max_size=3)))
+            repeated: Any = getattr(made, field.name)
+            if hasattr(repeated, "extend"):
+                repeated.extend(draw(st.lists(values, max_size=3)))
             elif field.message_type is not None:
                 getattr(made, field.name).CopyFrom(draw(values))
             else:
