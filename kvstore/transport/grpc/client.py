@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 
 from kvstore import failpoints, trace
 from kvstore.deadline import Deadline
-from kvstore.errors import ConfigError, DeadlineExceeded, OverLimit, Unavailable, WireVersionMismatch
+from kvstore.errors import ConfigError, OverLimit, Unavailable, WireVersionMismatch
 from kvstore.frame import HEADER_NBYTES, PAYLOAD_NBYTES_MAX
 from kvstore.nouns import (
     ISOLATE,
@@ -60,6 +60,7 @@ from kvstore.transport.grpc import bulk, faults, methods, wire, wire_history
 from kvstore.transport.grpc.methods import Answer, Asked, Method
 from kvstore.transport.grpc.options import channel_options
 from kvstore.transport.grpc.pipeline_client import Late, Pipeline
+from kvstore.transport.grpc.watch_client import watch_until
 from kvstore.v1 import blocks_pb2 as blocks
 from kvstore.v1 import control_pb2 as control
 from kvstore.v1 import topology_pb2 as topology
@@ -181,19 +182,7 @@ class GrpcTransport:
         timeout_s: float,
     ) -> TxnOpened:
         await failpoints.hit("transport.begin")
-        asked = control.BeginRequest(
-            namespace_id=namespace,
-            epoch=wire.epoch_out(epoch),
-            quality=int(quality),
-            keys=b"".join(o.key for o in offers),
-            parents=b"".join(o.parent for o in offers),
-            placements=b"".join(o.placement for o in offers),
-            chain_indexes=[o.chain_index for o in offers],
-            nbytes=[o.nbytes for o in offers],
-            owner=owner,
-            lease_ms=wire.lease_ms(lease_s),
-            request_id=request_id,
-        )
+        asked = wire.begin_out(namespace, epoch, quality, offers, owner, lease_s, request_id)
         answer = await self._call(methods.BEGIN, asked, timeout_s)
         with self._understood():
             return TxnOpened(TxnId(answer.txn), wire.refusals_in(answer.refusals))
@@ -250,37 +239,19 @@ class GrpcTransport:
     async def watch(
         self, namespaces: Sequence[NamespaceId], after: Revision | None, *, timeout_s: float
     ) -> AsyncIterator[WatchBatch]:
-        """As many streams, one after the other, as `timeout_s` needs: the shard ends each after a minute."""
         deadline = await self._introduced(timeout_s)
-        while (left_s := deadline.left()) > 0:
-            seen = after
-            async for batch in self._watch_once(namespaces, after, left_s):
-                yield batch
-                after = batch.revision
-            if after is seen and deadline.left() > 0:
-                return  # it told us nothing and ended early: it drains, and the caller asks who took over
-
-    async def _watch_once(
-        self, namespaces: Sequence[NamespaceId], after: Revision | None, timeout_s: float
-    ) -> AsyncIterator[WatchBatch]:
-        asked = control.WatchRequest(
-            namespace_ids=namespaces, after=None if after is None else wire.revision_out(after)
-        )
         open_watch: Any = self._control.unary_stream(methods.WATCH.path, **methods.WATCH.codec())
-        stream = open_watch(asked, timeout=timeout_s, metadata=self._traced())
-        try:
-            while True:
-                with self._named_errors():
-                    message = await stream.read()
-                if message is grpc.aio.EOF:
-                    return
-                with self._understood():
-                    batch = wire_history.batch_in(message)
+        batches = watch_until(
+            deadline,
+            lambda asked, left_s: open_watch(asked, timeout=left_s, metadata=self._traced()),
+            namespaces,
+            after,
+            self._named_errors,
+            self._understood,
+        )
+        async with contextlib.aclosing(batches):
+            async for batch in batches:
                 yield batch
-        except DeadlineExceeded:
-            return  # it is over, as asked for
-        finally:
-            stream.cancel()
 
     async def purge(self, scope: Purge, *, timeout_s: float) -> Purged:
         answer = await self._call(methods.PURGE, wire_history.scope_out(scope), timeout_s)

@@ -219,6 +219,30 @@ def match_result_in(message: control.MatchResponse) -> MatchResult:
     )
 
 
+def begin_out(
+    namespace: NamespaceId,
+    epoch: Epoch,
+    quality: Quality,
+    offers: Sequence[BlockOffer],
+    owner: str,
+    lease_s: float,
+    request_id: bytes,
+) -> control.BeginRequest:
+    return control.BeginRequest(
+        namespace_id=namespace,
+        epoch=epoch_out(epoch),
+        quality=int(quality),
+        keys=b"".join(o.key for o in offers),
+        parents=b"".join(o.parent for o in offers),
+        placements=b"".join(o.placement for o in offers),
+        chain_indexes=[o.chain_index for o in offers],
+        nbytes=[o.nbytes for o in offers],
+        owner=owner,
+        lease_ms=lease_ms(lease_s),
+        request_id=request_id,
+    )
+
+
 def offers_in(message: control.BeginRequest) -> list[BlockOffer]:
     keys, parents = split_keys(message.keys), split_keys(message.parents)
     placements = split_keys(message.placements)

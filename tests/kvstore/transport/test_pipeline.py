@@ -8,44 +8,23 @@ from typing import Any
 
 import grpc
 import pytest
-import structlog
 
-from kvstore import trace
 from kvstore.errors import DeadlineExceeded, OverLimit, Unavailable, WireVersionMismatch
 from kvstore.nouns import Snapshot
 from kvstore.transport.base import MatchResult, ShardStatus
-from kvstore.transport.grpc import methods, pipeline_client, pipeline_service
+from kvstore.transport.grpc import methods, pipeline_client
 from kvstore.transport.grpc.client import GrpcTransport
 from kvstore.transport.grpc.pipeline_service import Begun
 from kvstore.v1 import control_pb2 as control
-from tests.kvstore.conftest import TOKEN, Served
+from tests.kvstore.conftest import Served
 from tests.kvstore.oracle import SPEC, TIMEOUT, chain, epoch, put
+from tests.kvstore.transport.stalls import Stall, until
 
 E1 = epoch(1)
 
 
-class Stall:
-    """A method of the driver that answers when told."""
-
-    def __init__(self, served: Served, patch: pytest.MonkeyPatch, method: str) -> None:
-        self.reached, self.go_on = asyncio.Event(), asyncio.Event()
-        self._method = getattr(served.driver, method)
-        patch.setattr(served.driver, method, self._stall)
-
-    async def _stall(self, *args: Any, **named: Any) -> Any:
-        self.reached.set()
-        await self.go_on.wait()
-        return await self._method(*args, **named)
-
-
 def stream_of(transport: GrpcTransport) -> Any:
     return transport._pipeline._stream
-
-
-async def until(holds: Any) -> None:
-    async with asyncio.timeout(TIMEOUT):
-        while not holds():  # noqa: ASYNC110 - what the other side did is told to nobody here
-            await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize("method", ["status", "match"], ids=["waits", "waits though it never should"])
@@ -143,69 +122,6 @@ async def test_a_draining_shard_answers_what_it_took_and_ends_the_stream(
     await until(lambda: stream_of(transport).error is not None)
     with pytest.raises(Unavailable):
         await transport.status(timeout_s=TIMEOUT)
-
-
-async def test_calls_beyond_a_streams_bound_are_told_when_to_come_back(
-    served: Served, transport: GrpcTransport, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pipeline_service, "WAITING_MAX", 2)
-    monkeypatch.setattr("kvstore.transport.grpc.client.ATTEMPTS_MAX", 1)
-    stall = Stall(served, monkeypatch, "status")
-    taken = [asyncio.ensure_future(transport.status(timeout_s=TIMEOUT)) for _ in range(2)]
-    await asyncio.wait_for(stall.reached.wait(), TIMEOUT)
-    with pytest.raises(OverLimit) as refused:
-        await transport.status(timeout_s=TIMEOUT)
-    assert refused.value.retry_after_s == pipeline_service.RETRY_AFTER_S
-    stall.go_on.set()
-    assert {(await call).shard for call in taken} == {"shard-0"}
-
-
-@pytest.mark.parametrize(
-    ("refusals", "timeout_s", "retry_after_s", "asked"),
-    [(2, TIMEOUT, 0.01, 3), (9, TIMEOUT, 0.01, 3), (9, 1.0, 30.0, 1), (9, TIMEOUT, None, 1)],
-    ids=["in the end", "a few times only", "not past its deadline", "never where it is of no use"],
-)
-async def test_a_shard_that_pushes_back_is_asked_again(
-    served: Served,
-    transport: GrpcTransport,
-    monkeypatch: pytest.MonkeyPatch,
-    refusals: int,
-    timeout_s: float,
-    retry_after_s: float | None,
-    asked: int,
-) -> None:
-    status, calls = served.driver.status, 0
-
-    async def refuse(*, timeout_s: float) -> ShardStatus:
-        nonlocal calls
-        calls += 1
-        if calls <= refusals:
-            raise OverLimit("come back", retry_after_s=retry_after_s)
-        return await status(timeout_s=timeout_s)
-
-    monkeypatch.setattr(served.driver, "status", refuse)
-    if refusals < asked:
-        assert (await transport.status(timeout_s=timeout_s)).shard == "shard-0"
-    else:
-        with pytest.raises(OverLimit, match="come back"):
-            await transport.status(timeout_s=timeout_s)
-    assert calls == asked
-
-
-async def test_push_back_travels_as_metadata_of_a_call_of_its_own(
-    served: Served, transport: GrpcTransport, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def refuse(*, timeout_s: float) -> ShardStatus:
-        raise OverLimit("come back", retry_after_s=0.25)
-
-    monkeypatch.setattr(served.driver, "status", refuse)
-    call: Any = transport._control.unary_unary(methods.STATUS.path, **methods.STATUS.codec())
-    with pytest.raises(grpc.aio.AioRpcError) as refused:
-        await call(control.StatusRequest(), metadata=transport._metadata, timeout=TIMEOUT)
-    assert dict(refused.value.trailing_metadata() or ()) == {
-        "kvstrata-error": "OverLimit",
-        "grpc-retry-pushback-ms": "250",
-    }
 
 
 async def test_more_calls_than_may_be_under_way_take_turns(
@@ -321,36 +237,6 @@ async def test_a_foreign_client_needs_no_pipeline(served: Served, transport: Grp
         assert isinstance(await call(asked, metadata=transport._metadata, timeout=TIMEOUT), method.answer)
 
 
-TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-
-
-@pytest.mark.parametrize(("traceparent", "bound"), [(TRACEPARENT, TRACEPARENT), ("x\nforged line", None)])
-async def test_a_trace_reaches_the_shards_log(
-    served: Served,
-    transport: GrpcTransport,
-    monkeypatch: pytest.MonkeyPatch,
-    traceparent: str,
-    bound: str | None,
-) -> None:
-    seen: list[dict[str, Any]] = []
-    status, hello = served.driver.status, served.driver.hello
-
-    async def listen(**named: Any) -> Any:
-        seen.append(dict(structlog.contextvars.get_contextvars()))
-        return await status(**named)
-
-    async def listen_to_hello(**named: Any) -> Any:
-        seen.append(dict(structlog.contextvars.get_contextvars()))
-        return await hello(**named)
-
-    monkeypatch.setattr(served.driver, "status", listen)
-    monkeypatch.setattr(served.driver, "hello", listen_to_hello)
-    with trace.tracing(traceparent):
-        await transport.status(timeout_s=TIMEOUT)  # the hello in a call of its own, then over the stream
-    await transport.status(timeout_s=TIMEOUT)
-    assert [one.get("traceparent") for one in seen] == [bound, bound, None]
-
-
 async def test_a_begun_coroutine_goes_on_where_it_is_awaited() -> None:
     answered: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
@@ -388,17 +274,3 @@ async def test_a_begun_coroutine_can_be_cancelled() -> None:
 
 async def _awaited(begun: Begun) -> bytes:
     return await begun
-
-
-async def test_only_so_many_pipelines(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvstore.transport.grpc.client.ATTEMPTS_MAX", 1)
-    limits = served.server._service._limits
-    object.__setattr__(limits, "pipelines_max", 1)
-    first, second = (GrpcTransport(served.driver.shard, served.address, TOKEN) for _ in range(2))
-    await first.status(timeout_s=TIMEOUT)
-    with pytest.raises(OverLimit, match="pipelines are open"):
-        await second.status(timeout_s=TIMEOUT)
-    await first.close()
-    await until(lambda: not served.server._service._pipelines)
-    assert (await second.status(timeout_s=TIMEOUT)).shard == "shard-0"
-    await second.close()
