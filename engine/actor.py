@@ -9,6 +9,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from typing import Any, Final, Generic, Protocol, TypeVar
 
+import kvstore.polling  # noqa: F401 - before anything that imports grpc
 from engine.process import prepare_process
 from engine.types import WorkerInfo
 from engine.worker_config import WorkerConfig

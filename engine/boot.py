@@ -108,7 +108,7 @@ async def boot(config: WorkerConfig, *, node_id: str = "", clock: Clock | None =
     except BaseException:
         await thread.close()
         raise
-    connect: Connect = partial(StoreClient.connect, token=config.token)
+    connect: Connect = partial(StoreClient.connect, token=config.token, tls=config.store_tls)
     worker = assemble(config, engine, thread, connect, node_id=node_id, clock=clock)
     log.info("worker ready", worker=config.worker_id, model=worker.info.model_id, pid=worker.info.pid)
     return worker

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from engine.config import EngineConfig
 from kvstore.nouns import Quality
+from kvstore.tls import ClientTls
 from kvstore.topology import Topology
 
 __all__ = ["RoleLimits", "WorkerConfig"]
@@ -70,6 +71,7 @@ class WorkerConfig(BaseModel):
     engine: EngineConfig = Field(default_factory=EngineConfig)
     topology: Topology = Field(description="The store's shards. Newer ones come by set_topology")
     token: str | None = Field(None, repr=False, description="What the shards ask a client for")
+    store_tls: ClientTls | None = Field(None, description="PEM files to reach the shards with. None: no TLS")
     epoch_number: int = Field(0, ge=0, description="Orders this set of weights among the model's others")
     min_quality: Quality = Field(
         Quality.LOSSLESS,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
+import kvstore.polling  # noqa: F401 - before anything that imports grpc
 from kvstore.config import StoreConfig
 from kvstore.driver import ShardDriver
 from kvstore.memory import keep_freed_buffers
@@ -47,6 +48,10 @@ class KVShard:
         self._server = ShardServer(self._driver, start.store.server(start.token))
         await self._driver.start()
         return _advertised(await self._server.start())
+
+    async def admin_address(self) -> str:
+        """Where the shard takes admins' calls: loopback, unless configured. Valid once started."""
+        return self._server.admin_address
 
     async def set_topology(self, topology: Topology) -> None:
         self._server.set_topology(topology)

@@ -25,6 +25,7 @@ from kvstore.errors import KVStrataError, Unavailable
 from kvstore.nouns import Epoch, NamespaceSpec, Quality, ShardId, Snapshot
 from kvstore.peers import Peers
 from kvstore.session import StoreSession
+from kvstore.tls import ClientTls
 from kvstore.topology import ShardEntry, Topology
 from kvstore.transport.base import ShardStatus, ShardTransport
 from kvstore.transport.grpc.client import GrpcTransport
@@ -69,14 +70,18 @@ class StoreClient:
         *,
         token: str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
+        tls: ClientTls | None = None,
         limits: ClientLimits | None = None,
         shared_memory: bool = True,
     ) -> StoreClient:
         """A client of the topology's shards over gRPC. Connections are made by the first calls.
 
         The bytes of shards on this host go through shared memory where that works, unless
-        `shared_memory` is False.
+        `shared_memory` is False. `token` is the cluster's (then `open` names the tenant) or a tenant's own.
+        `tls` names PEM files, in place of `credentials`. Raises ConfigError for a file that cannot be read.
         """
+        if tls is not None:
+            credentials = tls.channel_credentials()
         made = cls(
             topology, (), token=token, credentials=credentials, limits=limits, shared_memory=shared_memory
         )

@@ -17,14 +17,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
+from kvstore.access import Tenant
 from kvstore.core.state import CoreLimits
 from kvstore.driver import DriverConfig
 from kvstore.errors import ConfigError
 from kvstore.nouns import ShardId
 from kvstore.policies import POLICIES
-from kvstore.server import ServerConfig, TlsFiles, is_loopback
+from kvstore.server import ServerConfig, is_loopback
+from kvstore.tls import ClientTls, TlsFiles
 
 ENV_PREFIX: Final = "KVSTRATA_"
 _NESTED: Final = "__"
@@ -40,6 +42,29 @@ _KINDS: Final = {
 """What a value should have been, by pydantic's name of the error."""
 
 Model = TypeVar("Model", bound=BaseModel)
+
+
+class TenantConfig(BaseModel):
+    """`[store.tenants.NAME]`: one tenant that calls the shards itself, not through the service's router."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    token: SecretStr | None = Field(None, description="What it shows as a bearer token")
+    token_file: Path | None = Field(None, description="The same, in a file on the shards' machine")
+    certificate: str | None = Field(
+        None, description="Common or alternative name of its client certificate, with store.tls_ca (mTLS)"
+    )
+    quota_nbytes: int | None = Field(None, ge=0, description="Bytes it may hold on each shard. None: all")
+    may_bind_epochs: bool = Field(
+        False, description="Allow it to bind epoch numbers of models, which counts for all tenants"
+    )
+
+    def tenant(self, name: str) -> Tenant:
+        """Raises ConfigError for a token file that cannot be read or is empty."""
+        token = self.token.get_secret_value() if self.token else None
+        if self.token_file is not None:
+            token = _token_in(self.token_file)
+        return Tenant(name, token, self.certificate, self.may_bind_epochs)
 
 
 class StoreConfig(BaseModel):
@@ -60,7 +85,21 @@ class StoreConfig(BaseModel):
     tls_cert: Path | None = Field(None, description="PEM certificate of the shards")
     tls_key: Path | None = Field(None, description="PEM key of the shards")
     tls_ca: Path | None = Field(None, description="PEM root that clients' certificates must come from (mTLS)")
+    client_ca: Path | None = Field(
+        None, description="PEM root that clients expect the shards' certificates of. None: the system's"
+    )
+    client_cert: Path | None = Field(None, description="PEM certificate clients show (mTLS)")
+    client_key: Path | None = Field(None, description="PEM key of that certificate")
+    admin_host: str = Field(
+        "127.0.0.1", description="Address shards take admins' calls on; beyond loopback as for host"
+    )
+    admin_port: int = Field(0, ge=0, le=65535, description="Port for admins' calls. 0: one that is free")
+    tenants: dict[str, TenantConfig] = Field(
+        default_factory=dict, description="Tenants that call the shards themselves, by name"
+    )
     concurrent_calls_max: int = Field(256, ge=1, description="Calls a shard works on at once")
+    pipelines_max: int = Field(256, ge=1, description="Clients with control calls under way, a shard")
+    watches_max: int = Field(64, ge=1, description="Watches open at once, a shard")
     inflight_nbytes_max: int = Field(
         512 << 20, ge=1 << 20, description="Bytes of writes a shard holds before storing"
     )
@@ -79,12 +118,33 @@ class StoreConfig(BaseModel):
             raise ConfigError("TLS needs both store.tls_cert and store.tls_key: set the other one too")
         if self.tls_ca is not None and self.tls_cert is None:
             raise ConfigError("store.tls_ca needs store.tls_cert and store.tls_key: set them too")
-        if not (is_loopback(self.host) or self.tls_cert or self.insecure):
-            raise ConfigError(
-                f"store.host {self.host} is not loopback: set store.tls_cert and store.tls_key, or "
-                "store.insecure = true if the network is yours alone"
-            )
+        if (self.client_cert is None) != (self.client_key is None):
+            raise ConfigError("mTLS needs both store.client_cert and store.client_key: set the other one too")
+        for name, host in (("host", self.host), ("admin_host", self.admin_host)):
+            if not (is_loopback(host) or self.tls_cert or self.insecure):
+                raise ConfigError(
+                    f"store.{name} {host} is not loopback: set store.tls_cert and store.tls_key, or "
+                    "store.insecure = true if the network is yours alone"
+                )
+        for name, tenant in self.tenants.items():
+            self._check_tenant(f"store.tenants.{name}", tenant)
         return self
+
+    def _check_tenant(self, place: str, tenant: TenantConfig) -> None:
+        if tenant.token is not None and tenant.token_file is not None:
+            raise ConfigError(f"{place}: token and token_file are both set: keep one")
+        if not (tenant.token or tenant.token_file or tenant.certificate):
+            raise ConfigError(
+                f"{place}: nothing tells this tenant from others: set token_file or certificate"
+            )
+        if tenant.certificate and self.tls_ca is None:
+            raise ConfigError(f"{place}.certificate is only seen with mTLS: set store.tls_ca")
+
+    def client_tls(self) -> ClientTls | None:
+        """How clients of these shards connect; None without TLS."""
+        if self.tls_cert is None:
+            return None
+        return ClientTls(self.client_ca, self.client_cert, self.client_key)
 
     def driver(self, shard: ShardId, cluster_secret: bytes) -> DriverConfig:
         return DriverConfig(
@@ -94,19 +154,26 @@ class StoreConfig(BaseModel):
             limits=CoreLimits(
                 slots_max=self.slots_max, leases_max=self.leases_max, lease_s_max=self.lease_s_max
             ),
+            quotas={n: t.quota_nbytes for n, t in self.tenants.items() if t.quota_nbytes is not None},
             policy=self.policy,
             reap_interval_s=self.reap_interval_s,
             faults=self.faults,
         )
 
     def server(self, token: str | None) -> ServerConfig:
+        """`token` is the cluster's. Raises ConfigError for a tenant's token file that cannot be read."""
         tls = TlsFiles(self.tls_cert, self.tls_key, self.tls_ca) if self.tls_cert and self.tls_key else None
         return ServerConfig(
             host=self.host,
             token=token,
             tls=tls,
             insecure=self.insecure,
+            admin_host=self.admin_host,
+            admin_port=self.admin_port,
+            tenants=tuple(tenant.tenant(name) for name, tenant in self.tenants.items()),
             concurrent_calls_max=self.concurrent_calls_max,
+            pipelines_max=self.pipelines_max,
+            watches_max=self.watches_max,
             inflight_nbytes_max=self.inflight_nbytes_max,
         )
 
@@ -138,6 +205,16 @@ def load_config(
     except ValidationError as error:
         where = f"settings in {path}" if path else "settings"
         raise ConfigError("; ".join(_explain(model, e, where, variables) for e in error.errors())) from None
+
+
+def _token_in(path: Path) -> str:
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"token file {path} cannot be read: {error}") from None
+    if not token:
+        raise ConfigError(f"token file {path} is empty: write the tenant's token into it")
+    return token
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -63,7 +63,13 @@ class LeaseExpired(KVStrataError):
 
 
 class OverLimit(KVStrataError):
+    """With `retry_after_s` nothing was done and the call may succeed after so long; None: it will not."""
+
     status = "RESOURCE_EXHAUSTED"
+
+    def __init__(self, message: str = "", *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class WireVersionMismatch(KVStrataError):

@@ -1,69 +1,76 @@
-"""A shard's gRPC server: binds, checks tokens, reports health, drains, stops.
+"""A shard's gRPC server: binds, checks who calls, reports health, drains, stops.
 
-It listens on loopback unless TLS files are configured or `insecure` is said aloud. A call without the
-cluster's token is refused before its body is read. While draining, health is NOT_SERVING and calls that
-run may finish within the grace.
+Two listeners. Everybody's is on loopback unless TLS files are configured or `insecure` is said aloud. The
+admin's serves what deletes or changes for all (advancing an epoch, purging, compacting), beside the rest of
+the control plane, to the cluster's token alone, on a port of its own. A call without a token that is known is
+refused before its body is read. While draining, health is NOT_SERVING, watches and pipelines end, and calls
+that run may finish within the grace.
 """
 
 from __future__ import annotations
 
-import hmac
+import asyncio
 import ipaddress
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from kvstore.errors import ConfigError
+from kvstore.access import Callers, Tenant, authorization_in
+from kvstore.errors import ConfigError, Unauthenticated
+from kvstore.tls import TlsFiles
 from kvstore.topology import Topology
 from kvstore.transport.base import ShardTransport
-from kvstore.transport.grpc import methods
+from kvstore.transport.grpc import faults, methods
 from kvstore.transport.grpc.options import server_options
-from kvstore.transport.grpc.service import ShardService
+from kvstore.transport.grpc.service import ServiceLimits, ShardService
 from kvstore.transport.shm.server import shared_memory
 
+__all__ = ["ServerConfig", "ShardServer", "TlsFiles", "is_loopback"]
 
-@dataclass(frozen=True, slots=True)
-class TlsFiles:
-    """PEM files of one peer. With `ca`, the other side must show a certificate it signed (mTLS)."""
-
-    cert: Path
-    key: Path
-    ca: Path | None = None
-
-    def server_credentials(self) -> grpc.ServerCredentials:
-        """Raises ConfigError for a file that cannot be read."""
-        pair = (_pem(self.key), _pem(self.cert))
-        root = _pem(self.ca) if self.ca else None
-        return grpc.ssl_server_credentials([pair], root, require_client_auth=root is not None)
+ADMIN_CALLS_MAX = 16
 
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 0  # 0: any free one
-    token: str | None = field(default=None, repr=False)
+    admin_host: str = "127.0.0.1"
+    admin_port: int = 0
+    token: str | None = field(default=None, repr=False)  # the cluster's: the trusted role
+    tenants: tuple[Tenant, ...] = ()
     tls: TlsFiles | None = None
     insecure: bool = False  # allow a listener beyond loopback without TLS
     concurrent_calls_max: int = 256
+    pipelines_max: int = 256  # clients with control calls under way
+    watches_max: int = 64
     inflight_nbytes_max: int = 512 << 20  # of writes that arrived and are not stored yet
 
     def __post_init__(self) -> None:
-        if not (is_loopback(self.host) or self.tls or self.insecure):
+        for host in (self.host, self.admin_host):
+            if not (is_loopback(host) or self.tls or self.insecure):
+                raise ConfigError(
+                    f"{host} is not a loopback address: configure TLS (cert, key), "
+                    "or say insecure = true if the network is yours alone"
+                )
+        if not is_loopback(self.admin_host) and not self.token:
+            raise ConfigError(f"an admin listener on {self.admin_host} needs the cluster's token")
+        Callers(self.token, self.tenants)
+        if any(tenant.certificate for tenant in self.tenants) and not (self.tls and self.tls.ca):
             raise ConfigError(
-                f"{self.host} is not a loopback address: configure TLS (cert, key), "
-                "or say insecure = true if the network is yours alone"
+                "a tenant's certificate is only seen with mTLS: give the shards cert, key and ca"
             )
 
-
-def _pem(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}. Give the path of a PEM file") from None
+    def limits(self) -> ServiceLimits:
+        return ServiceLimits(
+            inflight_nbytes_max=self.inflight_nbytes_max,
+            streams_max=max(1, self.concurrent_calls_max // 2),  # the other half is for calls without bytes
+            waiting_max=self.concurrent_calls_max,
+            pipelines_max=self.pipelines_max,
+            watches_max=self.watches_max,
+        )
 
 
 def is_loopback(host: str) -> bool:
@@ -78,37 +85,34 @@ def is_loopback(host: str) -> bool:
 class ShardServer:
     def __init__(self, shard: ShardTransport, config: ServerConfig) -> None:
         self._config = config
-        streams_max = max(1, config.concurrent_calls_max // 2)  # the other half is for calls without bytes
-        self._service = ShardService(shard, config.inflight_nbytes_max, streams_max)
-        self._shm = shared_memory(shard, config.token)
+        self._callers = Callers(config.token, config.tenants)
+        self._service = ShardService(shard, config.limits(), self._callers)
+        may_share = config.token is not None or not config.tenants  # whoever maps the arena reads all of it
+        self._shm = shared_memory(shard, config.token) if may_share else None
         self._health = health.aio.HealthServicer()
-        interceptors = [_TokenCheck(config.token)] if config.token else []
-        self._server = grpc.aio.server(
-            interceptors=interceptors,
-            options=server_options(),
-            maximum_concurrent_rpcs=config.concurrent_calls_max,
-        )
-        self._server.add_generic_rpc_handlers(self._service.handlers())
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._servers: list[grpc.aio.Server] = []
+        self.admin_address = ""
 
     async def start(self) -> str:
-        """Bind and serve; the address clients use. Raises ConfigError when the port is taken, or TLS files
-        cannot be read."""
+        """Bind and serve both listeners; the address clients use (`admin_address` is the other one).
+
+        Raises ConfigError when a port is taken, or TLS files cannot be read.
+        """
         config = self._config
-        wanted = f"[{config.host}]:{config.port}" if ":" in config.host else f"{config.host}:{config.port}"
+        calls_max = config.concurrent_calls_max + config.pipelines_max + config.watches_max
         try:
-            if config.tls:
-                port = self._server.add_secure_port(wanted, config.tls.server_credentials())
-            else:
-                port = self._server.add_insecure_port(wanted)
-        except RuntimeError as error:
-            raise ConfigError(f"cannot listen on {wanted}: {error}; choose another port") from None
-        await self._server.start()
+            address = await self._listen(config.host, config.port, calls_max, admin=False)
+            self.admin_address = await self._listen(
+                config.admin_host, config.admin_port, ADMIN_CALLS_MAX, admin=True
+            )
+        except ConfigError:
+            await self.stop(0)
+            raise
         if self._shm is not None:
             self._shm.start()
             self._service.shm_socket = self._shm.name.lstrip("\0")
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
-        return f"{wanted.rpartition(':')[0]}:{port}"
+        return address
 
     def set_topology(self, topology: Topology) -> None:
         """What GetTopology answers from here on, unless it is older than what is known."""
@@ -116,22 +120,45 @@ class ShardServer:
             self._service.topology = topology
 
     async def stop(self, grace_s: float) -> None:
-        """Say NOT_SERVING, let running calls finish within `grace_s`, then cut them off."""
+        """Say NOT_SERVING, end watches and pipelines, let running calls finish within `grace_s`, then cut
+        them off."""
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        await self._server.stop(grace_s)
+        self._service.drain()
+        await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
         if self._shm is not None:
             await self._shm.stop()
+
+    async def _listen(self, host: str, port: int, calls_max: int, *, admin: bool) -> str:
+        server = grpc.aio.server(
+            interceptors=[_CallerCheck(self._callers)],
+            options=server_options(),
+            maximum_concurrent_rpcs=calls_max,
+        )
+        self._servers.append(server)
+        server.add_generic_rpc_handlers(self._service.handlers(admin=admin))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        wanted = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            if self._config.tls:
+                bound = server.add_secure_port(wanted, self._config.tls.server_credentials())
+            else:
+                bound = server.add_insecure_port(wanted)
+        except RuntimeError as error:
+            raise ConfigError(f"cannot listen on {wanted}: {error}; choose another port") from None
+        await server.start()
+        return f"{wanted.rpartition(':')[0]}:{bound}"
 
     async def _set_health(self, status: Any) -> None:
         for name in ("", methods.CONTROL, methods.BLOCKS, methods.TOPOLOGY):
             await self._health.set(name, status)
 
 
-class _TokenCheck(grpc.aio.ServerInterceptor):
-    """Constant-time check of the bearer token; the health service answers anyone."""
+class _CallerCheck(grpc.aio.ServerInterceptor):
+    """Refuses an unknown token before a body is read; the health service answers anyone. A certificate is
+    only seen by the call itself: where tenants have some, a call without a token is let through to that."""
 
-    def __init__(self, token: str) -> None:
-        self._expected = f"Bearer {token}".encode()
+    def __init__(self, callers: Callers) -> None:
+        self._callers = callers
         self._refuse: Any = grpc.unary_unary_rpc_method_handler(_unauthenticated)
 
     async def intercept_service(
@@ -139,12 +166,13 @@ class _TokenCheck(grpc.aio.ServerInterceptor):
     ) -> Any:
         if details.method.startswith("/grpc.health.v1.Health/"):
             return await continuation(details)
-        shown = dict(details.invocation_metadata or ()).get("authorization", "")
-        if hmac.compare_digest(str(shown).encode(), self._expected):
+        shown = authorization_in(dict(details.invocation_metadata or ()))
+        by_certificate = not shown and self._callers.take_certificates
+        if by_certificate or self._callers.by_token(shown) is not None:
             return await continuation(details)
         return self._refuse
 
 
 async def _unauthenticated(asked: Any, context: Any) -> None:
-    metadata = (("kvstrata-error", "Unauthenticated"),)
-    await context.abort(grpc.StatusCode.UNAUTHENTICATED, "show the cluster's token", metadata)
+    error = Unauthenticated("show the cluster's token, or a tenant's")
+    await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error), faults.metadata_of(error))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Final, TypeVar
 
 import structlog
@@ -24,7 +24,7 @@ from kvstore.errors import (
     Unavailable,
 )
 from kvstore.frame import LOSSLESS_CODEC, decode_frame, verify_identity
-from kvstore.hashing import placement_keys
+from kvstore.matching import Answer, all_of, match_over, place
 from kvstore.nouns import (
     OFFERS_MAX,
     BlockKey,
@@ -42,10 +42,9 @@ from kvstore.nouns import (
     Snapshot,
 )
 from kvstore.peers import ERRAND_TIMEOUT_S, Peers, miss_of, refusal_of
-from kvstore.placement import owner as owner_of
 from kvstore.publication import Publication
 from kvstore.reading import read_into
-from kvstore.transport.base import MatchResult, ReadItem, ShardTransport
+from kvstore.transport.base import ReadItem, ShardTransport
 
 log = structlog.get_logger(__name__)
 
@@ -95,39 +94,14 @@ class StoreSession:
 
     async def match(self, keys: Sequence[BlockKey], *, owner: str, lease_s: float, timeout_s: float) -> Match:
         """The longest prefix run of `keys` (a chain from its first block on) over all shards, pinned."""
-        placed = self._place(placement_keys(keys))
-        if not placed:
-            return Match((), (), MissReason.SHARD_UNAVAILABLE if keys else None)
-        deadline = Deadline(timeout_s)
-        answers: dict[ShardId, MatchResult | MissReason] = dict.fromkeys(placed, MissReason.SHARD_UNAVAILABLE)
 
-        async def match_on(shard: ShardId, mine: list[int]) -> None:
-            answers[shard] = await self._match_on(shard, [keys[i] for i in mine], owner, lease_s, deadline)
+        async def ask(shard: ShardId, asked: Sequence[BlockKey], deadline: Deadline) -> Answer:
+            return await self._match_on(shard, asked, owner, lease_s, deadline)
 
-        try:
-            await _all(match_on(*part) for part in placed.items())
-        except BaseException:
-            for shard, lease in _leases_of(answers):
-                self._give_back(shard, lease)
-            raise
-        found: list[PinnedBlock | None] = [None] * len(keys)
-        for shard, mine in placed.items():
-            if isinstance(answer := answers[shard], MatchResult):
-                for i, block in zip(mine, answer.pinned(shard, [keys[i] for i in mine]), strict=False):
-                    found[i] = block
-        run = next((i for i, block in enumerate(found) if block is None), len(found))
-        blocks = tuple(block for block in found[:run] if block is not None)
-        used = {block.ref.shard for block in blocks}
-        leases = _leases_of(answers)
-        for shard, lease in leases:
-            if shard not in used:
-                self._give_back(shard, lease)
-        miss = None
-        if run < len(keys):
-            stopped = answers[next(shard for shard, mine in placed.items() if run in mine)]
-            miss = stopped if isinstance(stopped, MissReason) else stopped.miss or MissReason.ABSENT
-            self._peers.counters[f"miss:{miss.value}"] += 1
-        return Match(blocks, tuple(lease for lease in leases if lease[0] in used), miss)
+        found = await match_over(self._peers.weights, keys, Deadline(timeout_s), ask, self._give_back)
+        if found.miss is not None:
+            self._peers.counters[f"miss:{found.miss.value}"] += 1
+        return found
 
     async def read(
         self, blocks: Sequence[PinnedBlock], *, timeout_s: float
@@ -192,7 +166,7 @@ class StoreSession:
     ) -> Published:
         """Commit the blocks on their shards, in parallel: one transaction for each OFFERS_MAX of a shard."""
         deadline = Deadline(timeout_s)
-        placed = self._place([block.placement for block in blocks])
+        placed = place([block.placement for block in blocks], self._peers.weights)
         parts = [
             (shard, mine[start : start + OFFERS_MAX])
             for shard, mine in placed.items()
@@ -219,7 +193,7 @@ class StoreSession:
                 leases.append((shard, lease))
 
         try:
-            await _all(publish_on(*part) for part in parts)
+            await all_of(publish_on(*part) for part in parts)
         except BaseException:
             for shard, lease in leases:
                 self._give_back(shard, lease)
@@ -257,19 +231,9 @@ class StoreSession:
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _place(self, placements: Sequence[BlockKey]) -> dict[ShardId, list[int]]:
-        """Positions by the shard that owns them. Empty when there is no shard at all."""
-        placed: dict[ShardId, list[int]] = {}
-        if not self._peers.weights:
-            return placed
-        owners = {placement: owner_of(placement, self._peers.weights) for placement in set(placements)}
-        for i, placement in enumerate(placements):
-            placed.setdefault(owners[placement], []).append(i)
-        return placed
-
     async def _match_on(
-        self, shard: ShardId, keys: list[BlockKey], owner: str, lease_s: float, deadline: Deadline
-    ) -> MatchResult | MissReason:
+        self, shard: ShardId, keys: Sequence[BlockKey], owner: str, lease_s: float, deadline: Deadline
+    ) -> Answer:
         try:
             return await self._retried(
                 shard,
@@ -372,24 +336,6 @@ async def _next(queue: asyncio.Queue[ReadItem | MissReason], deadline: Deadline)
             return await queue.get()
     except TimeoutError:
         return MissReason.DEADLINE
-
-
-async def _all(calls: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """All calls, each to its end: when this raises, none goes on behind the caller's back."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            for call in calls:
-                group.create_task(call)
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-
-
-def _leases_of(answers: Mapping[ShardId, MatchResult | MissReason]) -> list[tuple[ShardId, LeaseId]]:
-    return [
-        (shard, answer.lease)
-        for shard, answer in answers.items()
-        if isinstance(answer, MatchResult) and answer.lease is not None
-    ]
 
 
 def _by_shard(leases: Sequence[tuple[ShardId, LeaseId]]) -> dict[ShardId, list[LeaseId]]:

@@ -72,6 +72,7 @@ class RayLauncher:
             engine=self._config.engine,
             topology=_NO_TOPOLOGY,
             token=self._token,
+            store_tls=self._config.store.client_tls(),
             epoch_number=self._config.epoch,
             limits=role.limits,
         )

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import repeat
 from typing import Final, Protocol
 
 from kvstore.nouns import (
@@ -41,6 +43,8 @@ WIRE_VERSIONS_READ: Final = frozenset({1})  # our own and, once there is one, th
 REQUEST_ID_NBYTES: Final = 16  # random, made by the client: what makes a begin repeatable
 QUALITIES: Final = {int(quality): quality for quality in Quality}
 TIERS: Final = {int(tier): tier for tier in Tier}
+_REF: Final = partial(tuple.__new__, BlockRef)  # what its _make does, without a frame for each
+_PINNED: Final = partial(tuple.__new__, PinnedBlock)
 CHUNK_NBYTES: Final = 2 << 20  # bulk streams move frames in pieces of about this size, at most
 
 
@@ -75,16 +79,21 @@ class MatchResult:
         return len(self.slots)
 
     def pinned(self, shard: ShardId, keys: Sequence[BlockKey]) -> list[PinnedBlock]:
-        """The run as values, `keys` being what was asked for."""
-        incarnation = self.revision.incarnation
-        epochs = [self.epochs[i] for i in self.epoch_indexes] or list(self.epochs) * len(self)
-        columns = zip(keys, self.slots, self.generations, epochs, self.qualities, self.tiers, strict=False)
-        return [
-            PinnedBlock(
-                key, BlockRef(shard, incarnation, slot, generation), epoch, QUALITIES[quality], TIERS[tier]
-            )
-            for key, slot, generation, epoch, quality, tier in columns
-        ]
+        """The run as values, `keys` being what was asked for.
+
+        Hot, hence no line of it runs once a block (benchmarks/latency.py).
+        """
+        if not self.slots:
+            return []
+        where = repeat(shard), repeat(self.revision.incarnation), self.slots, self.generations
+        columns = (
+            keys,
+            map(_REF, zip(*where, strict=False)),
+            map(self.epochs.__getitem__, self.epoch_indexes or repeat(0, len(self))),
+            map(QUALITIES.__getitem__, self.qualities),
+            map(TIERS.__getitem__, self.tiers),
+        )
+        return list(map(_PINNED, zip(*columns, strict=False)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from kvstore.config import StoreConfig, load_config
 from kvstore.errors import ConfigError
 from kvstore.nouns import ShardId
+from kvstore.tls import ClientTls
 
 
 class Service(BaseModel):
@@ -52,6 +53,15 @@ def test_flags_win_over_environment_over_file(file: Path) -> None:
         ("[store]\nhost = '0.0.0.0'\n", "store.host 0.0.0.0 is not loopback: set store.tls_cert"),
         ("[store]\ntls_key = 'key.pem'\n", "TLS needs both store.tls_cert and store.tls_key"),
         ("[store]\ntls_ca = 'ca.pem'\n", "store.tls_ca needs store.tls_cert and store.tls_key"),
+        ("[store]\nadmin_host = '0.0.0.0'\n", "store.admin_host 0.0.0.0 is not loopback"),
+        ("[store]\nclient_key = 'k.pem'\n", "mTLS needs both store.client_cert and store.client_key"),
+        ("[store.tenants.a]\n", "store.tenants.a: nothing tells this tenant from others"),
+        ("[store.tenants.a]\ntokn = 'x'\n", "store.tenants.a.tokn is not a setting"),
+        (
+            "[store.tenants.a]\ntoken = 'x'\ntoken_file = 'f'\n",
+            "store.tenants.a: token and token_file are both",
+        ),
+        ("[store.tenants.a]\ncertificate = 'x'\n", "store.tenants.a.certificate is only seen with mTLS"),
         ("[store\n", "is not TOML"),
     ],
 )
@@ -116,3 +126,37 @@ def test_a_listener_beyond_loopback_needs_tls_or_a_word() -> None:
 def test_the_bounds_of_a_shard_reach_its_core() -> None:
     limits = StoreConfig(slots_max=7, leases_max=8, lease_s_max=9.0).driver(ShardId("s"), bytes(16)).limits
     assert (limits.slots_max, limits.leases_max, limits.lease_s_max) == (7, 8, 9.0)
+
+
+def test_tenants_reach_the_shard_and_their_tokens_no_log(tmp_path: Path) -> None:
+    secret = tmp_path / "token"
+    secret.write_text("from the file\n")
+    path = tmp_path / "kvstrata.toml"
+    path.write_text(
+        f"[store.tenants.alice]\ntoken_file = '{secret}'\nquota_nbytes = 4096\nmay_bind_epochs = true\n"
+        "[store.tenants.bob]\ntoken = 'in the clear'\n"
+    )
+    store = load_config(Service, path, env={}).store
+    server = store.server("the cluster's")
+    assert [(t.name, t.token, t.may_bind_epochs) for t in server.tenants] == [
+        ("alice", "from the file", True),
+        ("bob", "in the clear", False),
+    ]
+    assert store.driver(ShardId("s"), bytes(16)).quotas == {"alice": 4096}
+    for shown in (repr(store), str(store), store.model_dump_json(), repr(server)):
+        assert "in the clear" not in shown
+        assert "from the file" not in shown
+        assert "the cluster's" not in shown
+    secret.write_text("\n")
+    with pytest.raises(ConfigError, match="is empty"):
+        store.server("t")
+    secret.unlink()
+    with pytest.raises(ConfigError, match="cannot be read"):
+        store.server("t")
+
+
+def test_clients_of_a_shard_with_tls_use_it_too() -> None:
+    assert StoreConfig().client_tls() is None
+    files = {name: Path(name) for name in ("tls_cert", "tls_key", "client_ca", "client_cert", "client_key")}
+    tls = StoreConfig(**files).client_tls()
+    assert tls == ClientTls(Path("client_ca"), Path("client_cert"), Path("client_key"))

@@ -11,6 +11,7 @@ from kvstore.answers import BlockMiss, PublishBlock
 from kvstore.client import StoreClient
 from kvstore.driver import DriverConfig, ShardDriver
 from kvstore.hashing import STRIPE_BLOCKS, KeyChain
+from kvstore.matching import place
 from kvstore.nouns import OFFERS_MAX, MissReason, PinnedBlock, Quality, Refusal, ShardId
 from kvstore.session import StoreSession
 from kvstore.tiers.host import HostTier
@@ -64,7 +65,7 @@ class Gate:
 
 def busy(session: StoreSession, made: KeyChain, drivers: list[ShardDriver]) -> list[ShardDriver]:
     """The shards that own blocks of the chain."""
-    placed = session._place([made.placement(i) for i in range(len(made.keys))])
+    placed = place([made.placement(i) for i in range(len(made.keys))], session._peers.weights)
     found = [driver for driver in drivers if driver.shard in placed]
     assert len(found) > 1
     return found

@@ -6,7 +6,7 @@ yielded before stands.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -21,9 +21,11 @@ from kvstore.transport.grpc import bulk, methods, wire
 from kvstore.transport.landing import Landing, copy, row_in
 from kvstore.v1 import blocks_pb2 as blocks
 
+Metadata = tuple[tuple[str, str], ...]
+
 
 class BlocksClient:
-    def __init__(self, channel: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...]) -> None:
+    def __init__(self, channel: grpc.aio.Channel, metadata: Callable[[], Metadata]) -> None:
         self._channel = channel
         self._metadata = metadata
 
@@ -34,7 +36,7 @@ class BlocksClient:
         call: Any = self._channel.unary_stream(
             methods.READ.path, methods.READ.asked.SerializeToString, bulk.parse_read
         )
-        stream = call(_asked(namespace, refs), timeout=timeout_s, metadata=self._metadata)
+        stream = call(_asked(namespace, refs), timeout=timeout_s, metadata=self._metadata())
         try:
             async for item in _items(stream):
                 yield item
@@ -53,7 +55,7 @@ class BlocksClient:
         call: Any = self._channel.unary_stream(
             methods.READ.path, methods.READ.asked.SerializeToString, bulk.parse_read
         )
-        stream = call(_asked(namespace, refs), timeout=timeout_s, metadata=self._metadata)
+        stream = call(_asked(namespace, refs), timeout=timeout_s, metadata=self._metadata())
         arriving: _Arriving | None = None
         try:
             async for chunk in stream:
@@ -75,7 +77,7 @@ class BlocksClient:
         call: Any = self._channel.stream_unary(
             methods.WRITE.path, response_deserializer=methods.WRITE.answer.FromString
         )
-        answer = await call(_chunks(txn, frames), timeout=timeout_s, metadata=self._metadata)
+        answer = await call(_chunks(txn, frames), timeout=timeout_s, metadata=self._metadata())
         outcomes = dict(zip(answer.indexes, wire.refusals_in(answer.refusals), strict=True))
         return [outcomes.get(index, Refusal.UNWRITTEN) for index, _, _ in frames]
 

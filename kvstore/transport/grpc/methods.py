@@ -51,6 +51,7 @@ HELLO = Method(CONTROL, "Hello", control.HelloRequest, control.HelloResponse)
 OPEN_NAMESPACE = Method(CONTROL, "OpenNamespace", control.OpenNamespaceRequest, control.OpenNamespaceResponse)
 REGISTER_EPOCH = Method(CONTROL, "RegisterEpoch", control.RegisterEpochRequest, control.RegisterEpochResponse)
 ADVANCE_EPOCH = Method(CONTROL, "AdvanceEpoch", control.AdvanceEpochRequest, control.AdvanceEpochResponse)
+SHOW_EPOCHS = Method(CONTROL, "ShowEpochs", control.ShowEpochsRequest, control.ShowEpochsResponse)
 MATCH = Method(CONTROL, "Match", control.MatchRequest, control.MatchResponse)
 RENEW = Method(CONTROL, "Renew", control.RenewRequest, control.RenewResponse)
 RELEASE = Method(CONTROL, "Release", control.ReleaseRequest, control.ReleaseResponse)
@@ -58,7 +59,37 @@ BEGIN = Method(CONTROL, "Begin", control.BeginRequest, control.BeginResponse)
 COMMIT = Method(CONTROL, "Commit", control.CommitRequest, control.CommitResponse)
 ABORT = Method(CONTROL, "Abort", control.AbortRequest, control.AbortResponse)
 REPORT = Method(CONTROL, "Report", control.ReportRequest, control.ReportResponse)
+LIST = Method(CONTROL, "List", control.ListRequest, control.ListResponse)
+WATCH = Method(CONTROL, "Watch", control.WatchRequest, control.WatchResponse)
+PURGE = Method(CONTROL, "Purge", control.PurgeRequest, control.PurgeResponse)
+COMPACT = Method(CONTROL, "Compact", control.CompactRequest, control.CompactResponse)
 STATUS = Method(CONTROL, "Status", control.StatusRequest, control.StatusResponse)
+PIPELINE = Method(CONTROL, "Pipeline", control.PipelineRequest, control.PipelineResponse)
 READ = Method(BLOCKS, "Read", blocks.ReadRequest, blocks.ReadResponse)
 WRITE = Method(BLOCKS, "Write", blocks.WriteRequest, blocks.WriteResponse)
 GET_TOPOLOGY = Method(TOPOLOGY, "GetTopology", topology.GetTopologyRequest, topology.GetTopologyResponse)
+
+ADMIN: Final[frozenset[Method[Any, Any]]] = frozenset({ADVANCE_EPOCH, PURGE, COMPACT})
+"""Answered on the admin listener only."""
+UNARY: Final[frozenset[Method[Any, Any]]] = frozenset(
+    {
+        HELLO,
+        OPEN_NAMESPACE,
+        REGISTER_EPOCH,
+        ADVANCE_EPOCH,
+        SHOW_EPOCHS,
+        MATCH,
+        RENEW,
+        RELEASE,
+        BEGIN,
+        COMMIT,
+        ABORT,
+        REPORT,
+        LIST,
+        PURGE,
+        COMPACT,
+        STATUS,
+    }
+)
+"""What the control service answers with one message."""
+PIPELINED: Final[frozenset[Method[Any, Any]]] = UNARY - {HELLO}

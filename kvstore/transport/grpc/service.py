@@ -1,179 +1,198 @@
 """The server's side of the wire: requests in, the shard's answers out, errors by name.
 
-Any `ShardTransport` can stand behind it; in production it is the driver. The bulk streams are in
-blocks_service.py.
+Any `ShardTransport` can stand behind it; in production it is the driver. One service has two faces: the
+listener of everybody's calls, and the admin's, where only the cluster's token counts and no bytes move.
+Calls that wait, streams, watches and pipelines are admitted against a number each, bytes of writes in flight
+against a budget: beyond them the shard says RESOURCE_EXHAUSTED rather than queueing.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
 
 import grpc
 import structlog
 
+from kvstore import trace
+from kvstore.access import TRUSTED, Caller, Callers, NamespaceOwners, authorization_in
 from kvstore.errors import (
     KVStrataError,
-    WireVersionMismatch,
+    OverLimit,
+    PermissionDenied,
+    Unavailable,
 )
-from kvstore.nouns import LeaseId, TxnId
+from kvstore.tls import peer_names
 from kvstore.topology import Topology
-from kvstore.transport.base import REQUEST_ID_NBYTES, WIRE_VERSIONS_READ, ShardTransport
-from kvstore.transport.grpc import bulk, methods, wire
-from kvstore.transport.grpc.blocks_service import BlocksService, refs_in
-from kvstore.transport.grpc.calls import Context
-from kvstore.transport.grpc.calls import left as _left
-from kvstore.transport.grpc.methods import Method
-from kvstore.v1 import control_pb2 as control
-from kvstore.v1 import topology_pb2 as topology
+from kvstore.transport.base import ShardTransport
+from kvstore.transport.grpc import bulk, faults, methods
+from kvstore.transport.grpc.blocks_service import BlocksService
+from kvstore.transport.grpc.calls import Context, left
+from kvstore.transport.grpc.control_service import Call, ControlService, Served
+from kvstore.transport.grpc.pipeline_service import PipelineStream
+from kvstore.transport.grpc.watch_service import Watches
+from kvstore.v1 import blocks_pb2 as blocks
 
 log = structlog.get_logger(__name__)
 
+RETRY_AFTER_S: Final = 0.05
+Work = Callable[[Call], Awaitable[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceLimits:
+    """What one shard works on at once, over all its connections."""
+
+    inflight_nbytes_max: int = 512 << 20  # of writes that arrived and are not stored yet
+    streams_max: int = 128  # bulk streams
+    waiting_max: int = 256  # calls that do more than ask the core
+    pipelines_max: int = 256
+    watches_max: int = 64
+
 
 class ShardService:
-    def __init__(self, shard: ShardTransport, inflight_nbytes_max: int, streams_max: int) -> None:
+    def __init__(
+        self, shard: ShardTransport, limits: ServiceLimits | None = None, callers: Callers | None = None
+    ) -> None:
         self._shard = shard
-        self.blocks = BlocksService(shard, inflight_nbytes_max, streams_max)
-        self.topology = Topology(0, ())
-        self.shm_socket = ""
+        self._limits = limits or ServiceLimits()
+        self._callers = callers or Callers(None)
+        self._owners = NamespaceOwners()
+        self._control = ControlService(shard, self._owners)
+        self.watches = Watches(shard, self._control, self._limits.watches_max)
+        self._pipelines: set[PipelineStream] = set()
+        self._draining = False
+        self._waiting = 0
+        self.blocks = BlocksService(shard, self._limits.inflight_nbytes_max, self._limits.streams_max)
 
-    def handlers(self) -> list[grpc.GenericRpcHandler]:
-        unary: dict[Method[Any, Any], Callable[[Any, Context], Awaitable[Any]]] = {
-            methods.HELLO: self._hello,
-            methods.OPEN_NAMESPACE: self._open_namespace,
-            methods.REGISTER_EPOCH: self._register_epoch,
-            methods.ADVANCE_EPOCH: self._advance_epoch,
-            methods.MATCH: self._match,
-            methods.RENEW: self._renew,
-            methods.RELEASE: self._release,
-            methods.BEGIN: self._begin,
-            methods.COMMIT: self._commit,
-            methods.ABORT: self._abort,
-            methods.REPORT: self._report,
-            methods.STATUS: self._status,
-            methods.GET_TOPOLOGY: self._get_topology,
-        }
+    @property
+    def shm_socket(self) -> str:
+        return self._control.shm_socket
+
+    @shm_socket.setter
+    def shm_socket(self, name: str) -> None:
+        self._control.shm_socket = name
+
+    @property
+    def topology(self) -> Topology:
+        return self._control.topology
+
+    @topology.setter
+    def topology(self, topology: Topology) -> None:
+        self._control.topology = topology
+
+    def handlers(self, *, admin: bool = False) -> list[grpc.GenericRpcHandler]:
+        """Of everybody's listener, or of the admin's: the control plane alone, for the cluster's token."""
         by_service: dict[str, dict[str, grpc.RpcMethodHandler[Any, Any]]] = {}
-        for method, answer in unary.items():
-            made = grpc.unary_unary_rpc_method_handler(_named_errors(answer), **method.handler_codec())
+        for method, served in self._control.served.items():
+            made: Any = grpc.unary_unary_rpc_method_handler(self._unary(served, admin))
             by_service.setdefault(method.service, {})[method.name] = made
-        by_service[methods.BLOCKS] = {
-            methods.READ.name: grpc.unary_stream_rpc_method_handler(
-                _named_errors(self.blocks.read), methods.READ.asked.FromString
-            ),
-            methods.WRITE.name: grpc.stream_unary_rpc_method_handler(
-                _named_errors(self.blocks.write), bulk.parse_write, methods.WRITE.answer.SerializeToString
-            ),
+        by_service[methods.CONTROL] |= {
+            methods.WATCH.name: grpc.unary_stream_rpc_method_handler(self._watch(admin)),
+            methods.PIPELINE.name: grpc.stream_stream_rpc_method_handler(self._pipeline(admin)),
         }
+        if not admin:
+            by_service[methods.BLOCKS] = {
+                methods.READ.name: grpc.unary_stream_rpc_method_handler(
+                    self._checked_read, methods.READ.asked.FromString
+                ),
+                methods.WRITE.name: grpc.stream_unary_rpc_method_handler(
+                    self._checked_write, bulk.parse_write, methods.WRITE.answer.SerializeToString
+                ),
+            }
         return [grpc.method_handlers_generic_handler(name, made) for name, made in by_service.items()]
 
-    async def _hello(self, asked: control.HelloRequest, context: Context) -> control.HelloResponse:
-        common = WIRE_VERSIONS_READ.intersection(asked.wire_versions)
-        if not common:
-            raise WireVersionMismatch(
-                f"the client speaks wire versions {list(asked.wire_versions)}, this shard "
-                f"{sorted(WIRE_VERSIONS_READ)}: upgrade the older one"
-            )
-        own = await self._shard.hello(timeout_s=_left(context))
-        return control.HelloResponse(
-            wire_version=max(common),
-            disk_version=own.disk_version,
-            shard=own.shard,
-            incarnation=own.incarnation,
-            shm_socket=self.shm_socket,
-        )
+    def drain(self) -> None:
+        """End the streams that have no end of their own; their clients go on elsewhere."""
+        self._draining = True
+        self.watches.drain()
+        for stream in self._pipelines:
+            stream.drain()
 
-    async def _open_namespace(self, asked: Any, context: Context) -> control.OpenNamespaceResponse:
-        opened = await self._shard.open_namespace(wire.spec_in(asked), asked.tenant, timeout_s=_left(context))
-        return control.OpenNamespaceResponse(namespace_id=opened)
+    # -- the control plane -------------------------------------------------------------------------
 
-    async def _register_epoch(self, asked: Any, context: Context) -> control.RegisterEpochResponse:
-        epoch = wire.epoch_in(asked.epoch)
-        await self._shard.register_epoch(asked.model_id, epoch, timeout_s=_left(context))
-        return control.RegisterEpochResponse()
+    def _unary(self, served: Served, admin: bool) -> Callable[[bytes, Context], Awaitable[Any]]:
+        async def answer(request: bytes, call: Call) -> bytes:
+            if not served.waits:
+                return await served.answer(request, call)
+            with self._place():
+                return await served.answer(request, call)
 
-    async def _advance_epoch(self, asked: Any, context: Context) -> control.AdvanceEpochResponse:
-        revision = await self._shard.advance_epoch(asked.model_id, asked.number, timeout_s=_left(context))
-        return control.AdvanceEpochResponse(revision=wire.revision_out(revision))
+        async def answered(request: bytes, context: Context) -> Any:
+            return await self._guarded(context, lambda call: answer(request, call), admin=admin)
 
-    async def _match(self, asked: Any, context: Context) -> control.MatchResponse:
-        result = await self._shard.match(
-            wire.snapshot_in(asked),
-            wire.split_keys(asked.keys),
-            wire.owner_in(asked.owner),
-            asked.lease_ms / 1000,
-            timeout_s=_left(context),
-        )
-        return wire.match_result_out(result)
+        return answered
 
-    async def _renew(self, asked: Any, context: Context) -> control.RenewResponse:
-        leases = [LeaseId(lease) for lease in asked.leases]
-        held = await self._shard.renew(leases, asked.lease_ms / 1000, timeout_s=_left(context))
-        return control.RenewResponse(held=held)
+    def _watch(self, admin: bool) -> Callable[[bytes, Context], Awaitable[Any]]:
+        async def watched(request: bytes, context: Context) -> Any:
+            work = lambda call: self.watches.serve(request, context, call)  # noqa: E731
+            return await self._guarded(context, work, admin=admin)
 
-    async def _release(self, asked: Any, context: Context) -> control.ReleaseResponse:
-        await self._shard.release([LeaseId(lease) for lease in asked.leases], timeout_s=_left(context))
-        return control.ReleaseResponse()
+        return watched
 
-    async def _begin(self, asked: Any, context: Context) -> control.BeginResponse:
-        opened = await self._shard.begin(
-            wire.namespace_in(asked.namespace_id),
-            wire.epoch_in(asked.epoch),
-            wire.quality_in(asked.quality),
-            wire.offers_in(asked),
-            wire.owner_in(asked.owner),
-            asked.lease_ms / 1000,
-            wire.fixed(asked.request_id, REQUEST_ID_NBYTES, "request_id"),
-            timeout_s=_left(context),
-        )
-        return control.BeginResponse(txn=opened.txn, refusals=wire.refusals_out(opened.outcomes))
+    def _pipeline(self, admin: bool) -> Callable[[Any, Context], Awaitable[Any]]:
+        async def run(context: Context, call: Call) -> None:
+            if self._draining:
+                raise Unavailable("the shard drains: ask the topology who takes over")
+            if len(self._pipelines) >= self._limits.pipelines_max:
+                taken = f"{len(self._pipelines)} pipelines are open on this shard"
+                raise OverLimit(taken, retry_after_s=RETRY_AFTER_S)
+            stream = PipelineStream(self._control.pipelined, context, call.caller, self._place, admin=admin)
+            self._pipelines.add(stream)
+            try:
+                await stream.run()
+            finally:
+                self._pipelines.discard(stream)
 
-    async def _commit(self, asked: Any, context: Context) -> control.CommitResponse:
-        pin_for_s = asked.pin_for_ms / 1000 or None
-        return wire.commit_out(
-            await self._shard.commit(TxnId(asked.txn), pin_for_s, timeout_s=_left(context))
-        )
+        async def piped(_: Any, context: Context) -> Any:
+            return await self._guarded(context, lambda call: run(context, call), admin=admin)
 
-    async def _abort(self, asked: Any, context: Context) -> control.AbortResponse:
-        await self._shard.abort(TxnId(asked.txn), timeout_s=_left(context))
-        return control.AbortResponse()
+        return piped
 
-    async def _report(self, asked: Any, context: Context) -> control.ReportResponse:
-        return control.ReportResponse(
-            retired=await self._shard.report(
-                wire.namespace_in(asked.namespace_id),
-                refs_in(self._shard.shard, asked),
-                timeout_s=_left(context),
-            )
-        )
-
-    async def _status(self, asked: Any, context: Context) -> control.StatusResponse:
-        return wire.status_out(await self._shard.status(timeout_s=_left(context)))
-
-    async def _get_topology(self, asked: Any, context: Context) -> topology.GetTopologyResponse:
-        return topology.GetTopologyResponse(topology=wire.topology_out(self.topology))
-
-
-def _named_errors(
-    answer: Callable[[Any, Context], Awaitable[Any]],
-) -> Callable[[Any, Context], Awaitable[Any]]:
-    """Errors of our tree end the call with their status and their name in the trailing metadata."""
-
-    async def answered(asked: Any, context: Context) -> Any:
+    @contextlib.contextmanager
+    def _place(self) -> Iterator[None]:
+        """A place among the calls that wait. Raises OverLimit when all are taken."""
+        if self._waiting >= self._limits.waiting_max:
+            raise OverLimit(f"{self._waiting} calls wait on this shard", retry_after_s=RETRY_AFTER_S)
+        self._waiting += 1
         try:
-            return await answer(asked, context)
-        except KVStrataError as error:
-            return await _abort_named(context, error)
-        except asyncio.CancelledError:
-            raise
-        except Exception:
-            log.exception("a call failed", method=getattr(answer, "__name__", "?"))
-            await context.abort(grpc.StatusCode.INTERNAL, "the shard failed: see its log")
+            yield
+        finally:
+            self._waiting -= 1
 
-    return answered
+    async def _guarded(self, context: Context, work: Work, *, admin: bool = False) -> Any:
+        """Find out who calls, bind the trace, and end the call as errors.py's tree says."""
+        metadata = dict(context.invocation_metadata() or ())
+        traced = trace.checked(str(metadata.get(trace.TRACE_METADATA, "")))
+        with structlog.contextvars.bound_contextvars(**({"traceparent": traced} if traced else {})):
+            try:
+                return await work(Call(self._caller(context, metadata, admin), left(context), admin))
+            except KVStrataError as error:
+                code = grpc.StatusCode[type(error).status]
+                return await context.abort(code, str(error), faults.metadata_of(error))
+            except grpc.aio.InternalError:
+                return None  # gRPC's word for a peer that left while we wrote to it
+            except Exception:
+                log.exception("a call failed")
+                return await context.abort(grpc.StatusCode.INTERNAL, faults.INTERNAL_DETAIL)
 
+    def _caller(self, context: Context, metadata: dict[str, Any], admin: bool) -> Caller:
+        names = peer_names(context.auth_context()) if self._callers.take_certificates else ()
+        caller = self._callers.identify(authorization_in(metadata), names)
+        if admin and caller != TRUSTED:
+            raise PermissionDenied("this is the admin's port: show the cluster's token")
+        return caller
 
-async def _abort_named(context: Context, error: KVStrataError) -> None:
-    code = grpc.StatusCode[type(error).status]
-    await context.abort(code, str(error), ((wire.ERROR_METADATA, type(error).__name__),))
+    # -- the data plane ----------------------------------------------------------------------------
+
+    async def _checked_read(self, asked: blocks.ReadRequest, context: Context) -> Any:
+        async def read(call: Call) -> None:
+            self._control.namespace(asked.namespace_id, call.caller)
+            await self.blocks.read(asked, context)
+
+        return await self._guarded(context, read)
+
+    async def _checked_write(self, chunks: AsyncIterator[bulk.WriteChunk], context: Context) -> Any:
+        return await self._guarded(context, lambda _: self.blocks.write(chunks, context))

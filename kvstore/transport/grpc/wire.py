@@ -1,7 +1,9 @@
-"""Nouns to messages and back, and errors to statuses and back. Total on what comes in.
+"""Nouns to messages and back: what is named, matched, written. Total on what comes in.
 
 A message that does not parse into a noun (a key column of odd length, an unknown quality) raises
-ConfigError on the server, hence INVALID_ARGUMENT: bytes from a peer never raise anything else.
+ConfigError on the server, hence INVALID_ARGUMENT; an answer that does not raises ValueError or ConfigError
+on the client, hence Unavailable. Bytes from a peer never raise anything else. History (epochs, listings,
+watches) is in wire_history.py, errors in faults.py.
 """
 
 from __future__ import annotations
@@ -9,16 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-import grpc
-
-from kvstore.errors import (
-    ERRORS,
-    ConfigError,
-    DeadlineExceeded,
-    KVStrataError,
-    OverLimit,
-    Unavailable,
-)
+from kvstore.errors import ConfigError
 from kvstore.nouns import (
     KEY_NBYTES,
     NAMESPACE_ID_NBYTES,
@@ -51,10 +44,9 @@ from kvstore.transport.base import (
 from kvstore.v1 import control_pb2 as control
 from kvstore.v1 import topology_pb2 as topology
 
-ERROR_METADATA: Final = "kvstrata-error"
 _DIGEST: Final = WEIGHTS_DIGEST_NBYTES
 _LEASE_S_MAX: Final = 86_400.0
-_OWNER_CHARS_MAX: Final = 256
+_NAME_CHARS_MAX: Final = 256
 
 
 def fixed(data: bytes, nbytes: int, what: str) -> bytes:
@@ -70,11 +62,21 @@ def split_keys(data: bytes) -> list[BlockKey]:
     return [BlockKey(data[i : i + KEY_NBYTES]) for i in range(0, len(data), KEY_NBYTES)]
 
 
-def owner_in(name: str) -> str:
-    """Who holds a lease. Kept as long as the lease, hence bounded. Raises ConfigError."""
-    if len(name) > _OWNER_CHARS_MAX:
-        raise ConfigError(f"an owner's name of {len(name)} characters: at most {_OWNER_CHARS_MAX}")
+def name_in(name: str, what: str) -> str:
+    """A name the shard keeps, hence bounded. Raises ConfigError."""
+    if len(name) > _NAME_CHARS_MAX:
+        raise ConfigError(f"{what} name of {len(name)} characters: at most {_NAME_CHARS_MAX}")
     return name
+
+
+def owner_in(name: str) -> str:
+    """Who holds a lease. Raises ConfigError."""
+    return name_in(name, "an owner's")
+
+
+def model_in(name: str) -> str:
+    """Raises ConfigError."""
+    return name_in(name, "a model's")
 
 
 def namespace_in(data: bytes) -> NamespaceId:
@@ -139,7 +141,7 @@ def spec_in(message: control.OpenNamespaceRequest) -> NamespaceSpec:
     except ValueError as error:
         raise ConfigError(f"layout: {error}") from None
     return NamespaceSpec(
-        message.model_id,
+        model_in(message.model_id),
         shape,
         fixed(message.tokenizer_digest, _DIGEST, "tokenizer_digest"),
         fixed(message.adapter_digest, _DIGEST, "adapter_digest"),
@@ -217,6 +219,30 @@ def match_result_in(message: control.MatchResponse) -> MatchResult:
     )
 
 
+def begin_out(
+    namespace: NamespaceId,
+    epoch: Epoch,
+    quality: Quality,
+    offers: Sequence[BlockOffer],
+    owner: str,
+    lease_s: float,
+    request_id: bytes,
+) -> control.BeginRequest:
+    return control.BeginRequest(
+        namespace_id=namespace,
+        epoch=epoch_out(epoch),
+        quality=int(quality),
+        keys=b"".join(o.key for o in offers),
+        parents=b"".join(o.parent for o in offers),
+        placements=b"".join(o.placement for o in offers),
+        chain_indexes=[o.chain_index for o in offers],
+        nbytes=[o.nbytes for o in offers],
+        owner=owner,
+        lease_ms=lease_ms(lease_s),
+        request_id=request_id,
+    )
+
+
 def offers_in(message: control.BeginRequest) -> list[BlockOffer]:
     keys, parents = split_keys(message.keys), split_keys(message.parents)
     placements = split_keys(message.placements)
@@ -274,17 +300,3 @@ def topology_out(value: Topology) -> topology.Topology:
 def topology_in(message: topology.Topology) -> Topology:
     shards = (ShardEntry(ShardId(e.shard), e.address, e.weight) for e in message.shards)
     return Topology(message.version, tuple(shards))
-
-
-def error_in(error: grpc.aio.AioRpcError, shard: str) -> KVStrataError:
-    """The error the server raised, or what the transport itself says of the peer."""
-    named = dict(error.trailing_metadata() or ()).get(ERROR_METADATA, "")
-    detail = error.details() or error.code().name
-    kind = ERRORS.get(str(named))
-    if kind is not None:
-        return kind(detail)
-    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return DeadlineExceeded(f"shard {shard} did not answer in time")
-    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:  # of gRPC's own bounds
-        return OverLimit(f"shard {shard}: {detail}")
-    return Unavailable(f"shard {shard}: {detail}")

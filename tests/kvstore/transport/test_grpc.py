@@ -212,14 +212,24 @@ async def test_any_lease_fits_the_wire(transport: GrpcTransport, lease_s: float)
     assert await transport.renew([], lease_s, timeout_s=TIMEOUT) == []
 
 
-async def test_a_bound_of_grpcs_own_is_over_limit_and_not_a_dead_shard() -> None:
-    server = ShardServer(new_driver(), ServerConfig(concurrent_calls_max=1))
+async def test_a_bound_of_grpcs_own_is_over_limit_and_not_a_dead_shard(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = new_driver()
+    at_once, answers = 3, asyncio.Event()
+
+    async def stall(*, timeout_s: float) -> ShardHello:
+        await answers.wait()
+        return ShardHello(driver.shard, Incarnation(7), 1, 1)
+
+    monkeypatch.setattr(driver, "hello", stall)
+    server = ShardServer(driver, ServerConfig(concurrent_calls_max=1, pipelines_max=1, watches_max=1))
     transport = GrpcTransport(ShardId("shard-0"), await server.start())
-    answers = await asyncio.gather(
-        *(transport.hello(timeout_s=TIMEOUT) for _ in range(50)), return_exceptions=True
-    )
-    assert {type(a) for a in answers} <= {ShardHello, OverLimit}
-    assert OverLimit in {type(a) for a in answers}
+    calls = [asyncio.ensure_future(transport.hello(timeout_s=TIMEOUT)) for _ in range(at_once + 4)]
+    refused, _ = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
+    answers.set()
+    assert {type(call.exception()) for call in refused} == {OverLimit}
+    await asyncio.gather(*calls, return_exceptions=True)
     await transport.close()
     await server.stop(0)
 
