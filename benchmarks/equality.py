@@ -34,7 +34,8 @@ from engine.types import GenerationRequest, SamplingParams  # noqa: E402
 from engine.worker import EngineThread  # noqa: E402
 from engine.worker_config import WorkerConfig  # noqa: E402
 from kvstore.client import StoreClient  # noqa: E402
-from kvstore.driver import DriverConfig, ShardDriver  # noqa: E402
+from kvstore.driver import ShardDriver  # noqa: E402
+from kvstore.driver_config import DriverConfig  # noqa: E402
 from kvstore.nouns import ShardId  # noqa: E402
 from kvstore.tiers.host import HostTier  # noqa: E402
 from kvstore.topology import Topology  # noqa: E402

@@ -22,7 +22,8 @@ import numpy as np
 
 from kvstore.answers import PublishBlock, VerifiedBlock
 from kvstore.client import StoreClient
-from kvstore.driver import DriverConfig, ShardDriver
+from kvstore.driver import ShardDriver
+from kvstore.driver_config import DriverConfig
 from kvstore.hashing import KeyChain
 from kvstore.memory import keep_freed_buffers
 from kvstore.nouns import Epoch, KVLayout, NamespaceSpec, Quality, ShardId, WeightsDigest

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, m
 
 from kvstore.access import Tenant
 from kvstore.core.state import CoreLimits
-from kvstore.driver import DriverConfig
+from kvstore.driver_config import DriverConfig
 from kvstore.errors import ConfigError
 from kvstore.nouns import ShardId
 from kvstore.policies import POLICIES

@@ -13,11 +13,8 @@ never other data. After `close` every call raises Unavailable.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
-import secrets
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Final, TypeVar
 
 import structlog
@@ -25,9 +22,10 @@ import structlog
 from kvstore.arrival import arrive, is_intact
 from kvstore.clock import Clock, MonotonicClock
 from kvstore.core.shard import ShardCore
-from kvstore.core.state import CoreConfig, CoreLimits, Namespace, Offer
+from kvstore.core.state import Namespace, Offer
 from kvstore.core.transactions import Txn
 from kvstore.core.versions import State, Version
+from kvstore.driver_config import DriverConfig
 from kvstore.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -45,7 +43,6 @@ from kvstore.nouns import (
     Epoch,
     EpochPolicy,
     EpochsOfModel,
-    Incarnation,
     LeaseId,
     MissReason,
     NamespaceId,
@@ -58,7 +55,7 @@ from kvstore.nouns import (
     TxnId,
 )
 from kvstore.policies import POLICIES
-from kvstore.tiers.base import Breakable, Place, TierStorage
+from kvstore.tiers.base import Breakable, TierStorage
 from kvstore.tiers.copying import beside_the_loop
 from kvstore.transport.base import (
     WIRE_VERSION,
@@ -74,48 +71,14 @@ from kvstore.transport.base import (
     TxnOpened,
     WatchBatch,
 )
+from kvstore.upkeep import Upkeep, place_of
 from kvstore.watching import Watchers
 
 log = structlog.get_logger(__name__)
 
 DISK_VERSION: Final = 1
-SWEEP_SLOTS: Final = 16  # looked at between two turns of the event loop: at most about 0.1 ms
-SWEEPS_A_TICK: Final = 2_048
 
 Answer = TypeVar("Answer")
-
-
-def new_incarnation() -> Incarnation:
-    return Incarnation(secrets.randbits(64))
-
-
-@dataclass(frozen=True, slots=True)
-class DriverConfig:
-    shard: ShardId
-    capacity_nbytes: int
-    cluster_secret: bytes = field(repr=False)
-    incarnation: Incarnation = field(default_factory=new_incarnation)
-    limits: CoreLimits = field(default_factory=CoreLimits)
-    quotas: Mapping[str, int] = field(default_factory=dict)  # bytes a tenant may hold here, by its name
-    policy: str = "lru"
-    reap_interval_s: float = 0.5
-    faults: bool = False  # allows flip_stored_byte: tests and the demo's negative control
-
-    def core(self) -> CoreConfig:
-        return CoreConfig(
-            self.shard, self.incarnation, self.capacity_nbytes, self.limits, self.quotas, self.cluster_secret
-        )
-
-    def __post_init__(self) -> None:
-        if len(self.cluster_secret) < 16:
-            raise ConfigError("the cluster secret needs at least 16 bytes: it keys every namespace id")
-        if self.reap_interval_s > self.limits.pause_s / 2:
-            raise ConfigError(
-                f"a tick of {self.reap_interval_s} s would look like a pause of the shard, no lease would "
-                f"ever end: reap_interval_s must be at most {self.limits.pause_s / 2}"
-            )
-        if self.policy not in POLICIES:
-            raise ConfigError(f"policy {self.policy!r} is unknown: use one of {sorted(POLICIES)}")
 
 
 class ShardDriver:
@@ -125,7 +88,7 @@ class ShardDriver:
         self._watchers = Watchers(self.core)
         self.storage = self._storage = storage
         self._clock = clock or MonotonicClock()
-        self._reaper: asyncio.Task[None] | None = None
+        self._upkeep = Upkeep(config, self.core, storage, self._clock, self._watchers)
         self._closed = False
 
     @property
@@ -133,38 +96,27 @@ class ShardDriver:
         return self.config.shard
 
     async def start(self) -> None:
-        """Start the reaper: expired leases are freed from here on, traffic or none."""
-        if self._reaper is None:
-            self._reaper = asyncio.create_task(self._reap_forever(), name=f"reaper-{self.shard}")
+        """From here on the shard does by itself what it owes nobody in particular: see upkeep.py."""
+        self._upkeep.start()
 
     async def close(self) -> None:
         self._closed = True
-        if self._reaper is not None:
-            self._reaper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._reaper
-            self._reaper = None
+        await self._upkeep.stop()
 
     def reap(self) -> None:
         """Free what expired. `start` has it called regularly."""
-        expired = self.core.reap(self._clock.now())
-        self._discard_freed()
-        if expired:
-            log.info("leases expired", shard=self.shard, leases=expired)
+        self._upkeep.reap()
 
     async def tick(self) -> None:
         """What `start` has done regularly: free what expired, and a bounded part of what was deleted."""
-        self.reap()
-        for _ in range(SWEEPS_A_TICK):
-            if not await self._sweep():
-                break
+        await self._upkeep.tick()
 
     def check_integrity(self) -> None:
         """The core's conservation check, and that storage holds just what the core knows to be written.
 
         Raises AssertionError. Storage can only be compared while no write is on its way.
         """
-        self._discard_freed()
+        self._upkeep.settle()
         self.core.check_integrity()
         written = sum(version.nbytes for version in self.core.index.rows() if version.written)
         assert self._storage.nbytes() == written, f"{self._storage.nbytes()} bytes stored, {written} written"
@@ -187,7 +139,7 @@ class ShardDriver:
         self, model_id: str, number: int, policy: EpochPolicy = ISOLATE, *, timeout_s: float
     ) -> Revision:
         revision = self._serving().advance_epoch(model_id, number, policy)
-        self._discard_freed()
+        self._upkeep.settle()
         return revision
 
     async def epochs(self, model_id: str, *, timeout_s: float) -> EpochsOfModel:
@@ -229,7 +181,7 @@ class ShardDriver:
 
     async def release(self, leases: Sequence[LeaseId], *, timeout_s: float) -> None:
         self._serving().release(leases)
-        self._discard_freed()
+        self._upkeep.settle()
 
     async def begin(
         self,
@@ -246,7 +198,7 @@ class ShardDriver:
         asked = [Offer(o.key, o.parent, o.chain_index, o.placement, o.nbytes) for o in offers]
         now = self._clock.now()
         txn = self._serving().begin(namespace, epoch, quality, asked, owner, lease_s, request_id, now)
-        self._discard_freed()
+        self._upkeep.settle()
         return TxnOpened(txn.id, tuple(txn.refusals))
 
     async def write(
@@ -256,13 +208,13 @@ class ShardDriver:
 
     async def commit(self, txn: TxnId, pin_for_s: float | None, *, timeout_s: float) -> CommitResult:
         answer = self._serving().commit(txn, pin_for_s, self._clock.now())
-        self._discard_freed()
+        self._upkeep.settle()
         revision = Revision(self.config.incarnation, answer.revision)
         return CommitResult(revision, self.core.blocks(answer), answer.lease)
 
     async def abort(self, txn: TxnId, *, timeout_s: float) -> None:
         self._serving().abort(txn)
-        self._discard_freed()
+        self._upkeep.settle()
 
     async def report(self, namespace: NamespaceId, refs: Sequence[BlockRef], *, timeout_s: float) -> int:
         """Check our own copy of what a reader found corrupt; retire what really is."""
@@ -283,7 +235,7 @@ class ShardDriver:
 
     async def purge(self, scope: Purge, *, timeout_s: float) -> Purged:
         """Invisible at once, durable and (but for what is pinned) freed when this returns."""
-        return await self._within(self._purge(scope), timeout_s, "purge")
+        return await self._within(self._upkeep.purge(scope, self._serving()), timeout_s, "purge")
 
     async def compact(self, revision: Revision, *, timeout_s: float) -> Revision:
         return self._serving().compact(revision)
@@ -316,7 +268,7 @@ class ShardDriver:
         if victim is None:
             return None
         middle = (HEADER_NBYTES + victim.nbytes) // 2
-        return victim.key if self._storage.flip_byte(_place(victim.ref), middle) else None
+        return victim.key if self._storage.flip_byte(place_of(victim.ref), middle) else None
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -343,7 +295,7 @@ class ShardDriver:
         if isinstance(version, MissReason):
             return version
         try:
-            copy = await self._storage.read(_place(ref))
+            copy = await self._storage.read(place_of(ref))
         except OSError as error:
             self._count_fault("read", error)
             return MissReason.SHARD_UNAVAILABLE
@@ -352,7 +304,7 @@ class ShardDriver:
             return again
         if copy is None:  # storage lost it: out of sight, so that it can be written again
             self.core.report(again)
-            self._discard_freed()
+            self._upkeep.settle()
             return self.core.missed(MissReason.ABSENT)
         return copy
 
@@ -371,7 +323,7 @@ class ShardDriver:
         if version is None or version.written:
             return txn.refused.get(index)  # why it was not granted; None for a frame that is here already
         refusal, frame = await self._verified_copy(txn, version, header, payload)
-        place = _place(version.ref)
+        place = place_of(version.ref)
         try:
             if refusal is None:
                 await self._storage.write(place, frame)
@@ -385,7 +337,7 @@ class ShardDriver:
             if self.core.index.at(place.slot, place.generation) is None:
                 self._storage.discard(place)
             raise
-        self._discard_freed()
+        self._upkeep.settle()
         return refusal
 
     async def _verified_copy(
@@ -418,49 +370,12 @@ class ShardDriver:
             if not intact and version.state is State.LIVE:
                 self.core.report(version)
                 retired += 1
-        self._discard_freed()
+        self._upkeep.settle()
         return retired
 
     def _count_fault(self, what: str, error: OSError) -> None:
         self.core.counters[f"storage_error:{what}"] += 1
         log.warning("storage failed", shard=self.shard, what=what, error=str(error))
-
-    def _discard_freed(self) -> None:
-        """Runs in the same loop step as the freeing, so that nothing of a freed slot is left behind.
-
-        Whatever frees may have changed what watchers see: they are told."""
-        for ref in self.core.index.freed:
-            self._storage.discard(_place(ref))
-        self.core.index.freed.clear()
-        self._watchers.wake()
-
-    async def _purge(self, scope: Purge) -> Purged:
-        core = self._serving()
-        versions, nbytes = core.purge(scope.namespace, scope.keys, scope.epoch)
-        revision = Revision(self.config.incarnation, core.revision)
-        before = core.counters["swept"], core.counters["swept_nbytes"]
-        self._discard_freed()
-        while await self._sweep():
-            pass
-        await self._storage.sync()
-        versions += core.counters["swept"] - before[0]
-        return Purged(revision, versions, nbytes + core.counters["swept_nbytes"] - before[1])
-
-    async def _sweep(self) -> int:
-        """One slice; then whoever waits has a turn. How many slots are still to be looked at."""
-        left = self.core.sweep(SWEEP_SLOTS)
-        self._discard_freed()
-        await asyncio.sleep(0)
-        return left
-
-    async def _reap_forever(self) -> None:
-        while True:
-            await asyncio.sleep(self.config.reap_interval_s)
-            await self.tick()
-
-
-def _place(ref: BlockRef) -> Place:
-    return Place(ref.slot, ref.generation)
 
 
 def _namespace(spec: NamespaceSpec, tenant: str) -> Namespace:

@@ -10,7 +10,8 @@ from typing import Any
 from engine.engine import Engine
 from engine.types import StepResult, TailKV
 from kvstore.clock import Clock
-from kvstore.driver import DriverConfig, ShardDriver
+from kvstore.driver import ShardDriver
+from kvstore.driver_config import DriverConfig
 from kvstore.nouns import Refusal, ShardId
 from kvstore.tiers.host import HostTier
 from kvstore.transport.base import CommitResult, MatchResult, ReadItem, TxnOpened

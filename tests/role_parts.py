@@ -20,7 +20,8 @@ from engine.worker import EngineThread
 from engine.worker_config import RoleLimits, WorkerConfig
 from kvstore.client import StoreClient
 from kvstore.clock import Clock, ManualClock, MonotonicClock
-from kvstore.driver import DriverConfig, ShardDriver
+from kvstore.driver import ShardDriver
+from kvstore.driver_config import DriverConfig
 from kvstore.nouns import Quality, ShardId
 from kvstore.tiers.host import HostTier
 from kvstore.topology import Topology

@@ -15,7 +15,8 @@ from typing import IO, Any
 from cli.bench.figures import cpu_s
 from cli.bench.jsonlines import private_output, put
 from kvstore.core.state import CoreLimits
-from kvstore.driver import DriverConfig, ShardDriver
+from kvstore.driver import ShardDriver
+from kvstore.driver_config import DriverConfig
 from kvstore.memory import keep_freed_buffers
 from kvstore.nouns import ShardId
 from kvstore.server import ServerConfig, ShardServer

@@ -28,9 +28,9 @@ from cli.bench.oracle import Bytes, buffers, check
 from cli.bench.peers.start import PEERS, Peer
 from cli.bench.plan import KIB, SIZES, TIMEOUT_S, Plan
 from kvstore.client import StoreClient
-from kvstore.driver import SWEEP_SLOTS
 from kvstore.nouns import ShardId
 from kvstore.topology import ShardEntry, Topology
+from kvstore.upkeep import SWEEP_SLOTS
 
 GRPC: Final = "grpc"
 SHM: Final = "shm"

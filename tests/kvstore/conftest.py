@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import pytest
 
 from kvstore.client import StoreClient
-from kvstore.driver import DriverConfig, ShardDriver
+from kvstore.driver import ShardDriver
+from kvstore.driver_config import DriverConfig
 from kvstore.nouns import ShardId
 from kvstore.server import ServerConfig, ShardServer
 from kvstore.tiers.arena import ArenaTier

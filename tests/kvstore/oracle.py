@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from kvstore.driver import DriverConfig, ShardDriver
+from kvstore.driver import ShardDriver
+from kvstore.driver_config import DriverConfig
 from kvstore.frame import HEADER_NBYTES, decode_frame, encode_header
 from kvstore.hashing import KeyChain
 from kvstore.nouns import (

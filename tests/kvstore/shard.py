@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvstore.clock import ManualClock
-from kvstore.driver import DriverConfig, ShardDriver
+from kvstore.driver import ShardDriver
+from kvstore.driver_config import DriverConfig
 from kvstore.nouns import BlockKey, Incarnation, LeaseId, Snapshot
 from kvstore.tiers.host import HostTier
 from kvstore.transport.base import MatchResult
@@ -49,7 +50,7 @@ class Shard:
         for _ in range(int(seconds)):
             self.clock.advance(1.0)
             self.driver.core.reap(self.clock.now())
-        self.driver._discard_freed()
+        self.driver._upkeep.settle()
         self.driver.check_integrity()
 
 

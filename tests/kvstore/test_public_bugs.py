@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 
 from kvstore.core.state import CoreLimits
-from kvstore.driver import DriverConfig, ShardDriver
+from kvstore.driver import ShardDriver
+from kvstore.driver_config import DriverConfig
 from kvstore.errors import EpochConflict, LeaseExpired, NotFound
 from kvstore.lineage import Lineage
 from kvstore.nouns import BlockRef, Incarnation, MissReason, Quality, Refusal, Snapshot, WeightsDigest

@@ -9,7 +9,8 @@ import pytest
 
 from kvstore.answers import BlockMiss, PublishBlock
 from kvstore.client import StoreClient
-from kvstore.driver import DriverConfig, ShardDriver
+from kvstore.driver import ShardDriver
+from kvstore.driver_config import DriverConfig
 from kvstore.hashing import STRIPE_BLOCKS, KeyChain
 from kvstore.matching import place
 from kvstore.nouns import OFFERS_MAX, MissReason, PinnedBlock, Quality, Refusal, ShardId

@@ -27,7 +27,7 @@ from kvstore.core.spaces import Space
 from kvstore.core.state import Offer
 from kvstore.core.transactions import Txn
 from kvstore.core.versions import State, Versions
-from kvstore.driver import DriverConfig
+from kvstore.driver_config import DriverConfig
 from kvstore.frame import HEADER_NBYTES, decode_header
 from kvstore.lineage import Lineage
 from kvstore.nouns import BlockRef, EpochPolicy, LeaseId, MissReason, NamespaceId, Refusal, Snapshot

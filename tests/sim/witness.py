@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvstore.clock import Clock
-from kvstore.driver import DriverConfig, ShardDriver
+from kvstore.driver import ShardDriver
+from kvstore.driver_config import DriverConfig
 from kvstore.nouns import ISOLATE, BlockKey, Epoch, EpochPolicy, Incarnation, NamespaceId, Revision, ShardId
 from kvstore.tiers.base import TierStorage
 from kvstore.transport.base import Purge, Purged, TxnOpened
+from kvstore.upkeep import Upkeep
 from kvstore.watching import Watchers
 from tests.sim.writings import Broken
 
@@ -96,10 +98,20 @@ class Witness:
         return purged or any(self.policies[shard][-1].oldest > epoch for shard in shards)
 
 
+class SlowUpkeep(Upkeep):
+    async def _sweep(self) -> int:
+        """A few slots at a time, and time passes: much may happen before what is dead is freed."""
+        left = self._core.sweep(SWEEP_SLOTS)
+        self.settle()
+        await asyncio.sleep(0.01 if left else 0.0)
+        return left
+
+
 class WitnessedDriver(ShardDriver):
     def __init__(self, config: DriverConfig, storage: TierStorage, clock: Clock, witness: Witness) -> None:
         super().__init__(config, storage, clock)
         self._watchers = Watchers(self.core, WATCH_BATCH)
+        self._upkeep = SlowUpkeep(config, self.core, storage, clock, self._watchers)
         self._witness = witness
         witness.born(config.shard)
 
@@ -125,13 +137,6 @@ class WitnessedDriver(ShardDriver):
         self._witness.begun[self.config.incarnation, int(owner.rpartition("#")[2])] = self._witness.step()
         self.check_quotas(self.config.quotas)
         return opened
-
-    async def _sweep(self) -> int:
-        """A few slots at a time, and time passes: much may happen before what is dead is freed."""
-        left = self.core.sweep(SWEEP_SLOTS)
-        self._discard_freed()
-        await asyncio.sleep(0.01 if left else 0.0)
-        return left
 
     def check_quotas(self, quotas: Mapping[str, int]) -> None:
         """No tenant ever holds more than its share. Counted from the slots, not from the accounts."""

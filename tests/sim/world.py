@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from kvstore.core.state import CoreLimits
-from kvstore.driver import DriverConfig
+from kvstore.driver_config import DriverConfig
 from kvstore.hashing import KeyChain
 from kvstore.nouns import Incarnation, NamespaceId, ShardId
 from kvstore.publication import TXN_LEASE_S

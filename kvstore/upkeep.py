@@ -1,0 +1,97 @@
+"""What a shard does by itself: end leases, discard what was freed, sweep what was deleted, wake watchers.
+
+Everything here runs on the driver's event loop in small steps. A shard that is stopped with SIGSTOP does
+none of it, and ends no lease of its own pause.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Final
+
+import structlog
+
+from kvstore.clock import Clock
+from kvstore.core.shard import ShardCore
+from kvstore.driver_config import DriverConfig
+from kvstore.nouns import BlockRef, Revision
+from kvstore.tiers.base import Place, TierStorage
+from kvstore.transport.base import Purge, Purged
+from kvstore.watching import Watchers
+
+log = structlog.get_logger(__name__)
+
+SWEEP_SLOTS: Final = 16  # looked at between two turns of the event loop: at most about 0.1 ms
+SWEEPS_A_TICK: Final = 2_048
+
+
+def place_of(ref: BlockRef) -> Place:
+    return Place(ref.slot, ref.generation)
+
+
+class Upkeep:
+    def __init__(
+        self, config: DriverConfig, core: ShardCore, storage: TierStorage, clock: Clock, watchers: Watchers
+    ) -> None:
+        self._config = config
+        self._core = core
+        self._storage = storage
+        self._clock = clock
+        self._watchers = watchers
+        self._ticking: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        if self._ticking is None:
+            self._ticking = asyncio.create_task(self._tick_forever(), name=f"upkeep-{self._config.shard}")
+
+    async def stop(self) -> None:
+        if self._ticking is not None:
+            self._ticking.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._ticking
+            self._ticking = None
+
+    def settle(self) -> None:
+        """After whatever may have freed slots, in the same loop step: nothing of a freed one is left behind,
+        and watchers are told."""
+        for ref in self._core.index.freed:
+            self._storage.discard(place_of(ref))
+        self._core.index.freed.clear()
+        self._watchers.wake()
+
+    def reap(self) -> None:
+        expired = self._core.reap(self._clock.now())
+        self.settle()
+        if expired:
+            log.info("leases expired", shard=self._config.shard, leases=expired)
+
+    async def tick(self) -> None:
+        self.reap()
+        for _ in range(SWEEPS_A_TICK):
+            if not await self._sweep():
+                break
+
+    async def purge(self, scope: Purge, core: ShardCore) -> Purged:
+        """Delete, sweep, and sync. What was freed meanwhile by another purge is counted here too."""
+        versions, nbytes = core.purge(scope.namespace, scope.keys, scope.epoch)
+        revision = Revision(self._config.incarnation, core.revision)
+        before = core.counters["swept"], core.counters["swept_nbytes"]
+        self.settle()
+        while await self._sweep():
+            pass
+        await self._storage.sync()
+        versions += core.counters["swept"] - before[0]
+        return Purged(revision, versions, nbytes + core.counters["swept_nbytes"] - before[1])
+
+    async def _sweep(self) -> int:
+        """One slice; then whoever waits has a turn. How many slots are still to be looked at."""
+        left = self._core.sweep(SWEEP_SLOTS)
+        self.settle()
+        await asyncio.sleep(0)
+        return left
+
+    async def _tick_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.reap_interval_s)
+            await self.tick()
