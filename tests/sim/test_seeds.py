@@ -7,11 +7,13 @@ python -m tests.sim.test_seeds 17                one seed again, and what it met
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import structlog
@@ -20,20 +22,27 @@ from tests.house.sources import REPO
 from tests.sim.world import STEPS, Report, run_seed
 
 SEEDS = 1000
+PROCESSES = 2
 FAULTS = ("lost request", "lost answer", "twice", "late", "crash")
+
+
+def silence() -> None:
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
 
 
 @pytest.fixture(autouse=True)
 def silent() -> Iterator[None]:
     """A world that goes wrong on purpose has much to say."""
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    silence()
     yield
     structlog.reset_defaults()
 
 
 @pytest.mark.timeout(600)
 def test_every_seed_keeps_every_promise(capsys: pytest.CaptureFixture[str]) -> None:
-    reports = [run_seed(seed) for seed in range(SEEDS)]
+    apart = multiprocessing.get_context("spawn")  # a seed is the same history in any process
+    with ProcessPoolExecutor(PROCESSES, mp_context=apart, initializer=silence) as pool:
+        reports = list(pool.map(run_seed, range(SEEDS), chunksize=20))
     met: Counter[tuple[str, str]] = Counter()
     for report in reports:
         met.update(report.faults)
@@ -85,6 +94,6 @@ def summary(reports: list[Report], met: Counter[tuple[str, str]]) -> str:
 
 
 if __name__ == "__main__":
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    silence()
     for number in sys.argv[1:]:
         print(run_seed(int(number)))

@@ -47,6 +47,8 @@ STEPS = (
     "abort", "list", "watch", "purge", "compact",
 )  # fmt: skip
 """The calls of the protocol: what faults are to meet."""
+DOOMED = (*STEPS, "abort", "abort", "compact", "compact", "compact")
+"""Calls that a host is to crash at: the rarer ones more often."""
 
 
 class SimTier(HostTier):
@@ -156,7 +158,7 @@ class World:
                 if self.rng.random() < 0.5:
                     host.crash()
                 else:
-                    host.doom = self.rng.choice(STEPS)
+                    host.doom = self.rng.choice(DOOMED)
             elif self.rng.random() < 0.5:
                 self.network.met["pause", "host"] += 1
                 host.pause()
