@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -155,8 +155,9 @@ class NamespaceOwners:
             raise PermissionDenied(f"namespace {namespace.hex()} is not tenant {caller.tenant}'s")
 
 
-def authorization_in(metadata: Mapping[str, str | bytes]) -> str:
-    shown = metadata.get("authorization", "")
+def text_in(metadata: Iterable[tuple[str, str | bytes]] | None, name: str) -> str:
+    """One entry of a call's metadata, the last of that name; empty where there is none."""
+    shown = dict(metadata or ()).get(name, "")
     return shown if isinstance(shown, str) else shown.decode("utf-8", "replace")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from kvstore.access import Callers, Tenant, authorization_in
+from kvstore.access import Callers, Tenant, text_in
 from kvstore.errors import ConfigError, Unauthenticated
 from kvstore.tls import TlsFiles
 from kvstore.topology import Topology
@@ -166,7 +166,7 @@ class _CallerCheck(grpc.aio.ServerInterceptor):
     ) -> Any:
         if details.method.startswith("/grpc.health.v1.Health/"):
             return await continuation(details)
-        shown = authorization_in(dict(details.invocation_metadata or ()))
+        shown = text_in(details.invocation_metadata, "authorization")
         by_certificate = not shown and self._callers.take_certificates
         if by_certificate or self._callers.by_token(shown) is not None:
             return await continuation(details)

@@ -1,11 +1,11 @@
 """Many small calls over one open stream: half of what a call of its own costs (benchmarks/latency.py).
 
-    GrpcTransport --call()--> outbox --writer task--> stream --> shard
+    GrpcTransport --call()--> outbox --Begun, writer task--> stream --> shard
                   <--future-- waiting, by id <--reader task-- stream <--
 
 A call ends by its answer, its own deadline, its caller's cancellation, or the stream's end, which all calls
-under way share; the next call opens a new one. Callers never touch the stream: gRPC ends a stream whose
-writer is cancelled, and one caller's cancellation must harm no other.
+under way share; the next call opens a new one. A caller may begin a message, never wait for it: gRPC ends a
+stream whose writer is cancelled, and one caller's cancellation must harm no other.
 
 At most IN_FLIGHT_MAX calls are under way; more wait their turn within their deadlines. The answer of a call
 that nobody waits for any more is given to its `late`, so that what it granted can be given back.
@@ -25,6 +25,7 @@ from google.protobuf.message import DecodeError
 from kvstore import trace
 from kvstore.errors import DeadlineExceeded, KVStrataError, OverLimit, Unavailable
 from kvstore.transport.grpc import faults, methods
+from kvstore.transport.grpc.begun import Begun
 from kvstore.transport.grpc.options import MESSAGE_NBYTES_MAX
 from kvstore.v1 import control_pb2 as control
 
@@ -120,7 +121,8 @@ class _Stream:
         self._waiting: dict[int, asyncio.Future[bytes]] = {}
         self._late: OrderedDict[int, Late] = OrderedDict()
         self._outbox: deque[bytes] = deque()
-        self._posted = asyncio.Event()
+        self._sending: Begun[None] | None = None  # the writer task's, once begun
+        self._sent = asyncio.Event()
         self._tasks = [asyncio.create_task(self._write()), asyncio.create_task(self._read())]
 
     def send(self, number: int, call: bytes) -> asyncio.Future[bytes]:
@@ -135,8 +137,20 @@ class _Stream:
         return answer
 
     def post(self, call: bytes) -> None:
+        """Sent at once where no other message is on its way, else with the next."""
         self._outbox.append(call)
-        self._posted.set()
+        if self._sending is None:
+            self._send_next()
+
+    def _send_next(self) -> None:
+        while self._outbox and self._sending is None:
+            try:
+                self._sending = Begun(self._call.write(self._next_message()))
+            except StopIteration:
+                continue
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                return  # the stream is over: the reader is told why
+        self._sent.set()
 
     def expire(self, number: int) -> None:
         answer = self._waiting.get(number)
@@ -155,14 +169,18 @@ class _Stream:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _write(self) -> None:
+        """Sees every message to its end, and sends what has gathered meanwhile."""
         while True:
-            while self._outbox:
+            await self._sent.wait()
+            self._sent.clear()
+            if self._sending is not None:
                 try:
-                    await self._call.write(self._next_message())
+                    await self._sending
                 except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                     return  # the stream is over: the reader is told why
-            self._posted.clear()
-            await self._posted.wait()
+            self._sending = None
+            if self._outbox:
+                self._send_next()
 
     def _next_message(self) -> bytes:
         """All that is at hand, within bounds: under load, messages cost more than calls."""

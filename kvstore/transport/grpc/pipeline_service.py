@@ -9,8 +9,7 @@ ends the stream but a message that is none, since nobody could be told which cal
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
-from functools import partial
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final
 
 import grpc
@@ -21,6 +20,7 @@ from kvstore import trace
 from kvstore.access import Caller
 from kvstore.errors import ConfigError, DeadlineExceeded, KVStrataError, OverLimit, WireVersionMismatch
 from kvstore.transport.grpc import faults
+from kvstore.transport.grpc.begun import Begun
 from kvstore.transport.grpc.calls import TIMEOUT_S_MAX, Context
 from kvstore.transport.grpc.control_service import Call, Served
 from kvstore.v1 import control_pb2 as control
@@ -108,7 +108,7 @@ class PipelineStream:
             )
         timeout_s = min(asked.timeout_ms / 1000 or TIMEOUT_S_MAX, TIMEOUT_S_MAX)
         work = served.answer(asked.request, Call(self._caller, timeout_s, self._admin))
-        begun: Begun | None = None
+        begun: Begun[bytes] | None = None
         if not served.waits and not asked.traceparent:
             try:
                 begun = Begun(work)
@@ -160,31 +160,6 @@ class PipelineStream:
             await self._context.write(message)
         except grpc.aio.InternalError:
             self._peer_left = True  # the next read says so too
-
-
-class Begun:
-    """A coroutine that took its first step where it was made, because most need no other: then making this
-    raises StopIteration with the answer, or the error. One that waits after all goes on in whatever awaits
-    this. (Python 3.12 has it as eager tasks.) Until its first wait it must not ask which task it runs in."""
-
-    def __init__(self, work: Coroutine[Any, Any, bytes]) -> None:
-        self._work = work
-        self._first = work.send(None)
-
-    def __await__(self) -> Generator[Any, Any, bytes]:
-        waits_for = self._first
-        while True:
-            try:
-                value = yield waits_for
-            except BaseException as error:  # a cancellation, most of all: it is the work's to handle
-                step = partial(self._work.throw, error)
-            else:
-                step = partial(self._work.send, value)
-            try:
-                waits_for = step()
-            except StopIteration as answered:
-                answer: bytes = answered.value
-                return answer
 
 
 def _failed(asked: control.PipelineCall, error: KVStrataError) -> control.PipelineAnswer:

@@ -17,7 +17,7 @@ import grpc
 import structlog
 
 from kvstore import trace
-from kvstore.access import TRUSTED, Caller, Callers, NamespaceOwners, authorization_in
+from kvstore.access import TRUSTED, Caller, Callers, NamespaceOwners, text_in
 from kvstore.errors import (
     KVStrataError,
     OverLimit,
@@ -163,12 +163,14 @@ class ShardService:
             self._waiting -= 1
 
     async def _guarded(self, context: Context, work: Work, *, admin: bool = False) -> Any:
-        """Find out who calls, bind the trace, and end the call as errors.py's tree says."""
-        metadata = dict(context.invocation_metadata() or ())
-        traced = trace.checked(str(metadata.get(trace.TRACE_METADATA, "")))
+        """Find out who calls, bind the trace, and end the call as errors.py's tree says.
+
+        Loggers print the locals of a traceback's frames: no token may be one of them here.
+        """
+        traced = trace.checked(_metadata_of(context, trace.TRACE_METADATA))
         with structlog.contextvars.bound_contextvars(**({"traceparent": traced} if traced else {})):
             try:
-                return await work(Call(self._caller(context, metadata, admin), left(context), admin))
+                return await work(Call(self._caller(context, admin), left(context), admin))
             except KVStrataError as error:
                 code = grpc.StatusCode[type(error).status]
                 return await context.abort(code, str(error), faults.metadata_of(error))
@@ -178,9 +180,9 @@ class ShardService:
                 log.exception("a call failed")
                 return await context.abort(grpc.StatusCode.INTERNAL, faults.INTERNAL_DETAIL)
 
-    def _caller(self, context: Context, metadata: dict[str, Any], admin: bool) -> Caller:
+    def _caller(self, context: Context, admin: bool) -> Caller:
         names = peer_names(context.auth_context()) if self._callers.take_certificates else ()
-        caller = self._callers.identify(authorization_in(metadata), names)
+        caller = self._callers.identify(_metadata_of(context, "authorization"), names)
         if admin and caller != TRUSTED:
             raise PermissionDenied("this is the admin's port: show the cluster's token")
         return caller
@@ -196,3 +198,8 @@ class ShardService:
 
     async def _checked_write(self, chunks: AsyncIterator[bulk.WriteChunk], context: Context) -> Any:
         return await self._guarded(context, lambda _: self.blocks.write(chunks, context))
+
+
+def _metadata_of(context: Context, name: str) -> str:
+    """One entry of the call's metadata; empty where there is none."""
+    return text_in(context.invocation_metadata(), name)

@@ -8,6 +8,7 @@ watches) is in wire_history.py, errors in faults.py.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from typing import Final
 
@@ -44,6 +45,7 @@ from kvstore.transport.base import (
 from kvstore.v1 import control_pb2 as control
 from kvstore.v1 import topology_pb2 as topology
 
+_KEYS: Final = struct.Struct(f"{KEY_NBYTES}s")
 _DIGEST: Final = WEIGHTS_DIGEST_NBYTES
 _LEASE_S_MAX: Final = 86_400.0
 _NAME_CHARS_MAX: Final = 256
@@ -59,7 +61,7 @@ def fixed(data: bytes, nbytes: int, what: str) -> bytes:
 def split_keys(data: bytes) -> list[BlockKey]:
     if len(data) % KEY_NBYTES:
         raise ConfigError(f"a key column of {len(data)} bytes is not a multiple of {KEY_NBYTES}")
-    return [BlockKey(data[i : i + KEY_NBYTES]) for i in range(0, len(data), KEY_NBYTES)]
+    return [key for (key,) in _KEYS.iter_unpack(data)]
 
 
 def name_in(name: str, what: str) -> str:

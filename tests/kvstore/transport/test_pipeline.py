@@ -13,8 +13,8 @@ from kvstore.errors import DeadlineExceeded, OverLimit, Unavailable, WireVersion
 from kvstore.nouns import Snapshot
 from kvstore.transport.base import MatchResult, ShardStatus
 from kvstore.transport.grpc import methods, pipeline_client
+from kvstore.transport.grpc.begun import Begun
 from kvstore.transport.grpc.client import GrpcTransport
-from kvstore.transport.grpc.pipeline_service import Begun
 from kvstore.v1 import control_pb2 as control
 from tests.kvstore.conftest import Served
 from tests.kvstore.oracle import SPEC, TIMEOUT, chain, epoch, put
@@ -272,5 +272,5 @@ async def test_a_begun_coroutine_can_be_cancelled() -> None:
     assert ended.is_set()
 
 
-async def _awaited(begun: Begun) -> bytes:
+async def _awaited(begun: Begun[bytes]) -> bytes:
     return await begun

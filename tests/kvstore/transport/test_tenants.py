@@ -32,6 +32,7 @@ from tests.kvstore.oracle import SPEC, TIMEOUT, chain, epoch, new_driver, offer,
 
 E1 = epoch(1)
 SHARD = ShardId("shard-0")
+CLUSTER = "cluster's token"
 TENANTS = (
     Tenant("alice", "alice's token", "alice.example"),
     Tenant("bob", "bob's token", "bob.example", may_bind_epochs=True),
@@ -202,6 +203,26 @@ async def test_health_is_told_on_both_ports_and_turns_while_draining(world: Worl
         await channel.close()
     serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
     assert checks == {"all": [serving, not_serving], "admin": [serving, not_serving]}
+
+
+async def test_a_token_is_in_no_log_whatever_fails(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Console logs show the locals of every frame of a traceback."""
+
+    async def fail(*_: object, **__: object) -> Any:
+        raise RuntimeError("a bug of ours")
+
+    cluster = world.caller(CLUSTER)
+    await cluster.hello(timeout_s=TIMEOUT)
+    monkeypatch.setattr(world.driver, "status", fail)
+    monkeypatch.setattr(world.driver, "hello", fail)
+    for call in (cluster.status(timeout_s=TIMEOUT), cluster.hello(timeout_s=TIMEOUT)):
+        with pytest.raises(Unavailable, match="see its log"):
+            await call
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("a bug of ours") >= 2
+    assert CLUSTER not in said.out + said.err
 
 
 @pytest.mark.parametrize(
