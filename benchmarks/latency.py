@@ -44,7 +44,8 @@ def serve(pipe: multiprocessing.connection.Connection, polling: bool) -> None:
     asked_to_poll(polling)
     import grpc
 
-    from kvstore.driver import DriverConfig, ShardDriver
+    from kvstore.driver import ShardDriver
+    from kvstore.driver_config import DriverConfig
     from kvstore.nouns import ShardId
     from kvstore.server import ServerConfig, ShardServer
     from kvstore.tiers.host import HostTier

@@ -10,7 +10,8 @@ from typing import Any
 
 from kvstore.answers import PublishBlock
 from kvstore.client import StoreClient
-from kvstore.driver import DriverConfig, ShardDriver
+from kvstore.driver import ShardDriver
+from kvstore.driver_config import DriverConfig
 from kvstore.hashing import KeyChain
 from kvstore.nouns import (
     BlockKey,
