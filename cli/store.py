@@ -23,7 +23,7 @@ _SIZE: Final = re.compile(r"([0-9][0-9_]*)\s*([a-z]*)")
 
 
 def store(
-    config: Annotated[Path | None, typer.Argument(help="TOML file; its [store] section counts.")] = None,
+    config: Annotated[Path | None, typer.Argument(help="TOML file; its store section counts.")] = None,
     name: Annotated[
         str, typer.Option(help="What other commands call it; its files lie under it.")
     ] = "default",
@@ -52,7 +52,7 @@ def store(
     ] = None,
     secret_file: Annotated[
         Path | None,
-        typer.Option(help="File with the cluster's secret, the same on every host of one store."),
+        typer.Option(help="File with the cluster's secret. Made and kept unless given."),
     ] = None,
     drain: Annotated[
         float, typer.Option(min=0, help="Seconds for running calls to finish at the end.")
@@ -131,7 +131,7 @@ async def _serve(start: ProcessesStart, folder: StoreFolder, token_file: Path, j
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(signum, stop, signum)
     processes = ShardProcesses(start, note, changed)
-    note(f"starting {start.store.shards} shards")
+    note(f"starting {_counted(start.store.shards)}")
     try:
         if await _unless(asked, processes.start()):
             _announce(StoreFile.read(folder.file), folder.file, start.store, json_out)
@@ -169,7 +169,7 @@ def _announce(running: Any, file: Path, settings: StoreConfig, json_out: bool) -
         return
     at = "" if running.name == "default" else f'"{running.name}"'
     flag = "" if running.name == "default" else f" --store {running.name}"
-    print(f"\nstore {running.name}: {len(running.shards)} shards of {_worded(settings.capacity_nbytes)}")
+    print(f"\nstore {running.name}: {_counted(len(running.shards))} of {_worded(settings.capacity_nbytes)}")
     for shard in running.shards:
         print(f"  {shard.shard}  {shard.address}  (admin {shard.admin})")
     print(f"  token    {running.token_file}")
@@ -223,6 +223,10 @@ def _nbytes(text: str) -> int:
     if found is None or found[2] not in _UNITS:
         raise ConfigError(f"--capacity {text}: give 4GiB, 512MiB or a number of bytes")
     return int(found[1]) * _UNITS[found[2]]
+
+
+def _counted(shards: int) -> str:
+    return "1 shard" if shards == 1 else f"{shards} shards"
 
 
 def _worded(nbytes: int) -> str:

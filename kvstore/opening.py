@@ -118,6 +118,6 @@ def _worded(error: KVStrataError, addresses: Sequence[str]) -> KVStrataError:
     if not isinstance(error, Unavailable):
         return error
     return Unavailable(
-        f"no store answers at {', '.join(addresses)}: is it running (`kvstrata store`), and are TLS and the "
-        f"address as it says? ({str(error).removeprefix('shard : ')})"
+        f"no store answers at {', '.join(addresses)}: is it running (`kvstrata store`), and are the "
+        f"address and TLS as it says? ({str(error).removeprefix('shard : ')})"
     )
