@@ -11,8 +11,11 @@ import typer
 from cli.bench.command import bench
 from cli.chat import chat
 from cli.down import down
+from cli.epoch import epoch
 from cli.model import model
+from cli.purge import purge
 from cli.status import status
+from cli.store import store
 from cli.up import up
 
 __all__ = ["app", "main"]
@@ -45,6 +48,9 @@ app.command()(up)
 app.command()(down)
 app.command()(chat)
 app.command()(status)
+app.command()(store)
+app.command()(purge)
+app.add_typer(epoch, name="epoch")
 app.add_typer(model, name="model")
 app.add_typer(bench, name="bench")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from kvstore.lineage import Lineage
 from kvstore.nouns import (
     BlockKey,
     Epoch,
@@ -15,6 +17,7 @@ from kvstore.nouns import (
     Refusal,
     ShardId,
 )
+from kvstore.tensors import KVArray
 
 Leases = tuple[tuple[ShardId, LeaseId], ...]
 
@@ -61,3 +64,34 @@ class Published:
 
     blocks: tuple[PinnedBlock | Refusal, ...]
     leases: Leases
+
+
+class Put(NamedTuple):
+    """`n_tokens`: how many tokens of the sequence, from its first on, readers find now. `refused`: blocks
+    that were not taken, by reason (a block that was there already is no refusal)."""
+
+    n_tokens: int
+    refused: dict[Refusal, int]
+
+
+class Hit(NamedTuple):
+    """`kv`: `[layer][k,v][token][kv_head][head_dim]` of the tokens that were asked for, up to `n_tokens`.
+
+    `misses`: whole blocks of the sequence that were not served, by reason. `lineage`: what `kv` was computed
+    from; give it to `put` as `over` for what is computed over it.
+    """
+
+    n_tokens: int
+    kv: KVArray
+    misses: dict[MissReason, int]
+    lineage: Lineage
+
+
+def put_of(answers: Sequence[PinnedBlock | Refusal], start: int, block_tokens: int) -> Put:
+    """What a put says whose blocks, from the token `start` on, were answered so."""
+    run = next((i for i, answer in enumerate(answers) if isinstance(answer, Refusal)), len(answers))
+    refused: dict[Refusal, int] = {}
+    for answer in answers:
+        if isinstance(answer, Refusal):
+            refused[answer] = refused.get(answer, 0) + 1
+    return Put(start + run * block_tokens, refused)

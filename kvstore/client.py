@@ -1,12 +1,13 @@
 """The store as a reader or writer sees it: N shards, one client.
 
-    async with await StoreClient.connect(topology, token=token) as client:
+    async with StoreClient.connect_to(["127.0.0.1:7400"], token=token) as client:
         session = await client.open(spec, epoch)
-        match = await session.match(keys, owner="me", lease_s=10, timeout_s=1)
+        n_tokens, kv, misses, lineage = await session.get(token_ids)
 
 The client owns the connections and the counters; a `StoreSession` (session.py) is one namespace at one
 epoch on all of them. A shard that is down, slow or restarted costs bounded waits and misses, never an
-error: only `open` raises, when no shard at all answers.
+error: only `open` raises, when no shard at all answers. What must reach every shard (epochs, purge,
+compaction) raises `Incomplete` when it did not. docs/python-api.md has examples.
 """
 
 from __future__ import annotations
@@ -14,22 +15,44 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Final
 
 import grpc
 import structlog
 
 from kvstore.errors import KVStrataError, Unavailable
-from kvstore.nouns import Epoch, NamespaceSpec, Quality, ShardId, Snapshot
+from kvstore.everywhere import Page, compact_on, each, everywhere, listing, purge_on
+from kvstore.merged_watch import Reopen, Watch
+from kvstore.nouns import (
+    ISOLATE,
+    BlockKey,
+    Epoch,
+    EpochPolicy,
+    EpochsOfModel,
+    KnownNamespace,
+    NamespaceId,
+    NamespaceSpec,
+    Quality,
+    Revision,
+    ShardId,
+    Snapshot,
+)
+from kvstore.opening import Opening, discover, start_in_process
 from kvstore.peers import Peers
 from kvstore.session import StoreSession
+from kvstore.store_file import StoreFile, StoreFolder
 from kvstore.tls import ClientTls
 from kvstore.topology import ShardEntry, Topology
-from kvstore.transport.base import ShardStatus, ShardTransport
+from kvstore.transport.base import Purged, ShardStatus, ShardTransport
 from kvstore.transport.grpc.client import GrpcTransport
 from kvstore.transport.shm.transport import SameHostTransport
+
+ADMIN_TIMEOUT_S: Final = 10.0
+PURGE_TIMEOUT_S: Final = 60.0
+WATCH_S: Final = 60.0
 
 log = structlog.get_logger(__name__)
 
@@ -61,7 +84,66 @@ class StoreClient:
         self._token = token
         self._credentials = credentials
         self._limits = limits or ClientLimits()
+        self._opened: dict[NamespaceId, tuple[NamespaceSpec, str]] = {}
         self._peers = Peers(topology.weights(), {t.shard: t for t in transports}, self.counters)
+
+    @classmethod
+    def in_process(
+        cls, capacity_nbytes: int = 256 << 20, *, policy: str = "lru", shards: int = 1
+    ) -> Opening[StoreClient]:
+        """A store in this process, without any network, gone when the client is closed.
+
+        `async with StoreClient.in_process() as client:`, or await it. Holds blocks of `capacity_nbytes`
+        altogether. Raises ConfigError for an unknown policy.
+        """
+
+        async def make() -> StoreClient:
+            return cls.over(await start_in_process(capacity_nbytes, policy, shards))
+
+        return Opening(make)
+
+    @classmethod
+    def connect_to(
+        cls,
+        addresses: Sequence[str],
+        *,
+        token: str | None = None,
+        tls: ClientTls | None = None,
+        admin: bool = False,
+        limits: ClientLimits | None = None,
+    ) -> Opening[StoreClient]:
+        """A client of a running store, known by the address of any of its shards (more: if that is down).
+
+        `async with StoreClient.connect_to(["host:port"], token=...) as client:`, or await it.
+        With `admin` the addresses are the admin addresses of all shards: there epochs advance, and purge
+        and compaction work. `tls` names PEM files. Raises Unavailable when nobody answers, Unauthenticated
+        for a wrong token.
+        """
+
+        async def make() -> StoreClient:
+            credentials = None if tls is None else tls.channel_credentials()
+            timeout_s = (limits or ClientLimits()).connect_timeout_s
+            topology = await discover(addresses, token, credentials, admin=admin, timeout_s=timeout_s)
+            return await cls.connect(topology, token=token, credentials=credentials, limits=limits)
+
+        return Opening(make)
+
+    @classmethod
+    def connect_running(
+        cls, name: str = "default", *, admin: bool = False, limits: ClientLimits | None = None
+    ) -> Opening[StoreClient]:
+        """A client of the store that `kvstrata store` runs on this machine, of the same user.
+
+        Addresses and token are read from its file (store_file.py). Raises Unavailable where none runs.
+        """
+
+        async def make() -> StoreClient:
+            file = StoreFile.read(StoreFolder.of(name).file)
+            return await cls.connect(
+                file.topology(admin=admin), token=file.token(), tls=file.client_tls(), limits=limits
+            )
+
+        return Opening(make)
 
     @classmethod
     async def connect(
@@ -117,6 +199,7 @@ class StoreClient:
             raise Unavailable(f"no shard of {list(self._peers.transports)} answers: {answers}")
         if len(set(ids)) > 1:
             raise Unavailable("the shards do not share one cluster secret: their namespaces differ")
+        self._opened[ids[0]] = (spec, tenant)
         snapshot = Snapshot(ids[0], epoch, min_quality, stale_lag_max)
         session = StoreSession(self._peers, spec, tenant, snapshot)
         await session.register(timeout_s)
@@ -150,6 +233,127 @@ class StoreClient:
             *(t.status(timeout_s=timeout_s) for t in self._peers.transports.values()), return_exceptions=True
         )
         return [answer for answer in answers if isinstance(answer, ShardStatus)]
+
+    # -- what all shards are asked -----------------------------------------------------------------
+
+    async def register_epoch(
+        self, model_id: str, epoch: Epoch, *, timeout_s: float = ADMIN_TIMEOUT_S
+    ) -> dict[ShardId, None]:
+        """Bind an epoch's number to its weights, for ever. `open` does so for the epoch it is given.
+
+        Raises EpochConflict when the number stands for other weights, Incomplete when not all shards did it.
+        """
+        return await everywhere(
+            self._peers,
+            f"registering epoch {epoch.number} of {model_id}",
+            lambda t: t.register_epoch(model_id, epoch, timeout_s=timeout_s),
+        )
+
+    async def advance_epoch(
+        self,
+        model_id: str,
+        number: int,
+        policy: EpochPolicy = ISOLATE,
+        *,
+        timeout_s: float = ADMIN_TIMEOUT_S,
+    ) -> dict[ShardId, Revision]:
+        """Make a registered epoch the model's current one; older KV becomes the first to go.
+
+        O(1) on each shard, whatever it holds. What is pinned stays. Raises EpochUnknown when the number is
+        not registered, PermissionDenied where it needs the admin addresses, Incomplete when not all did it.
+        """
+        return await everywhere(
+            self._peers,
+            f"advancing {model_id} to epoch {number}",
+            lambda t: t.advance_epoch(model_id, number, policy, timeout_s=timeout_s),
+        )
+
+    async def epochs(
+        self, model_id: str, *, timeout_s: float = ADMIN_TIMEOUT_S
+    ) -> dict[ShardId, EpochsOfModel]:
+        """What each shard knows of a model's epochs. Raises Incomplete."""
+        return await everywhere(
+            self._peers, f"epochs of {model_id}", lambda t: t.epochs(model_id, timeout_s=timeout_s)
+        )
+
+    async def namespaces(
+        self, *, timeout_s: float = ADMIN_TIMEOUT_S
+    ) -> dict[ShardId, tuple[KnownNamespace, ...]]:
+        """Which namespaces are open on each shard, of all tenants. Raises Incomplete."""
+        return await everywhere(self._peers, "namespaces", lambda t: t.namespaces(timeout_s=timeout_s))
+
+    async def try_status(self) -> dict[ShardId, ShardStatus | KVStrataError]:
+        """What each shard says of itself, or why it does not."""
+        return await each(self._peers, lambda t: t.status(timeout_s=self._limits.status_timeout_s))
+
+    async def try_namespaces(self) -> dict[ShardId, tuple[KnownNamespace, ...] | KVStrataError]:
+        """As `namespaces`, of whoever answers."""
+        return await each(self._peers, lambda t: t.namespaces(timeout_s=self._limits.status_timeout_s))
+
+    async def purge(
+        self,
+        namespace: NamespaceId,
+        *,
+        keys: Sequence[BlockKey] | None = None,
+        epoch: int | None = None,
+        timeout_s: float = PURGE_TIMEOUT_S,
+    ) -> dict[ShardId, Purged]:
+        """Delete for good: of a namespace everything, only these keys, or only one epoch.
+
+        When this returns no match sees it, on no later day. What is pinned is freed with its pins. Raises
+        PermissionDenied where it needs the admin addresses, Incomplete when not all shards did it.
+        """
+        chosen = None if keys is None else tuple(keys)
+        return await everywhere(
+            self._peers,
+            f"purging {namespace.hex()}",
+            lambda t: purge_on(t, namespace, chosen, epoch, timeout_s),
+        )
+
+    async def compact(
+        self, revisions: Mapping[ShardId, Revision] | None = None, *, timeout_s: float = ADMIN_TIMEOUT_S
+    ) -> dict[ShardId, Revision]:
+        """Forget the history before a revision of each shard (None: before now); the horizons from here on.
+
+        Snapshots and watches below are answered Compacted. Raises PermissionDenied and Incomplete as `purge`.
+        """
+        return await everywhere(self._peers, "compaction", lambda t: compact_on(t, revisions, timeout_s))
+
+    def listing(
+        self,
+        namespace: NamespaceId,
+        *,
+        at: Mapping[ShardId, Revision] | None = None,
+        timeout_s: float = ADMIN_TIMEOUT_S,
+    ) -> AsyncIterator[Page]:
+        """What the shards hold of a namespace, page by page, at the latest revision of each or as of `at`.
+
+        Raises Incomplete after the last page when a shard failed; Compacted is among the reasons.
+        """
+        return listing(self._peers, namespace, at or {}, timeout_s)
+
+    def watch(
+        self,
+        namespaces: Sequence[NamespaceId],
+        *,
+        after: Mapping[ShardId, Revision] | None = None,
+        for_s: float = WATCH_S,
+    ) -> Watch:
+        """Changes of all shards, for `for_s` seconds: from now on, or after what a former watch has `seen`.
+
+        `async with client.watch([session.namespace]) as watch: async for event in watch: ...`, see
+        merged_watch.py for the events. Shards that join the topology later need a watch of their own.
+        """
+        return Watch(self._peers, namespaces, after, self._reopen_namespaces(namespaces), for_s)
+
+    def _reopen_namespaces(self, namespaces: Sequence[NamespaceId]) -> Reopen:
+        known = [self._opened[namespace] for namespace in namespaces if namespace in self._opened]
+
+        async def reopen(transport: ShardTransport) -> None:
+            for spec, tenant in known:
+                await transport.open_namespace(spec, tenant, timeout_s=self._limits.connect_timeout_s)
+
+        return reopen
 
     async def close(self) -> None:
         await self._peers.finish_errands()

@@ -81,6 +81,13 @@ class StoreConfig(BaseModel):
     host: str = Field(
         "127.0.0.1", description="Address shards listen on; beyond loopback only with TLS or insecure"
     )
+    port: int = Field(
+        7400,
+        ge=0,
+        le=65535,
+        description="For `kvstrata store`: the first shard's port, the next ones take the next. 0: free "
+        "ones, as always on Ray",
+    )
     insecure: bool = Field(False, description="Allow a listener beyond loopback without TLS")
     tls_cert: Path | None = Field(None, description="PEM certificate of the shards")
     tls_key: Path | None = Field(None, description="PEM key of the shards")
@@ -123,8 +130,8 @@ class StoreConfig(BaseModel):
         for name, host in (("host", self.host), ("admin_host", self.admin_host)):
             if not (is_loopback(host) or self.tls_cert or self.insecure):
                 raise ConfigError(
-                    f"store.{name} {host} is not loopback: set store.tls_cert and store.tls_key, or "
-                    "store.insecure = true if the network is yours alone"
+                    f"store.{name} {host} is not loopback: set store.tls_cert and store.tls_key (--tls-cert, "
+                    "--tls-key), or store.insecure = true (--insecure) if the network is yours alone"
                 )
         for name, tenant in self.tenants.items():
             self._check_tenant(f"store.tenants.{name}", tenant)
@@ -160,16 +167,17 @@ class StoreConfig(BaseModel):
             faults=self.faults,
         )
 
-    def server(self, token: str | None) -> ServerConfig:
+    def server(self, token: str | None, port: int = 0, admin_port: int | None = None) -> ServerConfig:
         """`token` is the cluster's. Raises ConfigError for a tenant's token file that cannot be read."""
         tls = TlsFiles(self.tls_cert, self.tls_key, self.tls_ca) if self.tls_cert and self.tls_key else None
         return ServerConfig(
             host=self.host,
+            port=port,
             token=token,
             tls=tls,
             insecure=self.insecure,
             admin_host=self.admin_host,
-            admin_port=self.admin_port,
+            admin_port=self.admin_port if admin_port is None else admin_port,
             tenants=tuple(tenant.tenant(name) for name, tenant in self.tenants.items()),
             concurrent_calls_max=self.concurrent_calls_max,
             pipelines_max=self.pipelines_max,

@@ -43,6 +43,7 @@ from kvstore.nouns import (
     Epoch,
     EpochPolicy,
     EpochsOfModel,
+    KnownNamespace,
     LeaseId,
     MissReason,
     NamespaceId,
@@ -144,6 +145,14 @@ class ShardDriver:
 
     async def epochs(self, model_id: str, *, timeout_s: float) -> EpochsOfModel:
         return self._serving().epochs.show(model_id)
+
+    async def namespaces(self, *, timeout_s: float) -> tuple[KnownNamespace, ...]:
+        return tuple(
+            KnownNamespace(
+                space.id, space.namespace.model_id, space.namespace.tenant, space.namespace.block_nbytes
+            )
+            for space in self._serving().index.spaces.values()
+        )
 
     async def match(
         self, snapshot: Snapshot, keys: Sequence[BlockKey], owner: str, lease_s: float, *, timeout_s: float

@@ -13,6 +13,7 @@
     +-- Unauthenticated        UNAUTHENTICATED      no token, or not a valid one
     +-- PermissionDenied       PERMISSION_DENIED    somebody else's namespace, or an admin's call
     +-- Unavailable            UNAVAILABLE          the shard is down, draining or unreachable
+    |   +-- Incomplete         (a client's own)     some shards did what all were asked to do
     +-- DeadlineExceeded       DEADLINE_EXCEEDED    no answer within the caller's bound
 
 A *miss* is not an error: it is an ordinary answer with a `MissReason`. Messages say what happened, to
@@ -21,9 +22,10 @@ what, and what to do next.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Final
 
-from kvstore.nouns import MissReason
+from kvstore.nouns import MissReason, ShardId
 
 
 class KVStrataError(Exception):
@@ -90,6 +92,17 @@ class PermissionDenied(KVStrataError):
 
 class Unavailable(KVStrataError):
     status = "UNAVAILABLE"
+
+
+class Incomplete(Unavailable):
+    """Some shards did what all were asked to: their answers are in `done`, the others' errors in `failed`."""
+
+    def __init__(
+        self, message: str, done: Mapping[ShardId, object], failed: Mapping[ShardId, KVStrataError]
+    ) -> None:
+        super().__init__(message)
+        self.done = dict(done)
+        self.failed = dict(failed)
 
 
 class DeadlineExceeded(KVStrataError):

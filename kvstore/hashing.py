@@ -18,9 +18,11 @@ import numpy as np
 from kvstore.nouns import (
     NAMESPACE_ID_NBYTES,
     ROOT_KEY,
+    WEIGHTS_DIGEST_NBYTES,
     BlockKey,
     NamespaceId,
     NamespaceSpec,
+    WeightsDigest,
 )
 
 KEY_FORMAT: Final = 1
@@ -92,3 +94,14 @@ def namespace_id(salt: bytes, spec: NamespaceSpec) -> NamespaceId:
     fields = (spec.model_id.encode(), spec.adapter_digest, spec.tokenizer_digest, spec.layout.canonical())
     message = b"kvstrata.namespace.1\0" + b"".join(struct.pack("<I", len(f)) + f for f in fields)
     return NamespaceId(hmac.digest(salt, message, "sha256")[:NAMESPACE_ID_NBYTES])
+
+
+def digest16(*parts: str | bytes) -> WeightsDigest:
+    """16 bytes that stand for what `parts` name: weights, a tokenizer, an adapter.
+
+    Name what decides the bytes (a file's sha256, a commit), not what it is called: equal digests are taken
+    for equal KV.
+    """
+    encoded = [part.encode() if isinstance(part, str) else part for part in parts]
+    message = b"kvstrata.name.1\0" + b"".join(struct.pack("<I", len(part)) + part for part in encoded)
+    return WeightsDigest(hashlib.sha256(message).digest()[:WEIGHTS_DIGEST_NBYTES])

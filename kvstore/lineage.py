@@ -30,3 +30,10 @@ class Lineage:
     def publishable(self) -> Quality | None:
         """The quality at which this sequence may publish, or None: keep it request-local."""
         return None if self.foreign else self.floor
+
+
+def publishable(quality: Quality, over: Lineage | None) -> Quality | None:
+    """What KV of `quality` may claim that was computed over `over`. None: it stays request-local."""
+    if over is None:
+        return quality
+    return None if over.publishable is None else min(quality, over.publishable)

@@ -138,6 +138,15 @@ class EpochsOfModel:
     oldest: int  # epochs below it are dropped
 
 
+class KnownNamespace(NamedTuple):
+    """A namespace that is open on a shard: what an operator chooses from."""
+
+    id: NamespaceId
+    model_id: str
+    tenant: str
+    block_nbytes: int  # of a payload no codec touched
+
+
 class Quality(enum.IntEnum):
     """What a payload went through, ordered by measured loss: higher is closer to the exact bytes.
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import os
+import socket
 from collections import Counter
 from collections.abc import Coroutine, Mapping
 from typing import Any, Final
@@ -92,3 +95,9 @@ def refusal_of(error: Exception) -> Refusal:
     if isinstance(error, LeaseExpired):
         return Refusal.LEASE_EXPIRED
     return Refusal.NO_SPACE if isinstance(error, OverLimit) else Refusal.SHARD_UNAVAILABLE
+
+
+@functools.cache
+def this_process() -> str:
+    """Whose the leases of this process are, unless its callers name somebody."""
+    return f"{socket.gethostname()}:{os.getpid()}"

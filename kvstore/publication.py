@@ -15,6 +15,7 @@ from kvstore.answers import PublishBlock
 from kvstore.deadline import Deadline
 from kvstore.frame import HEADER_NBYTES, encode_header
 from kvstore.nouns import (
+    BlockKey,
     BlockMeta,
     Epoch,
     LayoutFingerprint,
@@ -24,6 +25,7 @@ from kvstore.nouns import (
     Quality,
     Refusal,
     Tier,
+    TxnId,
 )
 from kvstore.peers import ERRAND_TIMEOUT_S, Peers
 from kvstore.transport.base import REQUEST_ID_NBYTES, BlockOffer, ShardTransport
@@ -44,34 +46,40 @@ class Publication:
         self, peers: Peers, transport: ShardTransport, blocks: Sequence[PublishBlock], deadline: Deadline
     ) -> tuple[list[PinnedBlock | Refusal], LeaseId | None]:
         """One transaction; at most OFFERS_MAX blocks. Raises what the transport raises."""
+        staged = await self.stage(peers, transport, blocks, TXN_LEASE_S, deadline)
+        return await staged.commit(peers, self.pin_for_s, deadline)
+
+    async def stage(
+        self,
+        peers: Peers,
+        transport: ShardTransport,
+        blocks: Sequence[PublishBlock],
+        lease_s: float,
+        deadline: Deadline,
+    ) -> Staged:
+        """Begin, and write what was granted: seen by nobody yet. Raises what the transport raises."""
         offers = [
             BlockOffer(b.key, b.parent, b.chain_index, b.placement, HEADER_NBYTES + b.payload.nbytes)
             for b in blocks
         ]
         request_id = secrets.token_bytes(REQUEST_ID_NBYTES)
         opened = await transport.begin(
-            self.namespace, self.epoch, self.quality, offers, self.owner, TXN_LEASE_S, request_id,
+            self.namespace, self.epoch, self.quality, offers, self.owner, lease_s, request_id,
             timeout_s=deadline.left(),
         )  # fmt: skip
+        staged = Staged(self, transport, opened.txn, [block.key for block in blocks], list(opened.outcomes))
         try:
             granted = [i for i, refusal in enumerate(opened.outcomes) if refusal is None]
             if granted:
                 frames = [(i, self._header(blocks[i]), blocks[i].payload) for i in granted]
                 refusals = await transport.write(opened.txn, frames, timeout_s=deadline.left())
-                stored = [i for i, refusal in zip(granted, refusals, strict=True) if refusal is None]
-                peers.counters["written_bytes"] += sum(offers[i].nbytes for i in stored)
-            result = await transport.commit(opened.txn, self.pin_for_s, timeout_s=deadline.left())
+                for i, refusal in zip(granted, refusals, strict=True):
+                    staged.refused[i] = refusal
+                    peers.counters["written_bytes"] += 0 if refusal else offers[i].nbytes
         except BaseException:
-            peers.send("abort", transport.abort(opened.txn, timeout_s=ERRAND_TIMEOUT_S))
+            staged.abort(peers)
             raise
-        answers: list[PinnedBlock | Refusal] = [
-            found
-            if isinstance(found, Refusal)
-            else PinnedBlock(block.key, found, self.epoch, self.quality, Tier.HOST)
-            for block, found in zip(blocks, result.blocks, strict=True)
-        ]
-        peers.counters["published_blocks"] += sum(not isinstance(a, Refusal) for a in answers)
-        return answers, result.lease
+        return staged
 
     def _header(self, block: PublishBlock) -> bytes:
         meta = BlockMeta(
@@ -85,3 +93,35 @@ class Publication:
             self.fingerprint,
         )
         return encode_header(meta, block.payload)
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A transaction of one shard that holds its blocks' bytes. `refused[i]`: why block i will not land."""
+
+    publication: Publication
+    transport: ShardTransport
+    txn: TxnId
+    keys: list[BlockKey]
+    refused: list[Refusal | None]
+
+    async def commit(
+        self, peers: Peers, pin_for_s: float | None, deadline: Deadline
+    ) -> tuple[list[PinnedBlock | Refusal], LeaseId | None]:
+        """Visible from here on. Raises what the transport raises."""
+        try:
+            result = await self.transport.commit(self.txn, pin_for_s, timeout_s=deadline.left())
+        except BaseException:
+            self.abort(peers)
+            raise
+        epoch, quality = self.publication.epoch, self.publication.quality
+        answers: list[PinnedBlock | Refusal] = [
+            found if isinstance(found, Refusal) else PinnedBlock(key, found, epoch, quality, Tier.HOST)
+            for key, found in zip(self.keys, result.blocks, strict=True)
+        ]
+        peers.counters["published_blocks"] += sum(not isinstance(a, Refusal) for a in answers)
+        return answers, result.lease
+
+    def abort(self, peers: Peers) -> None:
+        """In the background, bounded: what the shard does not hear of expires."""
+        peers.send("abort", self.transport.abort(self.txn, timeout_s=ERRAND_TIMEOUT_S))

@@ -14,6 +14,7 @@ from typing import Any, Final, TypeVar
 import structlog
 
 from kvstore.answers import BlockMiss, Match, PublishBlock, Published, VerifiedBlock
+from kvstore.by_tokens import ByTokens
 from kvstore.deadline import Deadline
 from kvstore.errors import (
     CorruptBlock,
@@ -54,7 +55,7 @@ LEASE_CALL_S: Final = 5.0  # renew and release, on all shards at once
 Value = TypeVar("Value")
 
 
-class StoreSession:
+class StoreSession(ByTokens):
     def __init__(self, peers: Peers, spec: NamespaceSpec, tenant: str, snapshot: Snapshot) -> None:
         self._peers = peers
         self._spec = spec

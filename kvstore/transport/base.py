@@ -23,6 +23,7 @@ from kvstore.nouns import (
     EpochPolicy,
     EpochsOfModel,
     Incarnation,
+    KnownNamespace,
     LeaseId,
     Listed,
     MissReason,
@@ -214,6 +215,10 @@ class ShardTransport(Protocol):
         ...
 
     async def epochs(self, model_id: str, *, timeout_s: float) -> EpochsOfModel: ...
+
+    async def namespaces(self, *, timeout_s: float) -> tuple[KnownNamespace, ...]:
+        """Those that are open here, of all tenants."""
+        ...
 
     async def match(
         self, snapshot: Snapshot, keys: Sequence[BlockKey], owner: str, lease_s: float, *, timeout_s: float

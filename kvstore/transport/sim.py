@@ -29,6 +29,7 @@ from kvstore.nouns import (
     Epoch,
     EpochPolicy,
     EpochsOfModel,
+    KnownNamespace,
     LeaseId,
     NamespaceId,
     NamespaceSpec,
@@ -245,6 +246,9 @@ class SimTransport:
 
     async def compact(self, revision: Revision, *, timeout_s: float) -> Revision:
         return await self._call("compact", lambda d: d.compact(revision, timeout_s=timeout_s), timeout_s)
+
+    async def namespaces(self, *, timeout_s: float) -> tuple[KnownNamespace, ...]:
+        return await self._call("namespaces", lambda d: d.namespaces(timeout_s=timeout_s), timeout_s)
 
     async def status(self, *, timeout_s: float) -> ShardStatus:
         return await self._call("status", lambda d: d.status(timeout_s=timeout_s), timeout_s)

@@ -141,6 +141,28 @@ class ShowEpochsResponse(_message.Message):
     oldest: int
     def __init__(self, epochs: _Optional[_Iterable[_Union[Epoch, _Mapping]]] = ..., current: _Optional[int] = ..., stale_lag_max: _Optional[int] = ..., oldest: _Optional[int] = ...) -> None: ...
 
+class ShowNamespacesRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ShowNamespacesResponse(_message.Message):
+    __slots__ = ("namespaces",)
+    NAMESPACES_FIELD_NUMBER: _ClassVar[int]
+    namespaces: _containers.RepeatedCompositeFieldContainer[KnownNamespace]
+    def __init__(self, namespaces: _Optional[_Iterable[_Union[KnownNamespace, _Mapping]]] = ...) -> None: ...
+
+class KnownNamespace(_message.Message):
+    __slots__ = ("namespace_id", "model_id", "tenant", "block_nbytes")
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_NBYTES_FIELD_NUMBER: _ClassVar[int]
+    namespace_id: bytes
+    model_id: str
+    tenant: str
+    block_nbytes: int
+    def __init__(self, namespace_id: _Optional[bytes] = ..., model_id: _Optional[str] = ..., tenant: _Optional[str] = ..., block_nbytes: _Optional[int] = ...) -> None: ...
+
 class MatchRequest(_message.Message):
     __slots__ = ("namespace_id", "epoch", "min_quality", "stale_lag_max", "revision", "keys", "owner", "lease_ms")
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]

@@ -28,6 +28,7 @@ from kvstore.nouns import (
     EpochPolicy,
     EpochsOfModel,
     Incarnation,
+    KnownNamespace,
     LeaseId,
     NamespaceId,
     NamespaceSpec,
@@ -63,6 +64,8 @@ from kvstore.transport.landing import Landing, LandingTransport
 from kvstore.v1 import control_pb2 as control
 from kvstore.v1 import topology_pb2 as topology
 
+ANY_SHARD: Final = ShardId("")
+"""Whoever answers at the address: who it is, the hello tells."""
 ATTEMPTS_MAX: Final = 3  # of one call: the first, and what a shard's push-back asks for
 GIVE_BACK_S: Final = 5.0
 
@@ -95,6 +98,8 @@ class GrpcTransport(LandingTransport):
         answer = await self._unary(methods.HELLO, asked, timeout_s)
         if answer.wire_version not in WIRE_VERSIONS_READ:
             raise WireVersionMismatch(f"shard {self.shard} speaks wire version {answer.wire_version}")
+        if self._shard == ANY_SHARD:
+            self._shard = ShardId(answer.shard)
         if answer.shard != self.shard:
             raise Unavailable(
                 f"{self.address} is shard {answer.shard}, not {self.shard}: refresh the topology"
@@ -131,6 +136,11 @@ class GrpcTransport(LandingTransport):
         )
         with self._understood():
             return wire_history.epochs_in(answer)
+
+    async def namespaces(self, *, timeout_s: float) -> tuple[KnownNamespace, ...]:
+        answer = await self._call(methods.SHOW_NAMESPACES, control.ShowNamespacesRequest(), timeout_s)
+        with self._understood():
+            return wire_history.known_in(answer)
 
     async def match(
         self, snapshot: Snapshot, keys: Sequence[BlockKey], owner: str, lease_s: float, *, timeout_s: float

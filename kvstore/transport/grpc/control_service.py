@@ -78,6 +78,7 @@ class ControlService:
             methods.REGISTER_EPOCH: self._register_epoch,
             methods.ADVANCE_EPOCH: self._advance_epoch,
             methods.SHOW_EPOCHS: self._show_epochs,
+            methods.SHOW_NAMESPACES: self._show_namespaces,
             methods.MATCH: self._match,
             methods.RENEW: self._renew,
             methods.RELEASE: self._release,
@@ -222,6 +223,13 @@ class ControlService:
     async def _compact(self, asked: control.CompactRequest, call: Call) -> control.CompactResponse:
         horizon = await self._shard.compact(wire.revision_in(asked.revision), timeout_s=call.timeout_s)
         return control.CompactResponse(horizon=wire.revision_out(horizon))
+
+    async def _show_namespaces(
+        self, asked: control.ShowNamespacesRequest, call: Call
+    ) -> control.ShowNamespacesResponse:
+        if not call.caller.trusted:
+            raise PermissionDenied("namespaces of all tenants: show the cluster's token")
+        return wire_history.known_out(await self._shard.namespaces(timeout_s=call.timeout_s))
 
     async def _status(self, asked: control.StatusRequest, call: Call) -> control.StatusResponse:
         if not call.caller.trusted:

@@ -52,6 +52,9 @@ OPEN_NAMESPACE = Method(CONTROL, "OpenNamespace", control.OpenNamespaceRequest, 
 REGISTER_EPOCH = Method(CONTROL, "RegisterEpoch", control.RegisterEpochRequest, control.RegisterEpochResponse)
 ADVANCE_EPOCH = Method(CONTROL, "AdvanceEpoch", control.AdvanceEpochRequest, control.AdvanceEpochResponse)
 SHOW_EPOCHS = Method(CONTROL, "ShowEpochs", control.ShowEpochsRequest, control.ShowEpochsResponse)
+SHOW_NAMESPACES = Method(
+    CONTROL, "ShowNamespaces", control.ShowNamespacesRequest, control.ShowNamespacesResponse
+)
 MATCH = Method(CONTROL, "Match", control.MatchRequest, control.MatchResponse)
 RENEW = Method(CONTROL, "Renew", control.RenewRequest, control.RenewResponse)
 RELEASE = Method(CONTROL, "Release", control.ReleaseRequest, control.ReleaseResponse)
@@ -78,6 +81,7 @@ UNARY: Final[frozenset[Method[Any, Any]]] = frozenset(
         REGISTER_EPOCH,
         ADVANCE_EPOCH,
         SHOW_EPOCHS,
+        SHOW_NAMESPACES,
         MATCH,
         RENEW,
         RELEASE,

@@ -15,6 +15,7 @@ from kvstore.nouns import (
     Epoch,
     EpochPolicy,
     EpochsOfModel,
+    KnownNamespace,
     Listed,
     NamespaceId,
     Revision,
@@ -55,6 +56,24 @@ def epochs_out(epochs: EpochsOfModel) -> control.ShowEpochsResponse:
 def epochs_in(message: control.ShowEpochsResponse) -> EpochsOfModel:
     registered = tuple(wire.epoch_in(epoch) for epoch in message.epochs)
     return EpochsOfModel(registered, message.current, message.stale_lag_max, message.oldest)
+
+
+def known_out(known: Iterable[KnownNamespace]) -> control.ShowNamespacesResponse:
+    return control.ShowNamespacesResponse(
+        namespaces=[
+            control.KnownNamespace(
+                namespace_id=n.id, model_id=n.model_id, tenant=n.tenant, block_nbytes=n.block_nbytes
+            )
+            for n in known
+        ]
+    )
+
+
+def known_in(message: control.ShowNamespacesResponse) -> tuple[KnownNamespace, ...]:
+    return tuple(
+        KnownNamespace(wire.namespace_in(n.namespace_id), n.model_id, n.tenant, n.block_nbytes)
+        for n in message.namespaces
+    )
 
 
 def limit_in(limit: int) -> int:
