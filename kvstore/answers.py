@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ Leases = tuple[tuple[ShardId, LeaseId], ...]
 class Match:
     """The prefix run all shards together serve, pinned under `leases`. `miss`: why it ended, if it did."""
 
-    blocks: tuple[PinnedBlock, ...]
+    blocks: Sequence[PinnedBlock]
     leases: Leases
     miss: MissReason | None
 
