@@ -6,9 +6,9 @@ Per round, interleaved: a bare gRPC unary call and a bare message on an open str
 match of 64 keys has, through handlers that do nothing (the floor); a renewal of nothing (our Pipeline and an
 idle core); a match of 64 keys as the transport and as `StoreSession.match` have it, in milliseconds; and keys
 matched a second by one client with 16 matches under way, each released. Then once in process: the core's own
-match. Each row is the median over rounds of a round's median, with the least and the greatest round beside
-it. Everything is measured twice: with gRPC's event engine, and with the polling that our own processes ask
-for (kvstore/polling.py).
+match. A match's blocks are counted, not looked at one by one. Each row is the median over rounds of a round's
+median, with the least and the greatest round beside it. Everything is measured twice: with gRPC's event
+engine, and with the polling that our own processes ask for (kvstore/polling.py).
 """
 
 from __future__ import annotations

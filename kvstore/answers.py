@@ -26,7 +26,7 @@ Leases = tuple[tuple[ShardId, LeaseId], ...]
 class Match:
     """The prefix run all shards together serve, pinned under `leases`. `miss`: why it ended, if it did."""
 
-    blocks: tuple[PinnedBlock, ...]
+    blocks: Sequence[PinnedBlock]
     leases: Leases
     miss: MissReason | None
 

@@ -14,6 +14,7 @@ from kvstore.answers import Match
 from kvstore.deadline import Deadline
 from kvstore.hashing import placement_keys
 from kvstore.nouns import BlockKey, LeaseId, MissReason, PinnedBlock, ShardId
+from kvstore.pinned_run import PinnedRun
 from kvstore.placement import owner as owner_of
 from kvstore.transport.base import MatchResult
 
@@ -75,7 +76,7 @@ async def all_of(calls: Iterable[Coroutine[Any, Any, None]]) -> None:
 def _alone(shard: ShardId, keys: Sequence[BlockKey], answer: Answer) -> Match:
     if isinstance(answer, MissReason):
         return Match((), (), answer)
-    blocks = tuple(answer.pinned(shard, keys))
+    blocks = PinnedRun(len(answer), lambda: answer.pinned(shard, keys))
     miss = (answer.miss or MissReason.ABSENT) if len(blocks) < len(keys) else None
     return Match(blocks, () if answer.lease is None else ((shard, answer.lease),), miss)
 

@@ -49,7 +49,7 @@ async def _onboard_and_admit(worker: Worker, run: Prefilling, chain: KeyChain) -
             run.session, match.blocks, run.lineage, timeout_s=limits.read_timeout_s
         )
     loaded = clock.now()
-    run.onboarded, run.lineage = match.blocks[: len(onboarded.payloads)], onboarded.lineage
+    run.onboarded, run.lineage = tuple(match.blocks[: len(onboarded.payloads)]), onboarded.lineage
     run.publication = worker.publisher.open(
         run.session, chain, run.lineage, owner=_owner(worker, run), pin_for_s=limits.lease_s
     )

@@ -191,7 +191,7 @@ class Client:
         self.world.report.blocks_matched += len(found.blocks)
         if not found.blocks:
             return None
-        return self.keep(session, found.blocks, found.leases, since, asked, crashes)
+        return self.keep(session, tuple(found.blocks), found.leases, since, asked, crashes)
 
     async def read_held(self) -> None:
         """Perhaps long after the lease ended: a stale reference must be a miss."""

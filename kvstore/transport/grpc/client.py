@@ -149,7 +149,7 @@ class GrpcTransport(LandingTransport):
         asked = wire.match_out(snapshot, keys, owner, lease_s)
         answer = await self._call(methods.MATCH, asked, timeout_s, self._give_back)
         with self._understood():
-            return wire.match_result_in(answer)
+            return wire.match_result_in(answer, len(keys))
 
     async def read(
         self, namespace: NamespaceId, refs: Sequence[BlockRef], *, timeout_s: float

@@ -196,13 +196,15 @@ def match_result_out(result: MatchResult) -> control.MatchResponse:
     )
 
 
-def match_result_in(message: control.MatchResponse) -> MatchResult:
+def match_result_in(message: control.MatchResponse, keys_asked: int) -> MatchResult:
     """Raises ValueError for columns that do not fit each other, or say what we have no word for."""
-    columns = (message.slots, message.generations, message.qualities, message.tiers, message.nbytes)
-    slots, generations, qualities, tiers, nbytes = map(list, columns)
+    slots, generations = message.slots, message.generations  # protobuf's own sequences will do
+    qualities, tiers, nbytes = message.qualities, message.tiers, message.nbytes
     epochs = tuple(epoch_in(epoch) for epoch in message.epochs)
     indexes = list(message.epoch_indexes) or [0] * (len(slots) if len(epochs) != 1 else 0)
     lengths = {len(column) for column in (slots, generations, qualities, tiers, nbytes)}
+    if len(slots) > keys_asked:
+        raise ValueError(f"a match of {len(slots)} blocks for {keys_asked} keys")
     if len(lengths) != 1 or (indexes and (len(indexes) != len(slots) or max(indexes) >= len(epochs))):
         raise ValueError("the columns of a match do not fit each other")
     if (slots and not epochs) or not QUALITIES.keys() >= set(qualities) or not TIERS.keys() >= set(tiers):

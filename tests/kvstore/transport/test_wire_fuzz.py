@@ -129,7 +129,7 @@ def test_a_request_is_a_value_or_a_config_error(what: str, data: st.DataObject) 
 
 
 ANSWERS: dict[str, tuple[type[Message], Callable[[Any], object]]] = {
-    "match": (control.MatchResponse, wire.match_result_in),
+    "match": (control.MatchResponse, lambda m: wire.match_result_in(m, 2)),
     "begin": (control.BeginResponse, lambda m: wire.refusals_in(m.refusals)),
     "commit": (control.CommitResponse, lambda m: wire.commit_in(ShardId("s"), m)),
     "epochs": (control.ShowEpochsResponse, wire_history.epochs_in),
