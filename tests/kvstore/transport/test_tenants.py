@@ -13,8 +13,10 @@ import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvstore.access import Tenant
+from kvstore.answers import VerifiedBlock
 from kvstore.client import StoreClient
 from kvstore.driver import ShardDriver
+from kvstore.driver_config import DriverConfig
 from kvstore.errors import (
     ConfigError,
     NotFound,
@@ -24,11 +26,12 @@ from kvstore.errors import (
 )
 from kvstore.nouns import BlockKey, BlockRef, Incarnation, MissReason, NamespaceId, Quality, ShardId, Snapshot
 from kvstore.server import ServerConfig, ShardServer
+from kvstore.tiers.arena import ArenaTier
 from kvstore.tls import ClientTls, TlsFiles, peer_names
 from kvstore.topology import ShardEntry, Topology
 from kvstore.transport.grpc import methods
 from kvstore.transport.grpc.client import GrpcTransport
-from tests.kvstore.oracle import SPEC, TIMEOUT, chain, epoch, new_driver, offer, put
+from tests.kvstore.oracle import SECRET, SPEC, TIMEOUT, chain, epoch, new_driver, offer, put
 
 E1 = epoch(1)
 SHARD = ShardId("shard-0")
@@ -61,8 +64,8 @@ class World:
         self.driver.check_integrity()
 
 
-async def start(**changes: Any) -> World:
-    driver = new_driver()
+async def start(driver: ShardDriver | None = None, **changes: Any) -> World:
+    driver = driver or new_driver()
     tenants = TENANTS if "tls" in changes else tuple(replace(t, certificate=None) for t in TENANTS)
     server = ShardServer(driver, ServerConfig(token="cluster's token", tenants=tenants, **changes))
     return World(driver, server, await server.start())
@@ -143,6 +146,25 @@ async def test_a_tenant_is_who_its_token_says(world: World) -> None:
     assert await own(cluster, "alice") == mine
     assert len({await own(cluster, name) for name in ("alice", "bob", "default")}) == 3
     assert await own(cluster) == await own(cluster, "default")
+
+
+@pytest.mark.parametrize(("token", "attached"), [("cluster's token", 1), ("alice's token", 0)])
+async def test_a_tenant_reads_its_blocks_but_never_maps_the_arena_of_all(token: str, attached: int) -> None:
+    capacity_nbytes = 1 << 20
+    config = DriverConfig(SHARD, capacity_nbytes, SECRET)
+    world = await start(ShardDriver(config, ArenaTier(capacity_nbytes)))
+    await world.driver.register_epoch(SPEC.model_id, E1, timeout_s=TIMEOUT)
+    topology = Topology(1, (ShardEntry(SHARD, world.address),))
+    async with await StoreClient.connect(topology, token=token) as client:
+        session = await client.open(SPEC, E1, tenant="alice")
+        made = chain(session.namespace, 1)
+        await put(world.driver, made, [0], E1)
+        found = await session.match(made.keys, owner="r", lease_s=5.0, timeout_s=TIMEOUT)
+        read = [item async for item in session.read(found.blocks, timeout_s=TIMEOUT)]
+        assert [type(item) for item in read] == [VerifiedBlock]
+        await session.release(found.leases)
+        assert client.counters["shm:attached"] == attached
+    await world.close()
 
 
 async def test_what_a_tenant_may_not_do(world: World) -> None:
