@@ -1,13 +1,16 @@
 """Conservation, found by a walk that trusts none of the totals kept on the way.
 
-Every byte is live, or somebody's: staged by an open transaction or pinned by a lease that stands. The cost
-is one pass over all versions (about 1 ms a thousand): for `status`, idle moments and the end of tests.
+Every byte is live, or somebody's: staged by an open transaction or pinned by a lease that stands. `measure`,
+for `status`, costs a pass at the speed of C (about 2 ms for 65,000 versions) and a step for each that is
+held; `check`, for idle moments and the end of tests, about 10 us a version.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
+from itertools import compress
+from typing import Final
 
 from kvstore.core.index import Index
 from kvstore.core.state import Usage
@@ -17,16 +20,20 @@ from kvstore.nouns import LeaseId
 
 Held = Mapping[LeaseId, Sequence[int]]
 
+_LIVE: Final = bytes(state == State.LIVE for state in range(256))
+_HELD_BY_SOMEBODY: Final = bytes(state not in (State.FREE, State.LIVE) for state in range(256))
+"""Masks over a column of states, for walks at the speed of C."""
+
 
 def measure(index: Index, held: Held, leases: Set[LeaseId], txns: TxnTable) -> Usage:
     """Bytes by state; what is used beyond those with an owner is ownerless, and a bug."""
     table = index.versions
     owned = _staged(txns) | {slot for lease, pinned in held.items() if lease in leases for slot in pinned}
     found = dict.fromkeys(State, 0)
-    for slot in index.slots():
-        state = State(table.states[slot])
-        if state is State.LIVE or slot in owned:
-            found[state] += table.nbytes[slot]
+    for slot in compress(range(table.n_slots), table.states.translate(_HELD_BY_SOMEBODY)):
+        if slot in owned:
+            found[State(table.states[slot])] += table.nbytes[slot]
+    found[State.LIVE] = sum(compress(table.nbytes, table.states.translate(_LIVE)))
     return Usage(
         live_nbytes=found[State.LIVE],
         staged_nbytes=found[State.STAGED],
