@@ -72,12 +72,19 @@ class Attachment:
         deadline = Deadline(timeout_s)
         try:
             async with asyncio.timeout_at(deadline.at), self._writing:
-                return await self._write(txn, frames, deadline)
-        except (TimeoutError, Closed, BadPacket, Unsafe, OSError, ValueError) as error:
+                return await self._alone(txn, frames, deadline)
+        except TimeoutError as error:
+            raise Unavailable(f"no answer through shared memory in time: {error!r}") from None
+
+    async def _alone(self, txn: TxnId, frames: Sequence[Frame], deadline: Deadline) -> list[Refusal | None]:
+        """Who waited in vain for his turn harms nobody: only what fails from here on ends the attachment."""
+        try:
+            return await self._write(txn, frames, deadline)
+        except (Closed, BadPacket, Unsafe, OSError, ValueError) as error:
             self.close()
             raise Unavailable(f"shared memory was lost while writing: {error!r}") from None
-        except asyncio.CancelledError:
-            self.close()  # an answer may be on its way that nobody waits for
+        except asyncio.CancelledError:  # he or his deadline
+            self.close()  # an answer may be on its way that nobody waits for, or a thread fill the window
             raise
 
     async def _write(self, txn: TxnId, frames: Sequence[Frame], deadline: Deadline) -> list[Refusal | None]:

@@ -30,6 +30,7 @@ from kvstore.transport.shm.reader import ArenaReader
 
 log = structlog.get_logger(__name__)
 
+ATTACH_AGAIN_S: Final = 5.0  # after a loss, at most this often
 ATTACH_S: Final = 1.0  # a socket of this host answers at once or not at all
 THREADS: Final = 2  # of one large read
 LARGE_NBYTES: Final = 4 << 20
@@ -48,6 +49,8 @@ class SameHostTransport(GrpcTransport):
         self._token = token or ""
         self._counters = Counter() if counters is None else counters
         self._attached: Attachment | None = None
+        self._attachable = False  # it was attached once, and may be again
+        self._again_at = 0.0
         self._frame_nbytes = INLINE_NBYTES_MAX  # of the last read: what decides who copies
 
     @property
@@ -57,9 +60,11 @@ class SameHostTransport(GrpcTransport):
 
     async def hello(self, *, timeout_s: float) -> ShardHello:
         deadline = Deadline(timeout_s)
+        self._again_at = asyncio.get_running_loop().time() + ATTACH_AGAIN_S
         greeted = await super().hello(timeout_s=timeout_s)
         if not greeted.shm_socket:
             self._detach()
+            self._attachable = False
             return greeted
         try:
             limit_s = min(ATTACH_S, deadline.left())
@@ -76,9 +81,15 @@ class SameHostTransport(GrpcTransport):
             attached.close()  # nobody would after us
             return greeted
         self._detach()  # whichever there is by now: two may say hello at once
-        self._attached = attached
+        self._attached, self._attachable = attached, True
         self._counters["shm:attached"] += 1
         return greeted
+
+    async def _introduced(self, timeout_s: float) -> Deadline:
+        deadline = await super()._introduced(timeout_s)
+        if self._attachable and self._reader is None and asyncio.get_running_loop().time() >= self._again_at:
+            await self.hello(timeout_s=deadline.left())
+        return deadline
 
     async def read(
         self, namespace: NamespaceId, refs: Sequence[BlockRef], *, timeout_s: float

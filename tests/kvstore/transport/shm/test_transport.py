@@ -12,9 +12,9 @@ import pytest
 from kvstore import failpoints
 from kvstore.answers import PublishBlock, VerifiedBlock
 from kvstore.client import StoreClient
-from kvstore.errors import DeadlineExceeded
+from kvstore.errors import DeadlineExceeded, Unavailable
 from kvstore.hashing import KeyChain
-from kvstore.nouns import BlockRef, KVLayout, MissReason, NamespaceSpec, PinnedBlock, Quality
+from kvstore.nouns import BlockRef, KVLayout, MissReason, NamespaceSpec, PinnedBlock, Quality, TxnId
 from kvstore.tiers.arena import ArenaTier
 from kvstore.topology import ShardEntry, Topology
 from kvstore.transport.landing import Landing
@@ -165,6 +165,36 @@ async def test_blocks_larger_than_a_thread_hop_and_a_chunk_arrive_whole() -> Non
             assert all((a == b).all() for a, b in zip(buffers, payloads, strict=True))
             assert (client.counters["shm:written_bytes"] > 0) == shared_memory
     await served.stop()
+
+
+@pytest.mark.parametrize("how", ["cancelled", "past its deadline"])
+async def test_a_writer_that_only_waited_for_its_turn_ends_nothing(near: Near, how: str) -> None:
+    attached = near.transport._attached
+    assert attached is not None
+    async with attached._writing:
+        waiting = asyncio.ensure_future(attached.write(TxnId(1), [], 0.05))
+        await asyncio.sleep(0.01)
+        if how == "cancelled":
+            waiting.cancel()
+        with pytest.raises(asyncio.CancelledError if how == "cancelled" else Unavailable):
+            await waiting
+    await publish(near.session, chain(near.session.namespace, 2, 500))
+    assert near.transport.shares_memory
+    assert near.client.counters["shm:lost"] == 0
+
+
+async def test_what_was_lost_is_attached_again_but_not_at_once(near: Near) -> None:
+    transport = near.transport
+    assert transport._attached is not None
+    transport._attached.close()
+    await all_gone(near.server)
+    await reads(near)
+    assert not transport.shares_memory, "every call would say hello while the shard refuses us"
+    transport._again_at = 0.0
+    await asyncio.gather(*(transport.status(timeout_s=TIMEOUT) for _ in range(5)))
+    assert transport.shares_memory
+    assert near.client.counters["shm:attached"] == 2
+    await reads(near)
 
 
 async def test_many_first_calls_attach_once(near: Near) -> None:
