@@ -7,6 +7,7 @@ time: whoever uses it copies first and verifies the copy.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import mmap
 import os
@@ -14,7 +15,11 @@ from typing import Final
 
 import numpy as np
 
+_HUGETLBFS: Final = 0x958458F6  # HUGETLBFS_MAGIC, statfs(2)
+_STATFS_NBYTES: Final = 256  # more than any struct statfs has
 F_SEAL_FUTURE_WRITE: Final = 0x10  # Python names it from 3.13 on
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
 class Unsafe(Exception):
@@ -28,7 +33,7 @@ def map_readonly(descriptor: int, nbytes: int) -> mmap.mmap:
         status = os.fstat(descriptor)
         if not seals & fcntl.F_SEAL_SHRINK:
             raise Unsafe("its owner may shrink it")
-        if status.st_blksize != mmap.PAGESIZE:
+        if _file_system(descriptor) == _HUGETLBFS:
             raise Unsafe("huge pages may run out when they are touched")
         if not 0 < nbytes <= status.st_size:
             raise Unsafe(f"{nbytes} bytes of a memory of {status.st_size}")
@@ -53,3 +58,13 @@ def new_window(nbytes: int) -> tuple[int, mmap.mmap]:
 
 def bytes_of(mapped: mmap.mmap) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
     return np.frombuffer(mapped, dtype=np.uint8)
+
+
+def _file_system(descriptor: int) -> int:
+    """Its magic number: what tells hugetlbfs from ordinary memory that the kernel may keep in huge pages
+    (st_blksize does not). Raises OSError."""
+    found = ctypes.create_string_buffer(_STATFS_NBYTES)
+    if _libc.fstatfs(descriptor, found) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return int(ctypes.c_long.from_buffer(found).value) & 0xFFFF_FFFF  # f_type comes first

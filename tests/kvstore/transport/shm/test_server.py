@@ -250,6 +250,25 @@ async def test_memory_that_may_vanish_is_not_mapped() -> None:
         os.close(end)
 
 
+def test_only_hugetlbfs_is_refused_for_its_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel keeps shared memory in huge pages (shmem_enabled), st_blksize is theirs: no reason."""
+    ordinary, _ = new_window(WINDOW)
+    fields = list(os.fstat(ordinary))
+    huge_blocks = os.stat_result(fields, {"st_blksize": 2 << 20})
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fstat", lambda _: huge_blocks)
+        map_readonly(ordinary, WINDOW).close()
+    os.close(ordinary)
+    try:
+        huge = os.memfd_create("x", os.MFD_ALLOW_SEALING | os.MFD_HUGETLB)
+    except OSError:
+        pytest.skip("this kernel has no hugetlbfs")
+    fcntl.fcntl(huge, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    with pytest.raises(Unsafe, match="huge pages"):
+        map_readonly(huge, 1)
+    os.close(huge)
+
+
 async def test_a_window_that_may_shrink_is_refused(near: Near) -> None:
     talk = await Talk.with_(near)
     await talk.hear()
