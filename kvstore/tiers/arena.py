@@ -111,11 +111,11 @@ class ArenaTier:
         try:
             if await failpoints.hit("storage.write") is failpoints.Effect.DROP:
                 return
-            kept = self._frames.get(place.slot)
-            if kept is not None and kept.generation >= place.generation:
-                return  # late: these bytes are here, or the slot was given to somebody else meanwhile
             if not self._offset_of(frame):
                 frame = await self._moved_in(frame)
+            kept = self._frames.get(place.slot)  # no await from here to `_store`: the slot may change hands
+            if kept is not None and kept.generation >= place.generation:
+                return  # late: these bytes are here, or the slot was given to somebody else meanwhile
             self.discard_slot(place.slot)
             self._store(place, frame)
             taken = True

@@ -41,21 +41,26 @@ def fill(room: memoryview, *pieces: bytes | memoryview) -> None:
 async def to_its_end(nbytes: int, work: Callable[[], Result], abandoned: Callable[[], None]) -> Result:
     """`work` over memory that must not change hands while it runs; `abandoned` frees that memory.
 
-    A thread cannot be cancelled: if the caller is, the memory is freed when the thread is done with it.
+    Freed it is when this raises: at once, unless a thread still works on it. A thread cannot be cancelled:
+    if the caller is, the memory is freed when the thread is done with it.
     """
-    if nbytes <= INLINE_NBYTES_MAX:
-        return work()
-    working = asyncio.get_running_loop().run_in_executor(None, work)
+    working: asyncio.Future[Result] | None = None
     try:
+        if nbytes <= INLINE_NBYTES_MAX:
+            return work()
+        working = asyncio.get_running_loop().run_in_executor(None, work)
         return await asyncio.shield(working)
-    except asyncio.CancelledError:
+    except BaseException:
 
         def free(done: asyncio.Future[Result]) -> None:
             if not done.cancelled():
                 done.exception()  # nobody else asks
             abandoned()
 
-        working.add_done_callback(free)
+        if working is None or working.done():
+            abandoned()
+        else:
+            working.add_done_callback(free)
         raise
 
 

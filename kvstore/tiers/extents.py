@@ -2,8 +2,9 @@
 
 An extent that comes free waits in a list of its own size, and the next frame of that size takes the one
 that came free last: O(1), and its pages are there already (a fresh page of a virtual machine costs up to
-6 ms a MiB, benchmarks/store figures in docs/design.md). When no list has the size, the lowest free run that
-is long enough gives it; when none is, the lists are merged into runs and the search is repeated once.
+6 ms a MiB, benchmarks/store figures in docs/design.md). When no list has the size, the shortest free run
+that is long enough gives it; when none is, what waits is joined with the runs beside it and the search is
+repeated once. What was joined stays joined: an extent is joined once for every time it came free.
 Never raises for want of room: the answer is None, and the caller has somewhere else to put its frame.
 
     total = 8 pages                 ........
@@ -17,6 +18,7 @@ Never raises for want of room: the answer is None, and the caller has somewhere 
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from typing import Final
 
 PAGE_NBYTES: Final = 4096
@@ -28,9 +30,13 @@ class Extents:
     def __init__(self, n_pages: int) -> None:
         self.n_pages = n_pages
         self.n_taken = 0
-        self._runs: list[tuple[int, int]] = [(0, n_pages)] if n_pages else []  # (first, pages), ascending
         self._waiting: dict[int, list[int]] = {}  # pages -> first pages of free extents of that size
-        self._longest = n_pages  # no run is longer than this
+        self._runs: dict[int, int] = {}  # first -> pages; no run touches another
+        self._first_of: dict[int, int] = {}  # the page after a run -> its first
+        self._by_pages: dict[int, dict[int, None]] = {}  # pages -> first pages of the runs of that length
+        self._lengths: list[int] = []  # of the runs, each once, ascending
+        if n_pages:
+            self._add_run(0, n_pages)
 
     def take(self, pages: int) -> int | None:
         """The first page of an extent of `pages`, or None when no free run is that long."""
@@ -38,10 +44,10 @@ class Extents:
             raise ValueError(f"an extent of {pages} pages")
         first = self._reuse(pages)
         if first is None:
-            first = self._first_fit(pages)
+            first = self._best_fit(pages)
         if first is None and self._waiting:
             self._merge()
-            first = self._first_fit(pages)
+            first = self._best_fit(pages)
         if first is not None:
             self.n_taken += pages
         return first
@@ -55,7 +61,7 @@ class Extents:
         """Every free run, (first, pages) in ascending order, merged."""
         loose = [(first, pages) for pages, firsts in self._waiting.items() for first in firsts]
         merged: list[tuple[int, int]] = []
-        for first, pages in sorted(self._runs + loose):
+        for first, pages in sorted([*self._runs.items(), *loose]):
             if merged and sum(merged[-1]) == first:
                 merged[-1] = merged[-1][0], merged[-1][1] + pages
             else:
@@ -71,22 +77,46 @@ class Extents:
             del self._waiting[pages]
         return first
 
-    def _first_fit(self, pages: int) -> int | None:
-        if pages > self._longest:
+    def _best_fit(self, pages: int) -> int | None:
+        at = bisect_left(self._lengths, pages)
+        if at == len(self._lengths):
             return None
-        longest = 0
-        for i, (first, run) in enumerate(self._runs):
-            if run >= pages:
-                if run == pages:
-                    del self._runs[i]
-                else:
-                    self._runs[i] = first + pages, run - pages
-                return first
-            longest = max(longest, run)
-        self._longest = longest
-        return None
+        run = self._lengths[at]
+        first = next(reversed(self._by_pages[run]))
+        self._remove_run(first)
+        if run > pages:
+            self._add_run(first + pages, run - pages)
+        return first
 
     def _merge(self) -> None:
-        self._runs = self.free_runs()
+        """Join what waits with the runs beside it: costs what waits, not what is free."""
+        for pages, firsts in self._waiting.items():
+            for first in firsts:
+                start, end = first, first + pages
+                before = self._first_of.get(start)
+                if before is not None:
+                    self._remove_run(before)
+                    start = before
+                if end in self._runs:
+                    end += self._remove_run(end)
+                self._add_run(start, end - start)
         self._waiting.clear()
-        self._longest = max((run for _, run in self._runs), default=0)
+
+    def _add_run(self, first: int, pages: int) -> None:
+        self._runs[first] = pages
+        self._first_of[first + pages] = first
+        if pages not in self._by_pages:
+            self._by_pages[pages] = {}
+            insort(self._lengths, pages)
+        self._by_pages[pages][first] = None
+
+    def _remove_run(self, first: int) -> int:
+        """How long it was."""
+        pages = self._runs.pop(first)
+        del self._first_of[first + pages]
+        same = self._by_pages[pages]
+        del same[first]
+        if not same:
+            del self._by_pages[pages]
+            del self._lengths[bisect_left(self._lengths, pages)]
+        return pages

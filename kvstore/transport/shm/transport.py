@@ -159,9 +159,24 @@ async def _read_into(
         loop.run_in_executor(None, reader.read_into, refs[start:end], landing, rows[start:end])
         for start, end in itertools.pairwise(bounds)
     ]
-    try:
-        asked = await asyncio.shield(asyncio.gather(*working))
-    except asyncio.CancelledError:
-        await asyncio.wait(working)
-        raise
+    await _all_done(working)
+    asked = [done.result() for done in working]
     return [start + i for start, some in zip(bounds, asked, strict=False) for i in some]
+
+
+async def _all_done(working: Sequence[asyncio.Future[list[int]]]) -> None:
+    """However often the caller is cancelled, and whatever one of them raises: until none works any more."""
+    cancelled: asyncio.CancelledError | None = None
+    pending = set(working)
+    while pending:
+        try:
+            _, pending = await asyncio.wait(pending)
+        except asyncio.CancelledError as error:
+            cancelled = error
+            pending = {one for one in pending if not one.done()}
+    failures = [done.exception() for done in working]  # asked of all: none is reported as forgotten
+    if cancelled is not None:
+        raise cancelled
+    for failure in failures:
+        if failure is not None:
+            raise failure

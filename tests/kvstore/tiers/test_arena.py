@@ -6,15 +6,18 @@ import asyncio
 import fcntl
 import mmap
 import os
+import threading
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore import failpoints
+from kvstore.tiers import arena as arena_module
 from kvstore.tiers import slot_table
 from kvstore.tiers.arena import ArenaTier
 from kvstore.tiers.base import Place
+from kvstore.tiers.copying import INLINE_NBYTES_MAX, fill
 from kvstore.tiers.extents import PAGE_NBYTES
 
 SIZE = 3 * PAGE_NBYTES
@@ -136,6 +139,30 @@ async def test_a_write_that_fails_keeps_nothing(action: failpoints.Action) -> No
     lent = frame_in(arena, 5)
     arena.give_up(lent)
     assert arena._free.n_taken == 3
+    arena.check_integrity()
+
+
+async def test_a_late_write_that_is_moved_in_slowly_leaves_the_new_owners_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nbytes = INLINE_NBYTES_MAX + 1
+    arena = ArenaTier(4 * nbytes, 64)
+    started, go_on = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def fill_slowly(room: memoryview, *pieces: bytes | memoryview) -> None:
+        loop.call_soon_threadsafe(started.set)
+        go_on.wait(5)
+        fill(room, *pieces)
+
+    monkeypatch.setattr(arena_module, "fill", fill_slowly)
+    late = asyncio.ensure_future(arena.write(Place(0, 1), memoryview(bytearray(nbytes))))
+    await started.wait()
+    await put(arena, Place(0, 2), 2, nbytes)  # the slot was freed and is another block's by now
+    go_on.set()
+    await late
+    assert bytes(await arena.read(Place(0, 2)) or b"") == b"\x02" * nbytes
+    assert arena._free.n_taken == -(-nbytes // PAGE_NBYTES), "the room of the late write was not given up"
     arena.check_integrity()
 
 

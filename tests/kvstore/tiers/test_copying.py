@@ -31,3 +31,15 @@ async def test_a_cancelled_caller_does_not_free_what_a_thread_still_writes() -> 
     assert not freed.done(), "the thread is still writing"
     go_on.set()
     assert await asyncio.wait_for(freed, 5)
+
+
+@pytest.mark.parametrize("nbytes", [1, INLINE_NBYTES_MAX + 1], ids=["inline", "in a thread"])
+async def test_work_that_fails_frees_its_memory_at_once(nbytes: int) -> None:
+    freed: list[bool] = []
+
+    def work() -> None:
+        raise MemoryError("no room to work in")
+
+    with pytest.raises(MemoryError):
+        await to_its_end(nbytes, work, lambda: freed.append(True))
+    assert freed == [True]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,6 +28,21 @@ def test_neighbours_that_come_free_are_one_again() -> None:
         assert extents.take(2) == first
     for first in (2, 0, 4):
         extents.give(first, 2)
+    assert extents.take(6) == 0
+
+
+def test_what_finds_no_room_does_not_look_through_everything_each_time() -> None:
+    extents = Extents(60_000)
+    pairs = [extents.take(2) for _ in range(30_000)]
+    for first in pairs[::4]:
+        extents.give(first or 0, 2)
+    assert extents.take(3) is None
+    started = time.perf_counter()
+    for first in pairs[2:4000:4]:
+        extents.give(first or 0, 2)
+        assert extents.take(3) is None
+    assert time.perf_counter() - started < 0.5, "every failing take merged all free extents again"
+    extents.give(pairs[1] or 0, 2)
     assert extents.take(6) == 0
 
 

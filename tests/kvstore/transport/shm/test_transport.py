@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -11,12 +13,14 @@ from kvstore import failpoints
 from kvstore.answers import PublishBlock, VerifiedBlock
 from kvstore.client import StoreClient
 from kvstore.hashing import KeyChain
-from kvstore.nouns import KVLayout, MissReason, NamespaceSpec, PinnedBlock, Quality
+from kvstore.nouns import BlockRef, KVLayout, MissReason, NamespaceSpec, PinnedBlock, Quality
 from kvstore.tiers.arena import ArenaTier
 from kvstore.topology import ShardEntry, Topology
+from kvstore.transport.landing import Landing
 from kvstore.transport.shm import client as client_module
 from kvstore.transport.shm import packets
 from kvstore.transport.shm.client import HALF_NBYTES, NotHere, _batches, _places, attach, fits
+from kvstore.transport.shm.transport import LARGE_NBYTES, _read_into
 from tests.kvstore.conftest import TOKEN, Served
 from tests.kvstore.oracle import SPEC, TIMEOUT, chain
 from tests.kvstore.transport.shm.conftest import E1, Near, all_gone, blocks_of, publish
@@ -159,6 +163,40 @@ async def test_blocks_larger_than_a_thread_hop_and_a_chunk_arrive_whole() -> Non
             assert all((a == b).all() for a, b in zip(buffers, payloads, strict=True))
             assert (client.counters["shm:written_bytes"] > 0) == shared_memory
     await served.stop()
+
+
+class SlowReader:
+    """Its first thread copies until it is let go on; the second, if there is one, fails at once."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.started, self.go_on, self.done = asyncio.Event(), threading.Event(), False
+
+    def read_into(self, refs: Sequence[BlockRef], landing: Landing, rows: Sequence[int]) -> list[int]:
+        if rows[0]:
+            raise MemoryError("the other half")
+        self.loop.call_soon_threadsafe(self.started.set)
+        self.go_on.wait(5)
+        self.done = True
+        return []
+
+
+@pytest.mark.parametrize("rows", [[0], [0, 1]], ids=["cancelled twice", "one of two threads fails"])
+async def test_a_read_ends_when_no_thread_writes_into_its_buffers(rows: list[int]) -> None:
+    reader = SlowReader()
+    landing = Landing([memoryview(bytearray(LARGE_NBYTES)) for _ in rows])
+    refs = [BlockRef(*[0] * len(BlockRef._fields))] * len(rows)  # type: ignore[arg-type]
+    reading = asyncio.ensure_future(_read_into(reader, refs, landing, rows))  # type: ignore[arg-type]
+    await reader.started.wait()
+    for _ in range(3):
+        if len(rows) == 1:
+            reading.cancel()
+        await asyncio.sleep(0.02)
+        assert not reading.done(), "the buffers are the caller's again and a thread still writes"
+    reader.go_on.set()
+    with pytest.raises(asyncio.CancelledError if len(rows) == 1 else MemoryError):
+        await reading
+    assert reader.done
 
 
 def test_frames_are_cut_into_halves_of_the_window_in_order() -> None:
