@@ -66,10 +66,10 @@ def at_most(most: int, count: int, what: str) -> None:
         raise OverLimit(f"{count} {what} in one call: at most {most}")
 
 
-def split_keys(data: bytes) -> list[BlockKey]:
+def split_keys(data: bytes, most: int = KEYS_MAX) -> list[BlockKey]:
     if len(data) % KEY_NBYTES:
         raise ConfigError(f"a key column of {len(data)} bytes is not a multiple of {KEY_NBYTES}")
-    at_most(KEYS_MAX, len(data) // KEY_NBYTES, "keys")
+    at_most(most, len(data) // KEY_NBYTES, "keys")
     return [key for (key,) in _KEYS.iter_unpack(data)]
 
 
