@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 
 from kvstore import failpoints, trace
 from kvstore.deadline import Deadline
-from kvstore.errors import ConfigError, OverLimit, Unavailable, WireVersionMismatch
+from kvstore.errors import ConfigError, DeadlineExceeded, OverLimit, Unavailable, WireVersionMismatch
 from kvstore.nouns import (
     ISOLATE,
     BlockKey,
@@ -84,6 +84,7 @@ class GrpcTransport(LandingTransport):
         self.address = address
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._greeted = self._closed = False
+        self._greeting = asyncio.Lock()
         self._control = _channel(address, "control", credentials)
         self._bulk = _channel(address, "bulk", credentials)
         self._blocks = BlocksClient(self._bulk, self._traced)
@@ -288,8 +289,18 @@ class GrpcTransport(LandingTransport):
     async def _introduced(self, timeout_s: float) -> Deadline:
         """Who is behind the address is asked before anything else, and again when it was gone."""
         deadline = Deadline(timeout_s)
-        if not self._greeted:
-            await self.hello(timeout_s=timeout_s)
+        if self._greeted:
+            return deadline
+        try:
+            async with asyncio.timeout_at(deadline.at):
+                await self._greeting.acquire()  # one asks for all who come meanwhile
+        except TimeoutError:
+            raise DeadlineExceeded(f"shard {self.shard} did not say in time who it is") from None
+        try:
+            if not self._greeted:
+                await self.hello(timeout_s=deadline.left())
+        finally:
+            self._greeting.release()
         return deadline
 
     async def _call(

@@ -58,16 +58,26 @@ class SameHostTransport(GrpcTransport):
     async def hello(self, *, timeout_s: float) -> ShardHello:
         deadline = Deadline(timeout_s)
         greeted = await super().hello(timeout_s=timeout_s)
-        self._detach()
-        if greeted.shm_socket:
-            try:
-                limit_s = min(ATTACH_S, deadline.left())
-                name = "\0" + greeted.shm_socket
-                self._attached = await attach(name, self._token, greeted.incarnation, limit_s)
-                self._counters["shm:attached"] += 1
-            except NotHere as error:
-                self._counters["shm:not_here"] += 1
-                log.info("frames of this shard go over gRPC", shard=self.shard, why=str(error))
+        if not greeted.shm_socket:
+            self._detach()
+            return greeted
+        try:
+            limit_s = min(ATTACH_S, deadline.left())
+            attached = await attach("\0" + greeted.shm_socket, self._token, greeted.incarnation, limit_s)
+        except NotHere as error:
+            self._detach()
+            self._counters["shm:not_here"] += 1
+            log.info("frames of this shard go over gRPC", shard=self.shard, why=str(error))
+            return greeted
+        except BaseException:
+            self._greeted = False  # the next call finds out what we could not
+            raise
+        if self._closed:
+            attached.close()  # nobody would after us
+            return greeted
+        self._detach()  # whichever there is by now: two may say hello at once
+        self._attached = attached
+        self._counters["shm:attached"] += 1
         return greeted
 
     async def read(

@@ -12,6 +12,7 @@ import pytest
 from kvstore import failpoints
 from kvstore.answers import PublishBlock, VerifiedBlock
 from kvstore.client import StoreClient
+from kvstore.errors import DeadlineExceeded
 from kvstore.hashing import KeyChain
 from kvstore.nouns import BlockRef, KVLayout, MissReason, NamespaceSpec, PinnedBlock, Quality
 from kvstore.tiers.arena import ArenaTier
@@ -19,7 +20,8 @@ from kvstore.topology import ShardEntry, Topology
 from kvstore.transport.landing import Landing
 from kvstore.transport.shm import client as client_module
 from kvstore.transport.shm import packets
-from kvstore.transport.shm.client import HALF_NBYTES, NotHere, _batches, _places, attach, fits
+from kvstore.transport.shm import transport as transport_module
+from kvstore.transport.shm.client import HALF_NBYTES, Attachment, NotHere, _batches, _places, attach, fits
 from kvstore.transport.shm.transport import LARGE_NBYTES, _read_into
 from tests.kvstore.conftest import TOKEN, Served
 from tests.kvstore.oracle import SPEC, TIMEOUT, chain
@@ -163,6 +165,49 @@ async def test_blocks_larger_than_a_thread_hop_and_a_chunk_arrive_whole() -> Non
             assert all((a == b).all() for a, b in zip(buffers, payloads, strict=True))
             assert (client.counters["shm:written_bytes"] > 0) == shared_memory
     await served.stop()
+
+
+async def test_many_first_calls_attach_once(near: Near) -> None:
+    transport = near.transport
+    await transport.hello(timeout_s=TIMEOUT)
+    await asyncio.sleep(0)
+    transport._detach()
+    await all_gone(near.server)
+    transport._greeted = False
+    near.client.counters.clear()
+    calls = [asyncio.ensure_future(transport.status(timeout_s=TIMEOUT)) for _ in range(40)]
+    await asyncio.sleep(0)
+    calls[0].cancel()  # it is the one who says hello: that harms no other
+    done = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(one).__name__ for one in done] == ["CancelledError"] + ["ShardStatus"] * 39
+    assert near.client.counters["shm:attached"] == near.server.connections == 1
+    await asyncio.gather(*(transport.hello(timeout_s=TIMEOUT) for _ in range(5)))
+    transport._detach()
+    await all_gone(near.server)
+    assert near.server.connections == 0, "an attachment that nobody has any more was left open"
+
+
+async def test_a_call_waits_for_anothers_hello_within_its_own_deadline(near: Near) -> None:
+    near.transport._greeted = False
+    async with near.transport._greeting:
+        with pytest.raises(DeadlineExceeded, match="in time"):
+            await near.transport.status(timeout_s=0.05)
+    await near.transport.status(timeout_s=TIMEOUT)
+
+
+async def test_who_attaches_while_the_transport_is_closed_lets_go(
+    near: Near, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def attach_late(*asked: object) -> Attachment:
+        attached = await attach(*asked)  # type: ignore[arg-type]
+        await near.transport.close()
+        return attached
+
+    monkeypatch.setattr(transport_module, "attach", attach_late)
+    await near.transport.hello(timeout_s=TIMEOUT)
+    assert not near.transport.shares_memory
+    await all_gone(near.server)
+    assert near.server.connections == 0
 
 
 class SlowReader:
