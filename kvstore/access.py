@@ -53,6 +53,11 @@ class Tenant:
     def __post_init__(self) -> None:
         if not 0 < len(self.name) <= TENANT_CHARS_MAX:
             raise ConfigError(f"a tenant's name has 1 to {TENANT_CHARS_MAX} characters, not {len(self.name)}")
+        if self.name == "default":
+            raise ConfigError(
+                "a tenant named default would share namespaces with every trusted worker that names nobody: "
+                "choose another name"
+            )
         if not self.token and not self.certificate:
             raise ConfigError(
                 f"tenant {self.name} cannot be told from others: give it a token or certificate"
@@ -143,6 +148,14 @@ class NamespaceOwners:
         """The shard did open it: what is kept here is bounded by what it keeps."""
         self._owners[namespace] = tenant
         self._specs.setdefault(tenant, set()).add(spec)
+
+    def check_model(self, caller: Caller, model_id: str) -> None:
+        """Raises PermissionDenied unless the tenant has a namespace of the model open: what others run is
+        theirs to know."""
+        if caller.tenant is not None and all(
+            spec.model_id != model_id for spec in self._specs.get(caller.tenant, ())
+        ):
+            raise PermissionDenied(f"tenant {caller.tenant} has no namespace of {model_id} open: open one")
 
     def check(self, caller: Caller, namespace: NamespaceId) -> None:
         """Raises NotFound for a namespace that nobody opened here, PermissionDenied for another tenant's."""

@@ -102,6 +102,7 @@ class ShardDriver:
 
     async def close(self) -> None:
         self._closed = True
+        self._watchers.close()
         await self._upkeep.stop()
 
     def reap(self) -> None:
@@ -125,39 +126,39 @@ class ShardDriver:
     # -- ShardTransport ----------------------------------------------------------------------------
 
     async def hello(self, *, timeout_s: float) -> ShardHello:
-        self._serving()
+        self.serving()
         return ShardHello(self.shard, self.config.incarnation, WIRE_VERSION, DISK_VERSION)
 
     async def open_namespace(self, spec: NamespaceSpec, tenant: str, *, timeout_s: float) -> NamespaceId:
         opened = namespace_id(tenant_salt(self.config.cluster_secret, tenant), spec)
-        self._serving().open_namespace(opened, _namespace(spec, tenant))
+        self.serving().open_namespace(opened, _namespace(spec, tenant))
         return opened
 
     async def register_epoch(self, model_id: str, epoch: Epoch, *, timeout_s: float) -> None:
-        self._serving().register_epoch(model_id, epoch)
+        self.serving().register_epoch(model_id, epoch)
 
     async def advance_epoch(
         self, model_id: str, number: int, policy: EpochPolicy = ISOLATE, *, timeout_s: float
     ) -> Revision:
-        revision = self._serving().advance_epoch(model_id, number, policy)
+        revision = self.serving().advance_epoch(model_id, number, policy)
         self._upkeep.settle()
         return revision
 
     async def epochs(self, model_id: str, *, timeout_s: float) -> EpochsOfModel:
-        return self._serving().epochs.show(model_id)
+        return self.serving().epochs.show(model_id)
 
     async def namespaces(self, *, timeout_s: float) -> tuple[KnownNamespace, ...]:
         return tuple(
             KnownNamespace(
                 space.id, space.namespace.model_id, space.namespace.tenant, space.namespace.block_nbytes
             )
-            for space in self._serving().index.spaces.values()
+            for space in self.serving().index.spaces.values()
         )
 
     async def match(
         self, snapshot: Snapshot, keys: Sequence[BlockKey], owner: str, lease_s: float, *, timeout_s: float
     ) -> MatchResult:
-        matched = self._serving().match(snapshot, keys, owner, lease_s, self._clock.now())
+        matched = self.serving().match(snapshot, keys, owner, lease_s, self._clock.now())
         revision = Revision(self.config.incarnation, self.core.revision)
         ids = dict.fromkeys(matched.epoch_ids)  # in the order they come in
         epochs = tuple(self.core.epochs.bound[epoch_id].epoch for epoch_id in ids)
@@ -186,10 +187,10 @@ class ShardDriver:
 
     async def renew(self, leases: Sequence[LeaseId], lease_s: float, *, timeout_s: float) -> list[bool]:
         now = self._clock.now()
-        return [self._serving().renew(lease, lease_s, now) for lease in leases]
+        return [self.serving().renew(lease, lease_s, now) for lease in leases]
 
     async def release(self, leases: Sequence[LeaseId], *, timeout_s: float) -> None:
-        self._serving().release(leases)
+        self.serving().release(leases)
         self._upkeep.settle()
 
     async def begin(
@@ -206,7 +207,7 @@ class ShardDriver:
     ) -> TxnOpened:
         asked = [Offer(o.key, o.parent, o.chain_index, o.placement, o.nbytes) for o in offers]
         now = self._clock.now()
-        txn = self._serving().begin(namespace, epoch, quality, asked, owner, lease_s, request_id, now)
+        txn = self.serving().begin(namespace, epoch, quality, asked, owner, lease_s, request_id, now)
         self._upkeep.settle()
         return TxnOpened(txn.id, tuple(txn.refusals))
 
@@ -216,13 +217,13 @@ class ShardDriver:
         return await self._within(self._write_frames(txn, frames), timeout_s, "write")
 
     async def commit(self, txn: TxnId, pin_for_s: float | None, *, timeout_s: float) -> CommitResult:
-        answer = self._serving().commit(txn, pin_for_s, self._clock.now())
+        answer = self.serving().commit(txn, pin_for_s, self._clock.now())
         self._upkeep.settle()
         revision = Revision(self.config.incarnation, answer.revision)
         return CommitResult(revision, self.core.blocks(answer), answer.lease)
 
     async def abort(self, txn: TxnId, *, timeout_s: float) -> None:
-        self._serving().abort(txn)
+        self.serving().abort(txn)
         self._upkeep.settle()
 
     async def report(self, namespace: NamespaceId, refs: Sequence[BlockRef], *, timeout_s: float) -> int:
@@ -233,24 +234,24 @@ class ShardDriver:
     async def listing(
         self, namespace: NamespaceId, at: Revision | None, cursor: int, limit: int, *, timeout_s: float
     ) -> ListPage:
-        revision, versions, next_cursor = self._serving().listing(namespace, at, cursor, limit)
+        revision, versions, next_cursor = self.serving().listing(namespace, at, cursor, limit)
         return ListPage(revision, tuple(versions), next_cursor)
 
     def watch(
         self, namespaces: Sequence[NamespaceId], after: Revision | None, *, timeout_s: float
     ) -> AsyncIterator[WatchBatch]:
-        self._serving()
+        self.serving()
         return self._watchers.watch(namespaces, after, timeout_s)
 
     async def purge(self, scope: Purge, *, timeout_s: float) -> Purged:
         """Invisible at once, durable and (but for what is pinned) freed when this returns."""
-        return await self._within(self._upkeep.purge(scope, self._serving()), timeout_s, "purge")
+        return await self._within(self._upkeep.purge(scope, self.serving()), timeout_s, "purge")
 
     async def compact(self, revision: Revision, *, timeout_s: float) -> Revision:
-        return self._serving().compact(revision)
+        return self.serving().compact(revision)
 
     async def status(self, *, timeout_s: float) -> ShardStatus:
-        usage = self._serving().usage()
+        usage = self.serving().usage()
         return ShardStatus(
             shard=self.shard,
             incarnation=self.config.incarnation,
@@ -281,7 +282,8 @@ class ShardDriver:
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _serving(self) -> ShardCore:
+    def serving(self) -> ShardCore:
+        """Raises Unavailable once the driver is closed."""
         if self._closed:
             raise Unavailable(f"shard {self.shard} is closed: ask the topology who took over")
         return self.core
@@ -300,22 +302,28 @@ class ShardDriver:
             ) from None
 
     async def _read_frame(self, namespace: NamespaceId, ref: BlockRef) -> memoryview | MissReason:
-        version = self._serving().resolve(namespace, ref)
+        version = self.serving().resolve(namespace, ref)
         if isinstance(version, MissReason):
             return version
         try:
             copy = await self._storage.read(place_of(ref))
         except OSError as error:
-            self._count_fault("read", error)
-            return MissReason.SHARD_UNAVAILABLE
+            return self.failed_to_read(error)
         again = self.core.resolve(namespace, ref)
         if isinstance(again, MissReason):
             return again
-        if copy is None:  # storage lost it: out of sight, so that it can be written again
-            self.core.report(again)
-            self._upkeep.settle()
-            return self.core.missed(MissReason.ABSENT)
-        return copy
+        return self.lost(again) if copy is None else copy
+
+    def failed_to_read(self, error: OSError) -> MissReason:
+        self._count_fault("read", error)
+        return self.core.missed(MissReason.SHARD_UNAVAILABLE)
+
+    def lost(self, version: Version) -> MissReason:
+        """Storage has nothing where the version's bytes should be: out of sight, so that it can be written
+        again."""
+        self.core.report(version)
+        self._upkeep.settle()
+        return self.core.missed(MissReason.ABSENT)
 
     async def _write_frames(
         self, txn_id: TxnId, frames: Sequence[tuple[int, bytes, memoryview]]
@@ -325,7 +333,7 @@ class ShardDriver:
     async def _write_frame(
         self, txn_id: TxnId, index: int, header: bytes, payload: memoryview
     ) -> Refusal | None:
-        txn = self._serving().txn(txn_id, self._clock.now())
+        txn = self.serving().txn(txn_id, self._clock.now())
         if not 0 <= index < len(txn.slots):
             return Refusal.MISMATCH
         version = self.core.granted(txn, index)
@@ -371,7 +379,7 @@ class ShardDriver:
     async def _retire_corrupt(self, namespace: NamespaceId, refs: Sequence[BlockRef]) -> int:
         retired = 0
         for ref in refs:
-            version = self._serving().resolve(namespace, ref)
+            version = self.serving().resolve(namespace, ref)
             copy = await self._read_frame(namespace, ref)
             if isinstance(version, MissReason) or isinstance(copy, MissReason):
                 continue  # already counted: reused since, or storage could not tell

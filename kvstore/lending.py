@@ -10,7 +10,6 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from kvstore.driver import ShardDriver
-from kvstore.errors import Unavailable
 from kvstore.nouns import BlockRef, MissReason, NamespaceId
 from kvstore.tiers.base import Place
 
@@ -20,16 +19,18 @@ async def lent(
     driver: ShardDriver, namespace: NamespaceId, ref: BlockRef
 ) -> AsyncIterator[memoryview | MissReason]:
     """The frame a reference means, to be read only; or why it is not served. Raises Unavailable."""
-    version = driver.core.resolve(namespace, ref)
+    version = driver.serving().resolve(namespace, ref)
     if isinstance(version, MissReason):
         yield version
         return
     try:
         frame = await driver.storage.borrow(Place(ref.slot, ref.generation))
     except OSError as error:
-        raise Unavailable(f"shard {driver.shard} could not read a frame: {error}") from error
+        yield driver.failed_to_read(error)
+        return
     if frame is None:
-        yield driver.core.missed(MissReason.ABSENT)
+        again = driver.core.resolve(namespace, ref)
+        yield again if isinstance(again, MissReason) else driver.lost(again)
         return
     try:
         yield frame

@@ -1,4 +1,5 @@
-"""A match over shards: keys to their owners at once, the answers' prefix run, what is past a gap given back.
+"""A match over shards: keys to their owners at once, the answers' prefix run, and the leases of shards that
+add nothing to it given back.
 
 With one shard there is nothing to place and no task to make: this is most of a match's way in Python, and a
 match is asked for before every prompt (benchmarks/latency.py).

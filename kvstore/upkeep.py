@@ -55,9 +55,9 @@ class Upkeep:
     def settle(self) -> None:
         """After whatever may have freed slots, in the same loop step: nothing of a freed one is left behind,
         and watchers are told."""
-        for ref in self._core.index.freed:
-            self._storage.discard(place_of(ref))
-        self._core.index.freed.clear()
+        freed = self._core.index.freed
+        while freed:
+            self._storage.discard(place_of(freed.pop()))
         self._watchers.wake()
 
     def reap(self) -> None:
@@ -94,4 +94,8 @@ class Upkeep:
     async def _tick_forever(self) -> None:
         while True:
             await asyncio.sleep(self._config.reap_interval_s)
-            await self.tick()
+            try:
+                await self.tick()
+            except Exception:  # whatever failed, leases must go on ending
+                self._core.counters["upkeep_failed"] += 1
+                log.exception("upkeep failed, and goes on", shard=self._config.shard)

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Final
 
 from kvstore.core.shard import ShardCore
+from kvstore.errors import Unavailable
 from kvstore.nouns import NamespaceId, Revision
 from kvstore.transport.base import WatchBatch
 
@@ -23,6 +24,12 @@ class Watchers:
         self._batch_changes = batch_changes
         self._told = core.revision
         self._moved = asyncio.Event()
+        self._closed = False
+
+    def close(self) -> None:
+        """End every watch: Unavailable."""
+        self._closed = True
+        self._moved.set()
 
     def wake(self) -> None:
         """The core may have changed."""
@@ -36,13 +43,15 @@ class Watchers:
     ) -> AsyncIterator[WatchBatch]:
         """The first batch comes at once, the last one when time is up; both may be without changes.
 
-        Raises NotFound for a namespace that is not open, and Compacted.
+        Raises NotFound for a namespace that is not open, Compacted, and Unavailable once the shard is closed.
         """
         for namespace in namespaces:
             self._core.namespace(namespace)
         chosen, end = frozenset(namespaces), asyncio.get_running_loop().time() + timeout_s
         started = False
         while True:
+            if self._closed:
+                raise Unavailable("the shard was closed: ask the topology who took over")
             moved, newest = self._moved, self._core.revision
             upto, changes = self._core.changed_since(after, chosen, self._batch_changes)
             in_time = True

@@ -7,8 +7,8 @@
 Bytes are budgeted, not slots: blocks of different layouts have different sizes. Every step costs O(versions
 of the key), a handful; making room is O(evicted). Only letting go may cost more: whoever uses a block uses
 what it was built on, so that no idle block ever goes before an idle block built on it, and the idle ancestors
-of what is let go move up with it. Each moves once, however many blocks are let go together. Who lets go of a
-whole chain has nothing above it to move.
+of what is let go move up with it: each once, and 1,024 of them at most, since how long a chain is its writers
+say. Who lets go of a whole chain has nothing above it to move.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from kvstore.nouns import BlockRef, NamespaceId, Quality, Tier
 
 _LIVE, _STAGED = int(State.LIVE), int(State.STAGED)
 _UNLIMITED = 1 << 63
+_CLIMB_MAX = 1_024
+"""Idle ancestors that move up with what is let go, at most: a chain is as long as its writers say."""
 
 
 class Index:
@@ -76,7 +78,7 @@ class Index:
             State(table.states[slot]),
             table.created[slot],
             table.retired[slot],
-            table.written[slot] == WRITTEN,
+            bool(table.written[slot] & WRITTEN),
             table.pins[slot],
         )
 
@@ -267,7 +269,7 @@ class Index:
         used = dict(idle)
         for slot in idle:
             ancestor = self._idle_parent(slot)
-            while ancestor != NONE and ancestor not in used:  # ends: chain indexes fall
+            while ancestor != NONE and ancestor not in used and len(used) - len(idle) < _CLIMB_MAX:
                 used[ancestor] = None
                 ancestor = self._idle_parent(ancestor)
         return used

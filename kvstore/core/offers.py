@@ -17,7 +17,7 @@ from kvstore.core.index import Index
 from kvstore.core.spaces import Space
 from kvstore.core.state import Offer
 from kvstore.core.transactions import Txn
-from kvstore.core.versions import FORBIDDEN, NONE, UNWRITTEN, WRITTEN, State
+from kvstore.core.versions import FORBIDDEN, NONE, WRITTEN, State
 from kvstore.nouns import BlockKey, ChangeKind, Refusal
 
 _LABEL = {reason: f"refusal:{reason.value}" for reason in Refusal}
@@ -78,14 +78,14 @@ class Offers:
             return txn.refused[i]
         if i not in txn.staged:  # it existed at begin, and may have been purged or found corrupt since
             if table.states[slot] == State.GONE:
-                return Refusal.PURGED if table.written[slot] == FORBIDDEN else Refusal.CHECKSUM
+                return Refusal.PURGED if table.written[slot] & FORBIDDEN else Refusal.CHECKSUM
             return Refusal.PURGED if self._index.is_dead(slot) else slot
         refusal = None
-        if table.written[slot] == FORBIDDEN:
+        if table.written[slot] & FORBIDDEN:
             refusal = Refusal.PURGED
         elif self._epochs.is_dropped(epoch_id):
             refusal = Refusal.EPOCH
-        elif table.written[slot] == UNWRITTEN:
+        elif not table.written[slot] & WRITTEN:
             refusal = Refusal.UNWRITTEN
         if refusal is not None:
             self.refuse(txn, i, refusal)
@@ -96,8 +96,8 @@ class Offers:
     def written(self, txn: Txn, i: int, refusal: Refusal | None) -> None:
         table, slot = self._index.versions, txn.slots[i]
         if refusal is None:
-            table.written[slot] = table.written[slot] or WRITTEN
-        elif table.written[slot] != WRITTEN:  # a second copy, broken, takes nothing from the first
+            table.written[slot] |= WRITTEN
+        elif not table.written[slot] & WRITTEN:  # a second copy, broken, takes nothing from the first
             self.refuse(txn, i, refusal)
 
     # -- inside ------------------------------------------------------------------------------------
@@ -157,6 +157,6 @@ class Offers:
     def _is_being_written(self, space: Space, key: BlockKey, epoch_id: int, quality: int) -> bool:
         table = self._index.versions
         return any(
-            table.epochs[s] == epoch_id and table.qualities[s] >= quality and table.written[s] != FORBIDDEN
+            table.epochs[s] == epoch_id and table.qualities[s] >= quality and not table.written[s] & FORBIDDEN
             for s in space.staged.get(key, ())
         )

@@ -40,7 +40,7 @@ class Purging:
         for staged in space.staged.values():
             for slot in staged:
                 if epoch_id is None or self._index.versions.epochs[slot] == epoch_id:
-                    self._index.versions.written[slot] = FORBIDDEN
+                    self._index.versions.written[slot] |= FORBIDDEN
         if epoch_id is None:
             space.purged = revision
         else:
@@ -57,7 +57,7 @@ class Purging:
         for key in dict.fromkeys(keys):
             for slot in space.staged.get(key, ()):
                 if epoch_id is None or table.epochs[slot] == epoch_id:
-                    table.written[slot] = FORBIDDEN
+                    table.written[slot] |= FORBIDDEN
             for slot in list(index.chain(space, space.heads.get(key, NONE))):
                 if epoch_id is None or table.epochs[slot] == epoch_id:
                     self._purge(space, key, slot, revision)
@@ -82,7 +82,7 @@ class Purging:
 
     def _purge(self, space: Space, key: BlockKey, slot: int, revision: int) -> None:
         table = self._index.versions
-        table.written[slot] = FORBIDDEN
+        table.written[slot] |= FORBIDDEN
         if table.states[slot] == _LIVE:
             if not self._index.is_purged(slot):
                 number = self._epochs.bound[table.epochs[slot]].epoch.number

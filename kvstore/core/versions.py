@@ -29,8 +29,8 @@ from kvstore.nouns import (
 
 NONE: Final = -1
 """No slot."""
-UNWRITTEN, WRITTEN, FORBIDDEN = 0, 1, 2
-"""What a staged version waits for: its frame, its commit, or nothing: its key was purged meanwhile."""
+WRITTEN, FORBIDDEN = 1, 2
+"""Flags of a version: its whole frame is stored; it was purged by its key, or while it was being written."""
 
 
 class State(enum.IntEnum):

@@ -118,7 +118,7 @@ def purge_of_keys(patch: Patch) -> None:
 
 def purge_of_writing(patch: Patch) -> None:
     """What was being written when it was purged is committed after all."""
-    patch.setattr("kvstore.core.offers.FORBIDDEN", -1)
+    patch.setattr("kvstore.core.offers.FORBIDDEN", 0)
 
 
 def sweep(patch: Patch) -> None:

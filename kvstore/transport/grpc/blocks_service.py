@@ -15,7 +15,7 @@ from kvstore.errors import ConfigError, DeadlineExceeded, OverLimit
 from kvstore.frame import HEADER_NBYTES
 from kvstore.lending import lent
 from kvstore.nouns import BlockRef, Incarnation, MissReason, ShardId, TxnId
-from kvstore.transport.base import CHUNK_NBYTES, ShardTransport
+from kvstore.transport.base import CHUNK_NBYTES, KEYS_MAX, ShardTransport
 from kvstore.transport.grpc import bulk, wire
 from kvstore.transport.grpc.calls import Context, left
 from kvstore.v1 import blocks_pb2 as blocks
@@ -119,6 +119,7 @@ def _packed(index: int, found: memoryview | MissReason) -> Iterator[bytes]:
 
 
 def refs_in(shard: ShardId, asked: blocks.ReadRequest | control.ReportRequest) -> list[BlockRef]:
+    wire.at_most(KEYS_MAX, max(len(asked.slots), len(asked.generations)), "references")
     if len(asked.slots) != len(asked.generations):
         raise ConfigError(f"{len(asked.slots)} slots and {len(asked.generations)} generations: one each")
     incarnation = Incarnation(asked.incarnation)

@@ -200,7 +200,7 @@ class GrpcTransport(LandingTransport):
     ) -> TxnOpened:
         await failpoints.hit("transport.begin")
         asked = wire.begin_out(namespace, epoch, quality, offers, owner, lease_s, request_id)
-        answer = await self._call(methods.BEGIN, asked, timeout_s)
+        answer = await self._call(methods.BEGIN, asked, timeout_s, self._undo)
         with self._understood():
             return TxnOpened(TxnId(answer.txn), wire.refusals_in(answer.refusals))
 
@@ -339,6 +339,12 @@ class GrpcTransport(LandingTransport):
             if lease:
                 asked = control.ReleaseRequest(leases=[lease])
                 self._pipeline.tell(methods.RELEASE.name, asked.SerializeToString(), GIVE_BACK_S)
+
+    def _undo(self, answer: bytes) -> None:
+        """A transaction that was opened when nobody waited any more: nobody else could ever abort it."""
+        with contextlib.suppress(DecodeError):
+            asked = control.AbortRequest(txn=control.BeginResponse.FromString(answer).txn)
+            self._pipeline.tell(methods.ABORT.name, asked.SerializeToString(), GIVE_BACK_S)
 
     @contextlib.contextmanager
     def _understood(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ from kvstore.access import Caller, NamespaceOwners, acting_tenant
 from kvstore.errors import ConfigError, PermissionDenied, WireVersionMismatch
 from kvstore.nouns import LeaseId, NamespaceId, TxnId
 from kvstore.topology import Topology
-from kvstore.transport.base import REQUEST_ID_NBYTES, WIRE_VERSIONS_READ, ShardTransport
+from kvstore.transport.base import LEASES_MAX, REQUEST_ID_NBYTES, WIRE_VERSIONS_READ, ShardTransport
 from kvstore.transport.grpc import methods, wire, wire_history
 from kvstore.transport.grpc.blocks_service import refs_in
 from kvstore.transport.grpc.methods import Method
@@ -151,7 +151,9 @@ class ControlService:
         return control.AdvanceEpochResponse(revision=wire.revision_out(revision))
 
     async def _show_epochs(self, asked: control.ShowEpochsRequest, call: Call) -> control.ShowEpochsResponse:
-        known = await self._shard.epochs(wire.model_in(asked.model_id), timeout_s=call.timeout_s)
+        model_id = wire.model_in(asked.model_id)
+        self._owners.check_model(call.caller, model_id)
+        known = await self._shard.epochs(model_id, timeout_s=call.timeout_s)
         return wire_history.epochs_out(known)
 
     async def _match(self, asked: control.MatchRequest, call: Call) -> control.MatchResponse:
@@ -167,11 +169,13 @@ class ControlService:
         return wire.match_result_out(result)
 
     async def _renew(self, asked: control.RenewRequest, call: Call) -> control.RenewResponse:
+        wire.at_most(LEASES_MAX, len(asked.leases), "leases")
         leases = [LeaseId(lease) for lease in asked.leases]
         held = await self._shard.renew(leases, asked.lease_ms / 1000, timeout_s=call.timeout_s)
         return control.RenewResponse(held=held)
 
     async def _release(self, asked: control.ReleaseRequest, call: Call) -> control.ReleaseResponse:
+        wire.at_most(LEASES_MAX, len(asked.leases), "leases")
         await self._shard.release([LeaseId(lease) for lease in asked.leases], timeout_s=call.timeout_s)
         return control.ReleaseResponse()
 

@@ -72,6 +72,11 @@ class Pipeline:
             expiry = loop.call_later(left_s, stream.expire, number)
             try:
                 return await answer
+            except asyncio.CancelledError:
+                # Both may come in one turn of the loop: then it is answered, and nobody takes it.
+                if late is not None and answer.done() and not answer.cancelled() and not answer.exception():
+                    late(answer.result())
+                raise
             finally:
                 expiry.cancel()
                 stream.forget(number, late)

@@ -12,10 +12,11 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
-from kvstore.errors import ConfigError
+from kvstore.errors import ConfigError, OverLimit
 from kvstore.nouns import (
     KEY_NBYTES,
     NAMESPACE_ID_NBYTES,
+    OFFERS_MAX,
     WEIGHTS_DIGEST_NBYTES,
     BlockKey,
     BlockRef,
@@ -35,6 +36,7 @@ from kvstore.nouns import (
 )
 from kvstore.topology import ShardEntry, Topology
 from kvstore.transport.base import (
+    KEYS_MAX,
     QUALITIES,
     TIERS,
     BlockOffer,
@@ -58,9 +60,16 @@ def fixed(data: bytes, nbytes: int, what: str) -> bytes:
     return data
 
 
-def split_keys(data: bytes) -> list[BlockKey]:
+def at_most(most: int, count: int, what: str) -> None:
+    """Asked of a message before anything is made of it: its size is its sender's choice. Raises OverLimit."""
+    if count > most:
+        raise OverLimit(f"{count} {what} in one call: at most {most}")
+
+
+def split_keys(data: bytes, most: int = KEYS_MAX) -> list[BlockKey]:
     if len(data) % KEY_NBYTES:
         raise ConfigError(f"a key column of {len(data)} bytes is not a multiple of {KEY_NBYTES}")
+    at_most(most, len(data) // KEY_NBYTES, "keys")
     return [key for (key,) in _KEYS.iter_unpack(data)]
 
 
@@ -248,6 +257,7 @@ def begin_out(
 
 
 def offers_in(message: control.BeginRequest) -> list[BlockOffer]:
+    at_most(OFFERS_MAX, max(len(message.nbytes), len(message.chain_indexes)), "offers")
     keys, parents = split_keys(message.keys), split_keys(message.parents)
     placements = split_keys(message.placements)
     lengths = {len(keys), len(parents), len(placements), len(message.chain_indexes), len(message.nbytes)}

@@ -177,6 +177,9 @@ async def test_what_a_tenant_may_not_do(world: World) -> None:
         await alice.register_epoch(SPEC.model_id, E1, timeout_s=TIMEOUT)
     await bob.register_epoch(SPEC.model_id, E1, timeout_s=TIMEOUT)  # which its tenant may
     await alice.register_epoch(SPEC.model_id, E1, timeout_s=TIMEOUT)  # bound by somebody who may
+    with pytest.raises(PermissionDenied, match="no namespace of"):
+        await alice.epochs(SPEC.model_id, timeout_s=TIMEOUT)  # what others run is theirs to know
+    await alice.open_namespace(SPEC, "", timeout_s=TIMEOUT)
     assert (await alice.epochs(SPEC.model_id, timeout_s=TIMEOUT)).registered == (E1,)
 
 
