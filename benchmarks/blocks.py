@@ -13,23 +13,19 @@ import argparse
 import asyncio
 import multiprocessing
 import multiprocessing.connection
-import resource
 import statistics
 import time
 from collections.abc import Awaitable, Callable
 
 import numpy as np
 
+from benchmarks.serving import Pipe, cpu_s, serve
 from kvstore.answers import PublishBlock, VerifiedBlock
 from kvstore.client import StoreClient
-from kvstore.driver import ShardDriver
-from kvstore.driver_config import DriverConfig
 from kvstore.hashing import KeyChain
 from kvstore.memory import keep_freed_buffers
 from kvstore.nouns import Epoch, KVLayout, NamespaceSpec, PinnedBlock, Quality, ShardId, WeightsDigest
-from kvstore.server import ServerConfig, ShardServer
 from kvstore.session import StoreSession
-from kvstore.tiers.arena import ArenaTier
 from kvstore.topology import ShardEntry, Topology
 
 EPOCH = Epoch(1, WeightsDigest(bytes(16)))
@@ -37,34 +33,12 @@ TIMEOUT_S = 60.0
 TOKEN = "a token"  # noqa: S105 - of a shard that lives as long as the benchmark
 ARENA_NBYTES = 2 << 30
 
-Pipe = multiprocessing.connection.Connection
-
 
 def spec_of(nbytes: int) -> NamespaceSpec:
     """A layout whose block has `nbytes`, a multiple of 4 KiB."""
     layout = KVLayout(layers=1, head_begin=0, head_end=nbytes // 4096, head_dim=16, dtype="float32")
     assert layout.block_nbytes == nbytes
     return NamespaceSpec(f"bench-{nbytes}", layout, bytes(16))
-
-
-def serve(pipe: Pipe) -> None:
-    keep_freed_buffers()
-
-    async def run() -> None:
-        config = DriverConfig(ShardId("bench"), ARENA_NBYTES, b"a secret of the benchmark")
-        server = ShardServer(ShardDriver(config, ArenaTier(ARENA_NBYTES)), ServerConfig(token=TOKEN))
-        pipe.send(await server.start())
-        loop = asyncio.get_running_loop()
-        while await loop.run_in_executor(None, pipe.recv):
-            pipe.send(cpu_s())
-        await server.stop(0)
-
-    asyncio.run(run())
-
-
-def cpu_s() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
 
 
 class Reader:
@@ -162,7 +136,7 @@ def main() -> None:
     keep_freed_buffers()
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
-    server = spawn.Process(target=serve, args=(theirs,), daemon=True)
+    server = spawn.Process(target=serve, args=(theirs, ARENA_NBYTES, TOKEN), daemon=True)
     server.start()
     try:
         address = ours.recv()

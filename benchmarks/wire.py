@@ -13,23 +13,19 @@ import asyncio
 import json
 import multiprocessing
 import multiprocessing.connection
-import resource
 import statistics
 import time
 from collections.abc import Awaitable, Callable
 
 import numpy as np
 
+from benchmarks.serving import Pipe, cpu_s, serve
 from kvstore.answers import PublishBlock, VerifiedBlock
 from kvstore.client import StoreClient
-from kvstore.driver import ShardDriver
-from kvstore.driver_config import DriverConfig
 from kvstore.hashing import KeyChain
 from kvstore.memory import keep_freed_buffers
 from kvstore.nouns import Epoch, KVLayout, NamespaceSpec, Quality, ShardId, WeightsDigest
-from kvstore.server import ServerConfig, ShardServer
 from kvstore.session import StoreSession
-from kvstore.tiers.arena import ArenaTier
 from kvstore.topology import ShardEntry, Topology
 
 LAYOUT = KVLayout(30, 0, 3, 64, "float32")  # SmolLM2-135M: 1.47 MB a block
@@ -38,30 +34,8 @@ EPOCH = Epoch(1, WeightsDigest(bytes(16)))
 TIMEOUT_S = 60.0
 
 
-def serve(pipe: multiprocessing.connection.Connection) -> None:
-    keep_freed_buffers()
-
-    async def run() -> None:
-        config = DriverConfig(ShardId("bench"), 4 << 30, b"a secret of the benchmark")
-        server = ShardServer(ShardDriver(config, ArenaTier(4 << 30)), ServerConfig())
-        pipe.send(await server.start())
-        loop = asyncio.get_running_loop()
-        while await loop.run_in_executor(None, pipe.recv):
-            pipe.send(_cpu_s())
-        await server.stop(0)
-
-    asyncio.run(run())
-
-
-def _cpu_s() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
-
-
 class Bench:
-    def __init__(
-        self, session: StoreSession, pipe: multiprocessing.connection.Connection, blocks: int
-    ) -> None:
+    def __init__(self, session: StoreSession, pipe: Pipe, blocks: int) -> None:
         self.session = session
         self.pipe = pipe
         self.blocks = blocks
@@ -78,7 +52,7 @@ class Bench:
 
     def both_cpu_s(self) -> float:
         self.pipe.send(True)
-        return float(self.pipe.recv()) + _cpu_s()
+        return float(self.pipe.recv()) + cpu_s()
 
     async def timed(self, work: Callable[[], Awaitable[None]]) -> tuple[float, float]:
         """GB/s and CPU seconds per GB."""
@@ -119,9 +93,7 @@ class Bench:
         return self.gb / (time.perf_counter() - started)
 
 
-async def run(
-    address: str, pipe: multiprocessing.connection.Connection, rounds: int, blocks: int
-) -> dict[str, float]:
+async def run(address: str, pipe: Pipe, rounds: int, blocks: int) -> dict[str, float]:
     topology = Topology(1, (ShardEntry(ShardId("bench"), address),))
     samples: dict[str, list[float]] = {}
     async with await StoreClient.connect(topology, shared_memory=False) as client:
@@ -159,7 +131,7 @@ def main() -> None:
     keep_freed_buffers()
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
-    server = spawn.Process(target=serve, args=(theirs,), daemon=True)
+    server = spawn.Process(target=serve, args=(theirs, 4 << 30), daemon=True)
     server.start()
     try:
         figures = asyncio.run(run(ours.recv(), ours, args.rounds, args.blocks))

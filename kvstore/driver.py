@@ -87,7 +87,7 @@ class ShardDriver:
         self.config = config
         self.core = ShardCore(config.core(), POLICIES[config.policy])
         self._watchers = Watchers(self.core)
-        self.storage = self._storage = storage
+        self.storage = storage
         self._clock = clock or MonotonicClock()
         self._upkeep = Upkeep(config, self.core, storage, self._clock, self._watchers)
         self._closed = False
@@ -121,7 +121,7 @@ class ShardDriver:
         self._upkeep.settle()
         self.core.check_integrity()
         written = sum(version.nbytes for version in self.core.index.rows() if version.written)
-        assert self._storage.nbytes() == written, f"{self._storage.nbytes()} bytes stored, {written} written"
+        assert self.storage.nbytes() == written, f"{self.storage.nbytes()} bytes stored, {written} written"
 
     # -- ShardTransport ----------------------------------------------------------------------------
 
@@ -245,7 +245,8 @@ class ShardDriver:
 
     async def purge(self, scope: Purge, *, timeout_s: float) -> Purged:
         """Invisible at once, durable and (but for what is pinned) freed when this returns."""
-        return await self._within(self._upkeep.purge(scope, self.serving()), timeout_s, "purge")
+        self.serving()
+        return await self._within(self._upkeep.purge(scope), timeout_s, "purge")
 
     async def compact(self, revision: Revision, *, timeout_s: float) -> Revision:
         return self.serving().compact(revision)
@@ -271,14 +272,14 @@ class ShardDriver:
 
     def flip_stored_byte(self) -> BlockKey | None:
         """Flip one payload byte of a live block that begins a chain; its key. None: no such block here."""
-        if not self.config.faults or not isinstance(self._storage, Breakable):
+        if not self.config.faults or not isinstance(self.storage, Breakable):
             raise ConfigError("faults are off on this shard: set store.faults = true to break blocks")
         heads = (v for v in self.core.index.rows() if v.state is State.LIVE and not v.chain_index)
         victim = next(heads, None)
         if victim is None:
             return None
         middle = (HEADER_NBYTES + victim.nbytes) // 2
-        return victim.key if self._storage.flip_byte(place_of(victim.ref), middle) else None
+        return victim.key if self.storage.flip_byte(place_of(victim.ref), middle) else None
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -306,7 +307,7 @@ class ShardDriver:
         if isinstance(version, MissReason):
             return version
         try:
-            copy = await self._storage.read(place_of(ref))
+            copy = await self.storage.read(place_of(ref))
         except OSError as error:
             return self.failed_to_read(error)
         again = self.core.resolve(namespace, ref)
@@ -343,7 +344,7 @@ class ShardDriver:
         place = place_of(version.ref)
         try:
             if refusal is None:
-                await self._storage.write(place, frame)
+                await self.storage.write(place, frame)
             # The transaction may have expired while we copied: ask again before believing anything.
             self.core.written(self.core.txn(txn_id, self._clock.now()), index, refusal, self._clock.now())
         except OSError as error:
@@ -352,7 +353,7 @@ class ShardDriver:
         except KVStrataError:
             # Nobody waits for these bytes, unless a copy of them that came first was committed meanwhile.
             if self.core.index.at(place.slot, place.generation) is None:
-                self._storage.discard(place)
+                self.storage.discard(place)
             raise
         self._upkeep.settle()
         return refusal
@@ -374,7 +375,7 @@ class ShardDriver:
             quality=version.quality,
             fingerprint=namespace.fingerprint,
         )
-        return await arrive(self._storage, header, payload, expected, namespace.block_nbytes)
+        return await arrive(self.storage, header, payload, expected, namespace.block_nbytes)
 
     async def _retire_corrupt(self, namespace: NamespaceId, refs: Sequence[BlockRef]) -> int:
         retired = 0

@@ -14,7 +14,7 @@ from typing import Any
 from kvstore.answers import Match
 from kvstore.deadline import Deadline
 from kvstore.hashing import placement_keys
-from kvstore.nouns import BlockKey, LeaseId, MissReason, PinnedBlock, ShardId
+from kvstore.nouns import OFFERS_MAX, BlockKey, LeaseId, MissReason, PinnedBlock, ShardId
 from kvstore.pinned_run import PinnedRun
 from kvstore.placement import owner as owner_of
 from kvstore.transport.base import MatchResult
@@ -62,6 +62,15 @@ def place(placements: Sequence[BlockKey], weights: Mapping[ShardId, float]) -> d
     for i, placement in enumerate(placements):
         placed.setdefault(owners[placement], []).append(i)
     return placed
+
+
+def parts_of(placed: Mapping[ShardId, list[int]]) -> list[tuple[ShardId, list[int]]]:
+    """What was placed, in the parts that one transaction each can take."""
+    return [
+        (shard, mine[start : start + OFFERS_MAX])
+        for shard, mine in placed.items()
+        for start in range(0, len(mine), OFFERS_MAX)
+    ]
 
 
 async def all_of(calls: Iterable[Coroutine[Any, Any, None]]) -> None:

@@ -32,6 +32,10 @@ ROOT_KEY: Final = BlockKey(bytes(KEY_NBYTES))
 
 OFFERS_MAX: Final = 1_024
 """Blocks of one transaction: what every shard takes and no writer exceeds."""
+KEYS_MAX: Final = 8_192
+"""Keys or references of one call: what a shard looks at in one turn."""
+LEASES_MAX: Final = 16_384
+"""Leases of one call."""
 
 DTYPE_NBYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 

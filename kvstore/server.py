@@ -110,14 +110,14 @@ class ShardServer:
             raise
         if self._shm is not None:
             self._shm.start()
-            self._service.shm_socket = self._shm.name.lstrip("\0")
+            self._service.control.shm_socket = self._shm.name.lstrip("\0")
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         return address
 
     def set_topology(self, topology: Topology) -> None:
         """What GetTopology answers from here on, unless it is older than what is known."""
-        if topology.version > self._service.topology.version:
-            self._service.topology = topology
+        if topology.version > self._service.control.topology.version:
+            self._service.control.topology = topology
 
     async def stop(self, grace_s: float) -> None:
         """Say NOT_SERVING, end watches and pipelines, let running calls finish within `grace_s`, then cut

@@ -25,9 +25,8 @@ from kvstore.errors import (
     Unavailable,
 )
 from kvstore.frame import LOSSLESS_CODEC, decode_frame, verify_identity
-from kvstore.matching import Answer, all_of, match_over, place
+from kvstore.matching import Answer, all_of, match_over, parts_of, place
 from kvstore.nouns import (
-    OFFERS_MAX,
     BlockKey,
     BlockRef,
     Epoch,
@@ -167,12 +166,7 @@ class StoreSession(ByTokens):
     ) -> Published:
         """Commit the blocks on their shards, in parallel: one transaction for each OFFERS_MAX of a shard."""
         deadline = Deadline(timeout_s)
-        placed = place([block.placement for block in blocks], self._peers.weights)
-        parts = [
-            (shard, mine[start : start + OFFERS_MAX])
-            for shard, mine in placed.items()
-            for start in range(0, len(mine), OFFERS_MAX)
-        ]
+        parts = parts_of(place([block.placement for block in blocks], self._peers.weights))
         as_what = Publication(self.namespace, self.epoch, quality, self.layout.fingerprint, owner, pin_for_s)
         answers: list[PinnedBlock | Refusal] = [Refusal.SHARD_UNAVAILABLE] * len(blocks)
         leases: list[tuple[ShardId, LeaseId]] = []

@@ -18,12 +18,11 @@ import signal
 import sys
 from typing import Any, Final
 
-import structlog
-
 import kvstore.polling  # noqa: F401 - before anything that imports grpc
 from kvstore.config import StoreConfig
 from kvstore.driver import ShardDriver
 from kvstore.errors import KVStrataError
+from kvstore.logs import log_plainly
 from kvstore.memory import keep_freed_buffers
 from kvstore.nouns import ShardId
 from kvstore.server import ShardServer
@@ -35,16 +34,7 @@ LINE_NBYTES_MAX: Final = 1 << 20
 
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for whoever started us
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
+    log_plainly(logging.WARNING, sys.stderr)
     return asyncio.run(_serve())
 
 

@@ -49,7 +49,6 @@ class ShardProcesses:
         self._places: dict[int, ShardPlace] = {}
         self._version = 0
         self._keepers: list[asyncio.Task[None]] = []
-        self._ending = False
 
     async def start(self) -> None:
         """All up, or all ended and the first reason raised: ConfigError or Unavailable."""
@@ -69,7 +68,6 @@ class ShardProcesses:
 
     async def drain(self) -> None:
         """Each says NOT_SERVING, lets its calls finish within the drain, and ends, or is killed."""
-        self._ending = True
         await self._stop_keepers()
         for process in self._processes.values():
             if process.stdin is not None:
@@ -84,7 +82,6 @@ class ShardProcesses:
 
     def kill(self) -> None:
         """At once. Nothing of theirs outlives it."""
-        self._ending = True
         for process in self._processes.values():
             with contextlib.suppress(ProcessLookupError):
                 if process.returncode is None:

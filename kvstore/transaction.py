@@ -21,8 +21,8 @@ from kvstore.answers import PublishBlock, Put, put_of
 from kvstore.deadline import Deadline
 from kvstore.errors import ConfigError, KVStrataError
 from kvstore.lineage import Lineage, publishable
-from kvstore.matching import place
-from kvstore.nouns import OFFERS_MAX, PinnedBlock, Quality, Refusal, ShardId
+from kvstore.matching import all_of, parts_of, place
+from kvstore.nouns import PinnedBlock, Quality, Refusal, ShardId
 from kvstore.peers import ERRAND_TIMEOUT_S, refusal_of, this_process
 from kvstore.publication import Publication, Staged
 from kvstore.tensors import KVArray
@@ -145,10 +145,7 @@ class Transaction:
                 put.parts.append((mine, part))
 
         placed = place([block.placement for block in blocks], session._peers.weights)
-        async with asyncio.TaskGroup() as group:
-            for shard, mine in placed.items():
-                for begin in range(0, len(mine), OFFERS_MAX):
-                    group.create_task(stage_on(shard, mine[begin : begin + OFFERS_MAX]))
+        await all_of(stage_on(*part) for part in parts_of(placed))
 
     async def _commit(self, put: _Staged, mine: list[int], part: Staged, deadline: Deadline) -> None:
         found: list[PinnedBlock | Refusal]

@@ -72,8 +72,9 @@ class Upkeep:
             if not await self._sweep():
                 break
 
-    async def purge(self, scope: Purge, core: ShardCore) -> Purged:
+    async def purge(self, scope: Purge) -> Purged:
         """Delete, sweep, and sync. What was freed meanwhile by another purge is counted here too."""
+        core = self._core
         versions, nbytes = core.purge(scope.namespace, scope.keys, scope.epoch)
         revision = Revision(self._config.incarnation, core.revision)
         before = core.counters["swept"], core.counters["swept_nbytes"]

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import structlog
-
 from kvstore.errors import KVStrataError
+from kvstore.logs import log_plainly
 from router.config import ServiceConfig
 from router.service import RouterService
 
@@ -48,7 +47,7 @@ class StartProgress:
 
 class RouterActor:
     def __init__(self, start: RouterStart) -> None:
-        _log_plainly()
+        log_plainly(logging.INFO)
         self._start = start
         self._lines: list[str] = []
         self._news = asyncio.Event()
@@ -113,17 +112,3 @@ def _words(error: BaseException) -> str:
     if isinstance(error, KVStrataError):
         return str(error)
     return f"{type(error).__name__}: {error}; the router's log has the details"
-
-
-def _log_plainly() -> None:
-    """One line an event, plain tracebacks: a log must not hold the values of variables, as prompts are."""
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(),
-    )

@@ -30,10 +30,6 @@ class Purging:
         self._circle = 0  # of so many: those there were when something died last
         self._next = 0
 
-    @property
-    def is_swept(self) -> bool:
-        return not self._unswept
-
     def purge_space(self, space: Space, epoch_id: int | None) -> None:
         """All of a namespace, or of one of its epochs. O(what is being written there)."""
         revision = self._changes.advance()

@@ -1,10 +1,10 @@
 """Slots: who holds which piece of a pool, and how often each was reused.
 
-One table serves a shard's storage (slots are ids, bytes are budgeted by the core) and an engine's paged
-pool (slots of one size, where adjacent slots can be read as one view). What is taken stands in one byte a
-slot, so that a free run is found by a substring search: about 1 us where a run is near the lowest free
-slot, 5 us a 100,000 slots where it is not. Every free bumps the slot's generation, so that a reference
-taken before it can be told from one taken after. Failure is explicit: OverLimit, and nothing was taken.
+Of an engine's paged pool: slots of one size, where adjacent slots can be read as one view. (A shard's own
+versions are columns, see versions.py: it has no runs to find.) What is taken stands in one byte a slot, so
+that a free run is found by a substring search: about 1 us where a run is near the lowest free slot, 5 us a
+100,000 slots where it is not. Every free bumps the slot's generation, so that a reference taken before it can
+be told from one taken after. Failure is explicit: OverLimit, and nothing was taken.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvstore.nouns import (
+    KEYS_MAX,
     OFFERS_MAX,
     BlockKey,
     Incarnation,
@@ -24,7 +25,7 @@ class CoreLimits:
     slots_max: int = 65_536
     leases_max: int = 16_384
     txns_max: int = 1_024
-    keys_max: int = 8_192  # of one match
+    keys_max: int = KEYS_MAX  # of one match
     offers_max: int = OFFERS_MAX  # of one transaction
     namespaces_max: int = 4_096
     models_max: int = 1_024  # with epochs on this shard

@@ -46,8 +46,6 @@ QUALITIES: Final = {int(quality): quality for quality in Quality}
 TIERS: Final = {int(tier): tier for tier in Tier}
 _REF: Final = partial(tuple.__new__, BlockRef)  # what its _make does, without a frame for each
 _PINNED: Final = partial(tuple.__new__, PinnedBlock)
-KEYS_MAX: Final = 8_192  # keys or references of one call: what a shard looks at in one turn
-LEASES_MAX: Final = 16_384  # leases of one call
 CHUNK_NBYTES: Final = 2 << 20  # bulk streams move frames in pieces of about this size, at most
 
 

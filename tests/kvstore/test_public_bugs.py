@@ -191,7 +191,7 @@ async def test_what_exists_is_never_null(shard: Shard) -> None:
     """exists() said true and get() gave null, for ever."""
     made = chain(shard.namespace, 1)
     (ref,) = refs_of(await put(shard.driver, made, [0], E1))
-    shard.driver._storage.discard(Place(ref.slot, ref.generation))
+    shard.driver.storage.discard(Place(ref.slot, ref.generation))
     assert await get(shard.driver, shard.namespace, [ref]) == [MissReason.ABSENT]
     assert len(await shard.match(made.keys)) == 0  # and it says so from here on
     await put(shard.driver, made, [0], E1, request_id=b"again")

@@ -14,8 +14,8 @@ from kvstore.driver import ShardDriver
 from kvstore.errors import ConfigError, DeadlineExceeded, OverLimit
 from kvstore.frame import HEADER_NBYTES
 from kvstore.lending import lent
-from kvstore.nouns import BlockRef, Incarnation, MissReason, ShardId, TxnId
-from kvstore.transport.base import CHUNK_NBYTES, KEYS_MAX, ShardTransport
+from kvstore.nouns import KEYS_MAX, BlockRef, Incarnation, MissReason, ShardId, TxnId
+from kvstore.transport.base import CHUNK_NBYTES, ShardTransport
 from kvstore.transport.grpc import bulk, wire
 from kvstore.transport.grpc.calls import Context, left
 from kvstore.v1 import blocks_pb2 as blocks

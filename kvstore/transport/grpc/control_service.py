@@ -15,9 +15,9 @@ from google.protobuf.message import DecodeError
 
 from kvstore.access import Caller, NamespaceOwners, acting_tenant
 from kvstore.errors import ConfigError, PermissionDenied, WireVersionMismatch
-from kvstore.nouns import LeaseId, NamespaceId, TxnId
+from kvstore.nouns import LEASES_MAX, LeaseId, NamespaceId, TxnId
 from kvstore.topology import Topology
-from kvstore.transport.base import LEASES_MAX, REQUEST_ID_NBYTES, WIRE_VERSIONS_READ, ShardTransport
+from kvstore.transport.base import REQUEST_ID_NBYTES, WIRE_VERSIONS_READ, ShardTransport
 from kvstore.transport.grpc import methods, wire, wire_history
 from kvstore.transport.grpc.blocks_service import refs_in
 from kvstore.transport.grpc.methods import Method

@@ -40,12 +40,6 @@ class Method(Generic[Asked, Answer]):
             "response_deserializer": self.answer.FromString,
         }
 
-    def handler_codec(self) -> dict[str, Any]:
-        return {
-            "request_deserializer": self.asked.FromString,
-            "response_serializer": self.answer.SerializeToString,
-        }
-
 
 HELLO = Method(CONTROL, "Hello", control.HelloRequest, control.HelloResponse)
 OPEN_NAMESPACE = Method(CONTROL, "OpenNamespace", control.OpenNamespaceRequest, control.OpenNamespaceResponse)

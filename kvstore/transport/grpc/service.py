@@ -25,7 +25,6 @@ from kvstore.errors import (
     Unavailable,
 )
 from kvstore.tls import peer_names
-from kvstore.topology import Topology
 from kvstore.transport.base import ShardTransport
 from kvstore.transport.grpc import bulk, faults, methods
 from kvstore.transport.grpc.blocks_service import BlocksService
@@ -60,33 +59,17 @@ class ShardService:
         self._limits = limits or ServiceLimits()
         self._callers = callers or Callers(None)
         self._owners = NamespaceOwners()
-        self._control = ControlService(shard, self._owners)
-        self.watches = Watches(shard, self._control, self._limits.watches_max)
+        self.control = ControlService(shard, self._owners)
+        self.watches = Watches(shard, self.control, self._limits.watches_max)
         self._pipelines: set[PipelineStream] = set()
         self._draining = False
         self._waiting = 0
         self.blocks = BlocksService(shard, self._limits.inflight_nbytes_max, self._limits.streams_max)
 
-    @property
-    def shm_socket(self) -> str:
-        return self._control.shm_socket
-
-    @shm_socket.setter
-    def shm_socket(self, name: str) -> None:
-        self._control.shm_socket = name
-
-    @property
-    def topology(self) -> Topology:
-        return self._control.topology
-
-    @topology.setter
-    def topology(self, topology: Topology) -> None:
-        self._control.topology = topology
-
     def handlers(self, *, admin: bool = False) -> list[grpc.GenericRpcHandler]:
         """Of everybody's listener, or of the admin's: the control plane alone, for the cluster's token."""
         by_service: dict[str, dict[str, grpc.RpcMethodHandler[Any, Any]]] = {}
-        for method, served in self._control.served.items():
+        for method, served in self.control.served.items():
             made: Any = grpc.unary_unary_rpc_method_handler(self._unary(served, admin))
             by_service.setdefault(method.service, {})[method.name] = made
         by_service[methods.CONTROL] |= {
@@ -139,7 +122,7 @@ class ShardService:
             if len(self._pipelines) >= self._limits.pipelines_max:
                 taken = f"{len(self._pipelines)} pipelines are open on this shard"
                 raise OverLimit(taken, retry_after_s=RETRY_AFTER_S)
-            stream = PipelineStream(self._control.pipelined, context, call.caller, self._place, admin=admin)
+            stream = PipelineStream(self.control.pipelined, context, call.caller, self._place, admin=admin)
             self._pipelines.add(stream)
             try:
                 await stream.run()
@@ -191,7 +174,7 @@ class ShardService:
 
     async def _checked_read(self, asked: blocks.ReadRequest, context: Context) -> Any:
         async def read(call: Call) -> None:
-            self._control.namespace(asked.namespace_id, call.caller)
+            self.control.namespace(asked.namespace_id, call.caller)
             await self.blocks.read(asked, context)
 
         return await self._guarded(context, read)

@@ -15,6 +15,7 @@ from typing import Final
 from kvstore.errors import ConfigError, OverLimit
 from kvstore.nouns import (
     KEY_NBYTES,
+    KEYS_MAX,
     NAMESPACE_ID_NBYTES,
     OFFERS_MAX,
     WEIGHTS_DIGEST_NBYTES,
@@ -36,7 +37,6 @@ from kvstore.nouns import (
 )
 from kvstore.topology import ShardEntry, Topology
 from kvstore.transport.base import (
-    KEYS_MAX,
     QUALITIES,
     TIERS,
     BlockOffer,

@@ -13,8 +13,6 @@ import mmap
 import os
 from typing import Final
 
-import numpy as np
-
 _HUGETLBFS: Final = 0x958458F6  # HUGETLBFS_MAGIC, statfs(2)
 _STATFS_NBYTES: Final = 256  # more than any struct statfs has
 F_SEAL_FUTURE_WRITE: Final = 0x10  # Python names it from 3.13 on
@@ -54,10 +52,6 @@ def new_window(nbytes: int) -> tuple[int, mmap.mmap]:
         os.close(descriptor)
         raise
     return descriptor, mapped
-
-
-def bytes_of(mapped: mmap.mmap) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-    return np.frombuffer(mapped, dtype=np.uint8)
 
 
 def _file_system(descriptor: int) -> int:

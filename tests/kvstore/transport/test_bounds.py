@@ -8,8 +8,7 @@ import pytest
 
 from kvstore.access import Tenant
 from kvstore.errors import ConfigError, OverLimit
-from kvstore.nouns import OFFERS_MAX, LeaseId, Quality, ShardId
-from kvstore.transport.base import KEYS_MAX, LEASES_MAX
+from kvstore.nouns import KEYS_MAX, LEASES_MAX, OFFERS_MAX, LeaseId, Quality, ShardId
 from kvstore.transport.grpc import wire
 from kvstore.transport.grpc.blocks_service import refs_in
 from kvstore.transport.grpc.client import GrpcTransport

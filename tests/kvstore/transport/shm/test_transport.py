@@ -54,7 +54,7 @@ async def test_grpc_can_be_asked_for(near: Near) -> None:
 
 @pytest.mark.parametrize("name", ["", "kvstrata-" + "0" * 32, "something-else"])
 async def test_where_nobody_listens_everything_goes_over_grpc(near: Near, name: str) -> None:
-    near.served.server._service.shm_socket = name
+    near.served.server._service.control.shm_socket = name
     await near.transport.hello(timeout_s=TIMEOUT)
     assert not near.transport.shares_memory
     assert near.client.counters["shm:not_here"] == bool(name)
@@ -65,7 +65,7 @@ async def test_where_nobody_listens_everything_goes_over_grpc(near: Near, name: 
 async def test_an_arena_that_cannot_be_shared_is_served_over_grpc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ArenaTier, "share", lambda _: None)
     served = await Served.start("shard-0")
-    assert served.server._service.shm_socket == ""
+    assert served.server._service.control.shm_socket == ""
     topology = Topology(1, (ShardEntry(served.driver.shard, served.address),))
     async with await StoreClient.connect(topology, token=TOKEN) as client:
         session = await client.open(SPEC, E1)

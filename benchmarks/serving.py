@@ -1,0 +1,39 @@
+"""A shard in a process of its own, for benchmarks that read and write it from another."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing.connection
+import resource
+
+from kvstore.driver import ShardDriver
+from kvstore.driver_config import DriverConfig
+from kvstore.memory import keep_freed_buffers
+from kvstore.nouns import ShardId
+from kvstore.server import ServerConfig, ShardServer
+from kvstore.tiers.arena import ArenaTier
+
+Pipe = multiprocessing.connection.Connection
+SHARD = ShardId("bench")
+
+
+def serve(pipe: Pipe, arena_nbytes: int, token: str | None = None) -> None:
+    """Tell the address; answer each true message with the CPU seconds used so far; end at a false one."""
+    keep_freed_buffers()
+
+    async def run() -> None:
+        config = DriverConfig(SHARD, arena_nbytes, b"a secret of the benchmark")
+        server = ShardServer(ShardDriver(config, ArenaTier(arena_nbytes)), ServerConfig(token=token))
+        pipe.send(await server.start())
+        loop = asyncio.get_running_loop()
+        while await loop.run_in_executor(None, pipe.recv):
+            pipe.send(cpu_s())
+        await server.stop(0)
+
+    asyncio.run(run())
+
+
+def cpu_s() -> float:
+    """Of this process, user and system."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
