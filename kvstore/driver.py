@@ -150,7 +150,10 @@ class ShardDriver:
     async def namespaces(self, *, timeout_s: float) -> tuple[KnownNamespace, ...]:
         return tuple(
             KnownNamespace(
-                space.id, space.namespace.model_id, space.namespace.tenant, space.namespace.block_nbytes
+                space.id,
+                space.namespace.model_id,
+                space.namespace.tenant,
+                space.namespace.layout.block_nbytes,
             )
             for space in self.serving().index.spaces.values()
         )
@@ -373,9 +376,9 @@ class ShardDriver:
             placement=version.placement,
             epoch=version.epoch,
             quality=version.quality,
-            fingerprint=namespace.fingerprint,
+            fingerprint=namespace.layout.fingerprint,
         )
-        return await arrive(self.storage, header, payload, expected, namespace.block_nbytes)
+        return await arrive(self.storage, header, payload, expected, namespace.layout.block_nbytes)
 
     async def _retire_corrupt(self, namespace: NamespaceId, refs: Sequence[BlockRef]) -> int:
         retired = 0
@@ -397,4 +400,4 @@ class ShardDriver:
 
 
 def _namespace(spec: NamespaceSpec, tenant: str) -> Namespace:
-    return Namespace(spec.model_id, spec.layout.fingerprint, spec.layout.block_nbytes, tenant)
+    return Namespace(spec.model_id, spec.layout, tenant)

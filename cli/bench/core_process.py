@@ -25,6 +25,7 @@ from cli.bench.figures import Spread
 from cli.bench.jsonlines import answer
 from kvstore.core.shard import ShardCore
 from kvstore.core.state import CoreConfig, CoreLimits, Namespace, Offer
+from kvstore.frame import HEADER_NBYTES
 from kvstore.nouns import (
     DROP,
     OFFERS_MAX,
@@ -32,7 +33,7 @@ from kvstore.nouns import (
     BlockKey,
     Epoch,
     Incarnation,
-    LayoutFingerprint,
+    KVLayout,
     NamespaceId,
     Quality,
     ShardId,
@@ -43,7 +44,8 @@ from kvstore.policies import POLICIES
 
 MODEL: Final = "bench"
 NAMESPACE: Final = NamespaceId(bytes(16))
-FRAME_NBYTES: Final = (1 << 20) + 256
+LAYOUT: Final = KVLayout(32, 0, 4, 64, "bfloat16")  # a block of 1 MiB
+FRAME_NBYTES: Final = LAYOUT.block_nbytes + HEADER_NBYTES
 MATCH_KEYS: Final = 64
 PROBE_CHAINS: Final = 64
 OFFERS_BETWEEN: Final = 16  # blocks committed between two timed matches
@@ -80,9 +82,7 @@ class LoadedCore:
         limits = CoreLimits(slots_max=versions + 2 * OFFERS_MAX)
         config = CoreConfig(ShardId("bench"), Incarnation(7), versions * FRAME_NBYTES, limits)
         self.core = ShardCore(config, POLICIES["lru"])
-        self.core.open_namespace(
-            NAMESPACE, Namespace(MODEL, LayoutFingerprint(bytes(16)), FRAME_NBYTES - 256)
-        )
+        self.core.open_namespace(NAMESPACE, Namespace(MODEL, LAYOUT))
         self._chains = 0
         self._sweep_slots = sweep_slots
         self._reaped = 0.0

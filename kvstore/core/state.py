@@ -10,7 +10,7 @@ from kvstore.nouns import (
     OFFERS_MAX,
     BlockKey,
     Incarnation,
-    LayoutFingerprint,
+    KVLayout,
     LeaseId,
     MissReason,
     Refusal,
@@ -50,8 +50,7 @@ class CoreConfig:
 @dataclass(frozen=True, slots=True)
 class Namespace:
     model_id: str
-    fingerprint: LayoutFingerprint
-    block_nbytes: int  # of a payload no codec touched
+    layout: KVLayout
     tenant: str = "default"
 
 

@@ -17,7 +17,7 @@ from kvstore.nouns import (
     BlockRef,
     Epoch,
     Incarnation,
-    LayoutFingerprint,
+    KVLayout,
     LeaseId,
     MissReason,
     NamespaceId,
@@ -31,6 +31,7 @@ from kvstore.nouns import (
 from kvstore.policies import POLICIES
 
 NBYTES = 100
+LAYOUT = KVLayout(1, 0, 1, 1, "float16")
 INCARNATION = Incarnation(7)
 NAMESPACE = NamespaceId(bytes(16))
 MODEL = "model"
@@ -75,7 +76,7 @@ class Shard:
         self.open(NAMESPACE, MODEL)
 
     def open(self, namespace: NamespaceId, model_id: str, tenant: str = "default") -> None:
-        opened = Namespace(model_id, LayoutFingerprint(bytes(16)), NBYTES, tenant)
+        opened = Namespace(model_id, LAYOUT, tenant)
         self.core.open_namespace(namespace, opened)
         for known in (E1, E2, E3):
             self.core.register_epoch(model_id, known)
