@@ -237,7 +237,7 @@ class ShardDriver:
     async def listing(
         self, namespace: NamespaceId, at: Revision | None, cursor: int, limit: int, *, timeout_s: float
     ) -> ListPage:
-        revision, versions, next_cursor = self.serving().listing(namespace, at, cursor, limit)
+        revision, versions, next_cursor = self.serving().past.listing(namespace, at, cursor, limit)
         return ListPage(revision, tuple(versions), next_cursor)
 
     def watch(
@@ -252,7 +252,7 @@ class ShardDriver:
         return await self._within(self._upkeep.purge(scope), timeout_s, "purge")
 
     async def compact(self, revision: Revision, *, timeout_s: float) -> Revision:
-        return self.serving().compact(revision)
+        return self.serving().past.compact(revision)
 
     async def status(self, *, timeout_s: float) -> ShardStatus:
         usage = self.serving().usage()

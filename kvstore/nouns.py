@@ -230,6 +230,7 @@ class ChangeKind(enum.IntEnum):
     RETIRED = 2  # out of sight: a better quality landed, or it was evicted, purged or found corrupt
     EPOCH = 3  # the model's current epoch, or what it allows, changed
     PURGED = 4  # everything of a namespace, or of one of its epochs
+    MOVED = 5  # it lies on other tiers from now on, `tier` the fastest of them
 
 
 class Change(NamedTuple):
@@ -241,6 +242,7 @@ class Change(NamedTuple):
     key: BlockKey  # ROOT_KEY where no single block is meant
     epoch: int  # 0 where every epoch is meant
     quality: int  # 0 where none is meant
+    tier: int = 0  # the fastest the version lies on; 0 where no single block is meant
 
 
 class Listed(NamedTuple):

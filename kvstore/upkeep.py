@@ -57,7 +57,8 @@ class Upkeep:
         and watchers are told."""
         freed = self._core.index.freed
         while freed:
-            self._storage.discard(place_of(freed.pop()))
+            gone = freed.pop()
+            self._storage.discard(place_of(gone.ref))
         self._watchers.wake()
 
     def reap(self) -> None:

@@ -53,7 +53,7 @@ class Watchers:
             if self._closed:
                 raise Unavailable("the shard was closed: ask the topology who took over")
             moved, newest = self._moved, self._core.revision
-            upto, changes = self._core.changed_since(after, chosen, self._batch_changes)
+            upto, changes = self._core.past.changed_since(after, chosen, self._batch_changes)
             in_time = True
             if changes or not started:
                 yield WatchBatch(upto, tuple(changes))

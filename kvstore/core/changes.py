@@ -13,7 +13,7 @@ from operator import itemgetter
 
 from kvstore.nouns import ROOT_KEY, BlockKey, Change, ChangeKind, NamespaceId
 
-_Entry = tuple[int, int, NamespaceId, BlockKey, int, int]
+_Entry = tuple[int, int, NamespaceId, BlockKey, int, int, int]
 _REVISION = itemgetter(0)
 
 
@@ -40,8 +40,9 @@ class ChangeLog:
         key: BlockKey = ROOT_KEY,
         epoch: int = 0,
         quality: int = 0,
+        tier: int = 0,
     ) -> None:
-        self._entries.append((self.revision, int(kind), namespace, key, epoch, quality))
+        self._entries.append((self.revision, int(kind), namespace, key, epoch, quality, tier))
         if len(self) > self._max:
             self.forget(_REVISION(self._entries[self._start]))
 
@@ -70,5 +71,5 @@ class ChangeLog:
             end = bisect_right(entries, upto, lo=end, key=_REVISION)
         chosen = entries[begin:end]
         return [
-            Change(r, ChangeKind(k), n, key, e, q) for r, k, n, key, e, q in chosen if n in namespaces
+            Change(r, ChangeKind(k), n, key, e, q, t) for r, k, n, key, e, q, t in chosen if n in namespaces
         ], upto

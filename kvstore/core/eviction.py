@@ -9,6 +9,7 @@ goes. Cost: O(1) a use, O(queues that are not empty) a victim.
 from __future__ import annotations
 
 from kvstore.core.epochs import EpochTable
+from kvstore.core.links import Links
 from kvstore.core.seams import MakePolicy, ReplacementPolicy
 from kvstore.core.versions import Versions
 
@@ -18,10 +19,15 @@ TenantsEpoch = tuple[str, int]
 class Evictables:
     """Failure is an answer: no victim."""
 
-    def __init__(self, make_policy: MakePolicy, epochs: EpochTable, versions: Versions) -> None:
+    def __init__(
+        self, make_policy: MakePolicy, epochs: EpochTable, versions: Versions, links: Links, flag: int
+    ) -> None:
+        """Of one tier: `flag` is its bit in the column of who is queued, `links` what its queues share."""
         self._make_policy = make_policy
         self._epochs = epochs
         self._versions = versions
+        self._links = links
+        self._flag = flag
         self._queues: dict[TenantsEpoch, ReplacementPolicy] = {}
         self._uses = 0
 
@@ -31,20 +37,20 @@ class Evictables:
         where = tenant, versions.epochs[slot]
         queue = self._queues.get(where)
         if queue is None:
-            queue = self._queues[where] = self._make_policy(versions.links)
-        if versions.queued[slot]:
+            queue = self._queues[where] = self._make_policy(self._links)
+        if versions.queued[slot] & self._flag:
             queue.remove(slot)
         else:
-            versions.queued[slot] = 1
+            versions.queued[slot] |= self._flag
         self._uses += 1
         versions.idle_since[slot] = self._uses
         queue.insert(slot)
 
     def forget(self, tenant: str, slot: int) -> None:
         """The slot's version goes, or came up as a victim while it is pinned."""
-        if not self._versions.queued[slot]:
+        if not self._versions.queued[slot] & self._flag:
             return
-        self._versions.queued[slot] = 0
+        self._versions.queued[slot] &= ~self._flag
         where = tenant, self._versions.epochs[slot]
         queue = self._queues[where]
         queue.remove(slot)

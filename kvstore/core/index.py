@@ -13,14 +13,26 @@ say. Who lets go of a whole chain has nothing above it to move.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from kvstore.core.epochs import EpochTable
 from kvstore.core.eviction import Evictables
+from kvstore.core.rooms import Freed, Room
 from kvstore.core.seams import MakePolicy
 from kvstore.core.spaces import Account, Space
 from kvstore.core.state import CoreConfig, Namespace, Offer
-from kvstore.core.versions import NONE, WRITTEN, State, Version, Versions
+from kvstore.core.versions import (
+    NONE,
+    ON_HOST,
+    ON_NVME,
+    TO_HOST,
+    TO_NVME,
+    WRITTEN,
+    State,
+    Version,
+    Versions,
+)
+from kvstore.errors import NotFound
 from kvstore.nouns import BlockRef, NamespaceId, Quality, Tier
 
 _LIVE, _STAGED = int(State.LIVE), int(State.STAGED)
@@ -31,18 +43,30 @@ _CLIMB_MAX = 1_024
 
 class Index:
     def __init__(self, config: CoreConfig, make_policy: MakePolicy, epochs: EpochTable) -> None:
-        self.versions = Versions(config.limits.slots_max)
+        self.versions = table = Versions(config.limits.slots_max, tiers=2)
         self.spaces: dict[NamespaceId, Space] = {}
         self.by_index: list[Space] = []
         self.accounts: dict[str, Account] = {}
-        self.used_nbytes = self.idle_nbytes = self.idle_versions = 0
-        self.freed: list[BlockRef] = []  # whose bytes the driver is to discard; it drains the list
-        self.evictables = Evictables(make_policy, epochs, self.versions)
-        self._config = config
+        self.idle_nbytes = self.idle_versions = 0  # of what lies on the host and nobody pins
+        self.freed: list[Freed] = []  # what the driver is to discard; it drains the list
+        queues = [
+            Evictables(make_policy, epochs, table, links, flag)
+            for links, flag in zip(table.links, (ON_HOST, ON_NVME), strict=True)
+        ]
+        self.host = Room(Tier.HOST, ON_HOST, TO_HOST, config.capacity_nbytes, queues[0])
+        self.nvme = Room(Tier.NVME, ON_NVME, TO_NVME, config.tiering.nvme_nbytes, queues[1])
+        self.rooms = self.host, self.nvme
+        self.on_idle: Callable[[int], None] | None = None  # told of each version that was let go of
         self._epochs = epochs
+        self._config = config
 
     def __len__(self) -> int:
         return len(self.versions)
+
+    @property
+    def held_nbytes(self) -> int:
+        """On all tiers."""
+        return sum(room.used_nbytes for room in self.rooms)
 
     def open(self, namespace_id: NamespaceId, namespace: Namespace) -> Space:
         space = self.spaces.get(namespace_id)
@@ -53,6 +77,15 @@ class Index:
             space = Space(namespace_id, len(self.by_index), namespace, account)
             self.spaces[namespace_id] = space
             self.by_index.append(space)
+        return space
+
+    def space(self, namespace_id: NamespaceId) -> Space:
+        """Raises NotFound: the shard restarted since, open it again."""
+        space = self.spaces.get(namespace_id)
+        if space is None:
+            raise NotFound(
+                f"namespace {namespace_id.hex()} is not open on {self._config.shard}: open it first"
+            )
         return space
 
     def space_of(self, slot: int) -> Space:
@@ -97,29 +130,37 @@ class Index:
 
     def can_make_room(self, nbytes: int) -> bool:
         """Would a frame of `nbytes` fit if all that is idle went?"""
-        has_slot = self.versions.has_room() or self.idle_versions > 0
-        return has_slot and self.used_nbytes - self.idle_nbytes + nbytes <= self._config.capacity_nbytes
+        has_slot = self.versions.has_room() or self.idle_versions > 0 or self._nvme_victim() is not None
+        return has_slot and self.can_hold(nbytes)
+
+    def can_hold(self, nbytes: int) -> bool:
+        """Has the host so many bytes that are free, or of what is idle?"""
+        return self.host.used_nbytes - self.idle_nbytes + nbytes <= self.host.capacity_nbytes
 
     def next_victim(self, account: Account, nbytes: int) -> int | None:
-        """Whom to evict before a frame of `nbytes` of this tenant fits; None when it fits now."""
+        """Who is to leave the host before a frame of `nbytes` of this tenant fits; None when it fits now."""
         if account.used_nbytes + nbytes > account.quota_nbytes:
-            return self.evictables.victim(account.tenant)
-        if self.used_nbytes + nbytes > self._config.capacity_nbytes or not self.versions.has_room():
-            return self.evictables.victim()
-        return None
+            return self.host.evictables.victim(account.tenant)
+        return self.host.evictables.victim() if self.host.lacks(nbytes) else None
+
+    def next_slot_victim(self) -> int | None:
+        """Who is to go altogether before there is a slot for another; None when there is one now."""
+        if self.versions.has_room():
+            return None
+        victim = self._nvme_victim()
+        return self.host.evictables.victim() if victim is None else victim
 
     # -- a version's life --------------------------------------------------------------------------
 
-    def stage(self, space: Space, epoch_id: int, quality: Quality, offer: Offer) -> int:
+    def stage(self, space: Space, epoch_id: int, quality: Quality, offer: Offer, room: Room) -> int:
         table, slot = self.versions, self.versions.take()
         table.name(slot, offer.key, offer.parent, offer.placement)
-        table.states[slot], table.tiers[slot] = _STAGED, Tier.HOST
+        table.states[slot] = _STAGED
         table.spaces[slot], table.epochs[slot] = space.index, epoch_id
         table.qualities[slot], table.chain_indexes[slot] = quality, offer.chain_index
         table.nbytes[slot] = offer.nbytes
         space.staged.setdefault(offer.key, []).append(slot)
-        self.used_nbytes += offer.nbytes
-        space.account.used_nbytes += offer.nbytes
+        self.occupy(slot, room, room.held)
         return slot
 
     def publish(self, slot: int, revision: int) -> None:
@@ -145,7 +186,8 @@ class Index:
         if into is State.GONE:  # older snapshots lose it too, and must not see a lesser one instead
             space.horizons[table.key(slot)] = revision
         if table.pins[slot]:
-            self.evictables.forget(space.account.tenant, slot)
+            for room in self.rooms:
+                room.evictables.forget(space.account.tenant, slot)
         else:
             self._no_longer_idle(space, slot)
             self.drop(slot)
@@ -157,19 +199,41 @@ class Index:
             self._unstage(space, slot)
         else:
             self._unlink(space, slot)
-        self.evictables.forget(space.account.tenant, slot)  # it may have been pinned where it stood
-        self.used_nbytes -= table.nbytes[slot]
-        space.account.used_nbytes -= table.nbytes[slot]
-        self.freed.append(self.ref(slot))
+        for room in self.rooms:
+            room.evictables.forget(space.account.tenant, slot)  # it may have been pinned where it stood
+            self._vacate(slot, room, lives_on=False)
         table.give_back(slot)
+
+    def occupy(self, slot: int, room: Room, flag: int) -> None:
+        """The version takes its bytes of a tier: it lies there (room.held), or is to come (room.coming)."""
+        table = self.versions
+        table.reside(slot, table.residences[slot] | flag)
+        room.used_nbytes += table.nbytes[slot]
+        if room is self.host:
+            self.space_of(slot).account.used_nbytes += table.nbytes[slot]
+
+    def arrive(self, slot: int, room: Room) -> None:
+        """What was on its way to a tier lies there now."""
+        table = self.versions
+        table.reside(slot, table.residences[slot] & ~room.coming | room.held)
+        if room is self.host and table.states[slot] == _LIVE and not table.pins[slot]:
+            self._idle(slot)
+
+    def leave(self, slot: int, room: Room) -> None:
+        """The version lives on without what a tier holds of it, or was to hold."""
+        space = self.space_of(slot)
+        room.evictables.forget(space.account.tenant, slot)
+        if room is self.host and self.versions.states[slot] == _LIVE and not self.versions.pins[slot]:
+            self._no_longer_idle(space, slot)
+        self._vacate(slot, room, lives_on=True)
 
     def pin(self, space: Space, slots: Sequence[int]) -> None:
         """Hold live or staged versions of one namespace."""
         table, idle, found = self.versions, 0, 0
-        pins, nbytes, states = table.pins, table.nbytes, table.states
+        pins, nbytes, states, residences = table.pins, table.nbytes, table.states, table.residences
         for slot in slots:
             held = pins[slot]
-            if not held and states[slot] == _LIVE:
+            if not held and states[slot] == _LIVE and residences[slot] & ON_HOST:
                 idle += nbytes[slot]
                 found += 1
             pins[slot] = held + 1
@@ -177,8 +241,11 @@ class Index:
         self.idle_versions -= found
         space.account.idle_nbytes -= idle
 
-    def unpin(self, slots: Sequence[int]) -> None:
-        """Take one pin of each, as often as it is named: all of one use, whoever pinned them."""
+    def unpin(self, slots: Sequence[int], *, used: bool = True) -> None:
+        """Take one pin of each, as often as it is named: all of one use, whoever pinned them.
+
+        What was not used, only held, keeps its place in the order of those who are to go.
+        """
         table = self.versions
         pins, states, spaces, epochs, created = (
             table.pins, table.states, table.spaces, table.epochs, table.created,
@@ -199,13 +266,20 @@ class Index:
             else:
                 self.drop(slot)
         for slot in idle:
-            nbytes = table.nbytes[slot]
-            self.idle_nbytes += nbytes
-            self.by_index[spaces[slot]].account.idle_nbytes += nbytes
-        self.idle_versions += len(idle)
-        used = self._with_idle_ancestors(idle)
-        for slot in sorted(used, key=table.chain_indexes.__getitem__, reverse=True):
-            self.evictables.use(self.by_index[spaces[slot]].account.tenant, slot)
+            self._idle(slot)
+        moved_up = self._with_idle_ancestors(idle) if used else idle
+        for slot in sorted(moved_up, key=table.chain_indexes.__getitem__, reverse=True):
+            self._enqueue(slot, used=used)
+        if used and self.on_idle is not None:
+            for slot in idle:
+                self.on_idle(slot)
+
+    def _enqueue(self, slot: int, *, used: bool) -> None:
+        """Last to go from wherever it lies, if it was used or stands in no queue."""
+        tenant, residences = self.space_of(slot).account.tenant, self.versions.residences[slot]
+        for room in self.rooms:
+            if residences & room.held and (used or not self.versions.queued[slot] & room.held):
+                room.evictables.use(tenant, slot)
 
     def is_live(self, slot: int) -> bool:
         return self.versions.states[slot] == _LIVE and not self.is_dead(slot)
@@ -237,11 +311,31 @@ class Index:
         number = self._epochs.bound[table.epochs[slot]].epoch.number
         return number, table.qualities[slot], table.created[slot]
 
+    def _idle(self, slot: int) -> None:
+        if self.versions.residences[slot] & ON_HOST:
+            nbytes = self.versions.nbytes[slot]
+            self.idle_nbytes += nbytes
+            self.idle_versions += 1
+            self.space_of(slot).account.idle_nbytes += nbytes
+
     def _no_longer_idle(self, space: Space, slot: int) -> None:
-        nbytes = self.versions.nbytes[slot]
-        self.idle_nbytes -= nbytes
-        self.idle_versions -= 1
-        space.account.idle_nbytes -= nbytes
+        if self.versions.residences[slot] & ON_HOST:
+            nbytes = self.versions.nbytes[slot]
+            self.idle_nbytes -= nbytes
+            self.idle_versions -= 1
+            space.account.idle_nbytes -= nbytes
+
+    def _vacate(self, slot: int, room: Room, *, lives_on: bool) -> None:
+        table = self.versions
+        if table.residences[slot] & (room.held | room.coming):
+            table.reside(slot, table.residences[slot] & ~(room.held | room.coming))
+            room.used_nbytes -= table.nbytes[slot]
+            if room is self.host:
+                self.space_of(slot).account.used_nbytes -= table.nbytes[slot]
+            self.freed.append(Freed(self.ref(slot), room.tier, lives_on))
+
+    def _nvme_victim(self) -> int | None:
+        return self.nvme.evictables.victim() if self.nvme.capacity_nbytes else None
 
     def _unstage(self, space: Space, slot: int) -> None:
         key = self.versions.key(slot)

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from kvstore.core.changes import ChangeLog
 from kvstore.core.epochs import EpochTable
 from kvstore.core.holds import Holds
 from kvstore.core.index import Index
+from kvstore.core.retiring import Retiring
 from kvstore.core.spaces import Space
 from kvstore.core.state import Offer
 from kvstore.core.transactions import Txn
@@ -26,12 +26,12 @@ _LIVE = int(State.LIVE)
 
 class Offers:
     def __init__(
-        self, index: Index, epochs: EpochTable, holds: Holds, changes: ChangeLog, counters: Counter[str]
+        self, index: Index, epochs: EpochTable, holds: Holds, retiring: Retiring, counters: Counter[str]
     ) -> None:
         self._index = index
         self._epochs = epochs
         self._holds = holds
-        self._changes = changes
+        self._retiring = retiring
         self._counters = counters
 
     def reserve(self, txn: Txn, space: Space, epoch_id: int) -> None:
@@ -52,11 +52,6 @@ class Offers:
                     self._reserve_one(txn, space, epoch_id, i, offer)
         for refusal in txn.refused.values():
             self._counters[_LABEL[refusal]] += 1
-
-    def evict(self, slot: int) -> None:
-        """Give up an idle version, at a revision of its own."""
-        self._retire(slot, self._changes.advance())
-        self._counters["evicted"] += 1
 
     def refuse(self, txn: Txn, i: int, refusal: Refusal) -> None:
         """Give up the staged slot of offer i."""
@@ -114,8 +109,10 @@ class Offers:
             txn.refused[i] = Refusal.NO_SPACE
         else:
             while (victim := index.next_victim(account, offer.nbytes)) is not None:
-                self.evict(victim)
-            txn.slots[i] = index.stage(space, epoch_id, txn.quality, offer)
+                self._retiring.evict_from(index.host, victim)
+            while (victim := index.next_slot_victim()) is not None:
+                self._retiring.evict(victim)
+            txn.slots[i] = index.stage(space, epoch_id, txn.quality, offer, index.host)
             txn.staged.add(i)
 
     def _publish(self, txn: Txn, i: int, space: Space, epoch_id: int, revision: int) -> int:
@@ -127,20 +124,12 @@ class Offers:
             txn.slots[i] = winner
             return winner
         for lesser in list(self._live(space, key, epoch_id)):
-            self._retire(lesser, revision)
+            self._retiring.retire(lesser, revision)
         self._holds.hold(txn.lease, space, slot)
         self._index.publish(slot, revision)
-        number, quality = self._epochs.bound[epoch_id].epoch.number, int(txn.quality)
-        self._changes.add(ChangeKind.COMMITTED, space.id, key, number, quality)
+        self._retiring.tell(ChangeKind.COMMITTED, slot)
         self._counters["committed"] += 1
         return slot
-
-    def _retire(self, slot: int, revision: int) -> None:
-        table, space = self._index.versions, self._index.space_of(slot)
-        if not self._index.is_purged(slot):  # else it was told of, and its name may stand for another by now
-            epoch = self._epochs.bound[table.epochs[slot]].epoch.number
-            self._changes.add(ChangeKind.RETIRED, space.id, table.key(slot), epoch, table.qualities[slot])
-        self._index.retire(slot, revision)
 
     def _live(self, space: Space, key: BlockKey, epoch_id: int) -> Iterator[int]:
         table = self._index.versions

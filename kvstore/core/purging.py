@@ -49,7 +49,7 @@ class Purging:
     def purge_keys(self, space: Space, keys: tuple[BlockKey, ...], epoch_id: int | None) -> tuple[int, int]:
         """Every version of the keys; how many went at once, and their bytes."""
         revision, table, index = self._changes.advance(), self._index.versions, self._index
-        before = len(index), index.used_nbytes
+        before = len(index), index.held_nbytes
         for key in dict.fromkeys(keys):
             for slot in space.staged.get(key, ()):
                 if epoch_id is None or table.epochs[slot] == epoch_id:
@@ -57,7 +57,7 @@ class Purging:
             for slot in list(index.chain(space, space.heads.get(key, NONE))):
                 if epoch_id is None or table.epochs[slot] == epoch_id:
                     self._purge(space, key, slot, revision)
-        return before[0] - len(index), before[1] - index.used_nbytes
+        return before[0] - len(index), before[1] - index.held_nbytes
 
     def sweep_again(self) -> None:
         """Something died without being named: every slot is to be looked at."""

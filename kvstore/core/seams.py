@@ -31,5 +31,21 @@ class ReplacementPolicy(Protocol):
     def __len__(self) -> int: ...
 
 
+class AdmissionPolicy(Protocol):
+    """Which versions are worth a write to the next tier: most are never used again."""
+
+    def admits(self, slot: int, now: float) -> bool:
+        """Asked when the slot is a candidate for demotion: its version is live. Changes nothing."""
+        ...
+
+
 MakePolicy = Callable[[Links], ReplacementPolicy]
 """Policies of one shard share their links: a slot is in one of them at a time."""
+
+
+class _Everything:
+    def admits(self, slot: int, now: float) -> bool:
+        return True
+
+
+EVERYTHING = _Everything()

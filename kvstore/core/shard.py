@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 
 from kvstore.core import integrity
 from kvstore.core.chain import run_of, view_of
@@ -22,31 +22,31 @@ from kvstore.core.holds import Holds
 from kvstore.core.ids import Ids
 from kvstore.core.index import Index
 from kvstore.core.leases import LeaseTable
-from kvstore.core.listing import list_page
+from kvstore.core.moves import Moves
 from kvstore.core.offers import Offers
+from kvstore.core.past import Past
 from kvstore.core.purging import Purging
-from kvstore.core.seams import MakePolicy
-from kvstore.core.spaces import Space
+from kvstore.core.retiring import Retiring
+from kvstore.core.seams import EVERYTHING, AdmissionPolicy, MakePolicy
 from kvstore.core.state import Committed, CoreConfig, Matched, Namespace, Offer, Usage
 from kvstore.core.transactions import Txn, TxnTable
 from kvstore.core.versions import NONE, State, Version, gather
-from kvstore.errors import Compacted, ConfigError, EpochUnknown, LeaseExpired, NotFound, OverLimit
+from kvstore.errors import ConfigError, EpochUnknown, LeaseExpired, OverLimit
 from kvstore.nouns import (
     ISOLATE,
     BlockKey,
     BlockRef,
-    Change,
     ChangeKind,
     Epoch,
     EpochPolicy,
     LeaseId,
-    Listed,
     MissReason,
     NamespaceId,
     Quality,
     Refusal,
     Revision,
     Snapshot,
+    Tier,
     TxnId,
 )
 
@@ -54,7 +54,9 @@ _MISS_LABEL = {reason: f"miss:{reason.value}" for reason in MissReason}
 
 
 class ShardCore:
-    def __init__(self, config: CoreConfig, make_policy: MakePolicy) -> None:
+    def __init__(
+        self, config: CoreConfig, make_policy: MakePolicy, admission: AdmissionPolicy = EVERYTHING
+    ) -> None:
         limits = config.limits
         ids = Ids(config.incarnation, config.id_secret)
         self.config = config
@@ -65,9 +67,18 @@ class ShardCore:
         self._leases = LeaseTable(ids, limits.leases_max, limits.lease_s_max, limits.pause_s)
         self._holds = Holds(self._leases, self.index)
         self._txns = TxnTable(ids, limits.txns_max, limits.answers_max)
-        self._offers = Offers(self.index, self.epochs, self._holds, self.changes, self.counters)
+        self._retiring = Retiring(self.index, self.epochs, self.changes, self.counters)
+        self._offers = Offers(self.index, self.epochs, self._holds, self._retiring, self.counters)
         self._purging = Purging(self.index, self.epochs, self.changes, self.counters)
-        self._horizon = 0  # no snapshot of an older revision is answered
+        self.moves = Moves(
+            self.index,
+            self._holds,
+            self._retiring,
+            config.tiering,
+            admission,
+            self.counters,
+        )
+        self.past = Past(config, self.index, self.epochs, self.changes)
 
     @property
     def revision(self) -> int:
@@ -86,7 +97,7 @@ class ShardCore:
 
     def namespace(self, namespace_id: NamespaceId) -> Namespace:
         """Raises NotFound: the shard restarted since, open it again."""
-        return self._space(namespace_id).namespace
+        return self.index.space(namespace_id).namespace
 
     def register_epoch(self, model_id: str, epoch: Epoch) -> None:
         """Bind a number to weights, for ever. The first epoch of a model is its current one."""
@@ -104,7 +115,7 @@ class ShardCore:
                     self.changes.add(ChangeKind.EPOCH, space.id, epoch=number)
             if policy.drop_older:
                 self._purging.sweep_again()
-        return self._at(self.revision)
+        return self.past.at(self.revision)
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -114,10 +125,10 @@ class ShardCore:
         """The longest prefix run of `keys` the snapshot sees, pinned in the same step."""
         if len(keys) > self.config.limits.keys_max:
             raise OverLimit(f"{len(keys)} keys in one match: at most {self.config.limits.keys_max}")
-        space = self._space(snapshot.namespace)
+        space = self.index.space(snapshot.namespace)
         self._leases.observe(now)
         run: list[int] = []
-        miss = self._cannot_read_at(snapshot.revision)
+        miss = self.past.cannot_read_at(snapshot.revision)
         if miss is None:
             view = view_of(snapshot, space.namespace.model_id, self.epochs)
             if isinstance(view, MissReason):
@@ -130,12 +141,15 @@ class ShardCore:
         if miss is not None:
             self.counters[_MISS_LABEL[miss]] += 1
         table = self.index.versions
+        tiers = gather(table.tiers, run)
+        if Tier.NVME in tiers:
+            self.moves.want_on_host(slot for slot, tier in zip(run, tiers, strict=True) if tier == Tier.NVME)
         return Matched(
             run,
             gather(table.generations, run),
             gather(table.epochs, run),
             gather(table.qualities, run),
-            gather(table.tiers, run),
+            tiers,
             gather(table.nbytes, run),
             lease,
             miss,
@@ -155,37 +169,6 @@ class ShardCore:
         """Counted: the driver found out what the core could not know."""
         self.counters[_MISS_LABEL[reason]] += 1
         return reason
-
-    def listing(
-        self, namespace: NamespaceId, at: Revision | None, cursor: int, limit: int
-    ) -> tuple[Revision, list[Listed], int]:
-        """Versions that stand at a revision (None: now), the slots from `cursor` on; where to go on, or 0.
-
-        What is evicted between two pages is missing from the second, and in the watch. Raises Compacted.
-        """
-        space = self._space(namespace)
-        counter = self.revision if at is None else at.counter
-        if self._cannot_read_at(at) is not None or counter < space.purged_last:
-            raise Compacted(f"what stood at {at} is not known any more: list at the latest revision")
-        versions_max = max(1, min(limit, self.config.limits.page_max))
-        found, stopped = list_page(self.index, self.epochs, space, counter, cursor, versions_max)
-        return self._at(counter), found, stopped
-
-    def changed_since(
-        self, after: Revision | None, namespaces: Container[NamespaceId], changes_max: int
-    ) -> tuple[Revision, list[Change]]:
-        """Changes after a revision (None: none yet, watch from now on), complete up to the one answered.
-
-        Raises Compacted for a revision of another incarnation or below the horizon.
-        """
-        if after is None:
-            return self._at(self.revision), []
-        if after.incarnation != self.config.incarnation or not (
-            self.changes.horizon <= after.counter <= self.revision
-        ):
-            raise Compacted(f"changes after {after} are not known: list, and watch from that revision")
-        found, upto = self.changes.since(after.counter, namespaces, changes_max)
-        return self._at(upto), found
 
     def renew(self, lease: LeaseId, lease_s: float, now: float) -> bool:
         self._leases.observe(now)
@@ -231,7 +214,7 @@ class ShardCore:
                 f"{len(offers)} offers in one transaction: at most {self.config.limits.offers_max}"
             )
         self._txns.check_room()
-        space = self._space(namespace_id)
+        space = self.index.space(namespace_id)
         model_id = space.namespace.model_id
         epoch_id = self.epochs.id_of(model_id, epoch)
         if epoch_id == UNBOUND:
@@ -268,7 +251,7 @@ class ShardCore:
         if answered is not None:
             return answered
         txn = self.txn(txn_id, now)
-        space = self._space(txn.namespace)
+        space = self.index.space(txn.namespace)
         epoch_id = self.epochs.id_of(space.namespace.model_id, txn.epoch)
         revision = self.changes.advance()
         landed = [self._offers.land(txn, i, space, epoch_id, revision) for i in range(len(txn.slots))]
@@ -308,8 +291,7 @@ class ShardCore:
         slot = version.ref.slot
         if self.index.versions.is_current(slot, version.ref.generation) and self.index.is_live(slot):
             self.changes.advance()
-            number, quality = version.epoch.number, int(version.quality)
-            self.changes.add(ChangeKind.RETIRED, version.namespace, version.key, number, quality)
+            self._retiring.tell(ChangeKind.RETIRED, slot)
             self.index.retire(slot, self.revision, into=State.GONE)
             self.counters["retired_corrupt"] += 1
 
@@ -318,7 +300,7 @@ class ShardCore:
     ) -> tuple[int, int]:
         """Delete for good: invisible to every snapshot when this returns. Versions and bytes freed so far;
         without `keys` the rest follows in `sweep`. An epoch that was never registered holds nothing."""
-        space = self._space(namespace)
+        space = self.index.space(namespace)
         if keys is not None and len(keys) > self.config.limits.keys_max:
             raise OverLimit(f"{len(keys)} keys in one purge: at most {self.config.limits.keys_max}")
         epoch_id = None
@@ -335,23 +317,6 @@ class ShardCore:
     def sweep(self, slots_max: int) -> int:
         """Free what was purged or dropped, looking at so many slots at most. How many are left to look at."""
         return self._purging.sweep(slots_max)
-
-    def compact(self, revision: Revision) -> Revision:
-        """Forget what only snapshots and watches below a revision need. The horizon from here on.
-
-        Raises Compacted for a revision of another incarnation, ConfigError for one that is still to come.
-        """
-        if revision.incarnation != self.config.incarnation:
-            raise Compacted(f"{revision} is of another life of {self.config.shard}: all of it is forgotten")
-        if revision.counter > self.revision:
-            raise ConfigError(f"revision {revision.counter} is still to come: {self.revision} is the latest")
-        self._horizon = max(self._horizon, revision.counter)
-        self.changes.forget(self._horizon)
-        for space in self.index.by_index:
-            old = [key for key, horizon in space.horizons.items() if horizon <= self._horizon]
-            for key in old:
-                del space.horizons[key]
-        return self._at(self._horizon)
 
     # -- time and truth ----------------------------------------------------------------------------
 
@@ -373,28 +338,18 @@ class ShardCore:
 
     def usage(self) -> Usage:
         """Bytes by state from an independent walk; whatever is used beyond them has no owner."""
-        return integrity.measure(self.index, self._holds.by_lease, self._leases.ids(), self._txns)
+        return integrity.measure(self.index, self._holds.by_lease, self._leases.ids(), self._staged())
 
     def check_integrity(self) -> None:
         """Conservation: every slot, byte and pin has exactly the owner it should have."""
-        integrity.check(self.index, self._holds.by_lease, self._leases.ids(), self._txns)
+        self._txns.check_integrity()
+        owned = {txn.lease for txn in self._txns.open_txns()}
+        assert owned <= self._leases.ids(), "a transaction outlived its lease"
+        integrity.check(self.index, self._holds.by_lease, self._leases.ids(), self._staged())
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _space(self, namespace_id: NamespaceId) -> Space:
-        space = self.index.spaces.get(namespace_id)
-        if space is None:
-            raise NotFound(
-                f"namespace {namespace_id.hex()} is not open on {self.config.shard}: open it first"
-            )
-        return space
-
-    def _at(self, counter: int) -> Revision:
-        return Revision(self.config.incarnation, counter)
-
-    def _cannot_read_at(self, at: Revision | None) -> MissReason | None:
-        if at is None:
-            return None
-        if at.incarnation != self.config.incarnation or at.counter < self._horizon:
-            return MissReason.COMPACTED
-        return MissReason.NOT_YET if at.counter > self.revision else None  # it would gain: never
+    def _staged(self) -> set[int]:
+        """Slots whose bytes somebody is writing: transactions, and moves that encode."""
+        every = {txn.slots[i] for txn in self._txns.open_txns() for i in txn.staged}
+        return every | self.moves.staged()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import enum
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from kvstore.nouns import (
     KEYS_MAX,
@@ -13,6 +15,7 @@ from kvstore.nouns import (
     KVLayout,
     LeaseId,
     MissReason,
+    Quality,
     Refusal,
     ShardId,
 )
@@ -37,6 +40,33 @@ class CoreLimits:
     page_max: int = 1_024  # versions of one page of a listing
 
 
+class Encoding(NamedTuple):
+    """What a tier's codec makes of a lossless block."""
+
+    quality: Quality
+    nbytes: int  # of the whole frame
+
+
+class DemoteWhen(enum.Enum):
+    """When a version becomes a candidate for the tier below."""
+
+    COMMITTED = "write_through"  # as soon as its writer has let go of it
+    USED_AGAIN = "write_through_selective"  # whenever it is let go of, if the admission policy admits it
+    CROWDED = "write_back"  # when it is next to go and the host is nearly full
+
+
+@dataclass(frozen=True, slots=True)
+class Tiering:
+    """The tiers below the host, and what moves to them. Nothing does where `nvme_nbytes` is 0."""
+
+    nvme_nbytes: int = 0
+    when: DemoteWhen = DemoteWhen.USED_AGAIN
+    exclusive: bool = False  # a version leaves the tier it was copied from
+    encode: Callable[[KVLayout], Encoding | None] | None = None  # None: bytes go down as they are
+    watermarks: tuple[float, float] = (0.9, 0.8)  # of the host: write_back begins above, goes on to below
+    queue_nbytes_max: int = 256 << 20  # of candidates in either direction; what is beyond stays where it is
+
+
 @dataclass(frozen=True, slots=True)
 class CoreConfig:
     shard: ShardId
@@ -45,6 +75,7 @@ class CoreConfig:
     limits: CoreLimits = CoreLimits()
     quotas: Mapping[str, int] = field(default_factory=dict)  # bytes a tenant may hold; others: all there are
     id_secret: bytes = field(default=b"", repr=False)  # makes lease and transaction ids nobody can guess
+    tiering: Tiering = Tiering()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +125,10 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Bytes by state, and what an independent walk could not find an owner for."""
+    """Bytes on the host by state, what an independent walk could not find an owner for, and bytes below."""
 
     live_nbytes: int
     staged_nbytes: int
     retired_nbytes: int
     ownerless_nbytes: int
+    nvme_nbytes: int

@@ -31,6 +31,12 @@ NONE: Final = -1
 """No slot."""
 WRITTEN, FORBIDDEN = 1, 2
 """Flags of a version: its whole frame is stored; it was purged by its key, or while it was being written."""
+ON_HOST, ON_NVME, TO_HOST, TO_NVME = 1, 2, 4, 8
+"""Residences of a version: where its frame lies (or, staged, is to lie); where a copy is on its way to."""
+_FASTEST: Final = bytes(
+    Tier.HOST if residences & ON_HOST else Tier.NVME if residences & ON_NVME else 0
+    for residences in range(16)
+)
 
 
 class State(enum.IntEnum):
@@ -64,22 +70,23 @@ class Version(NamedTuple):
 class Versions:
     """Columns. `epochs` holds ids of the epoch table, `spaces` positions of the namespaces.
 
-    `next` links the versions of one key, the newest epoch and best quality first.
+    `next` links the versions of one key, the newest epoch and best quality first. `tiers` is the fastest of a
+    version's residences, `links` what each tier's replacement queues are made of.
     """
 
     __slots__ = (
         "_free", "_slots_max",
         "chain_indexes", "created", "epochs", "generations", "idle_since", "keys", "links", "nbytes", "next",
-        "parents", "pins", "placements", "qualities", "queued", "retired", "spaces", "states", "tiers",
-        "written",
+        "parents", "pins", "placements", "qualities", "queued", "residences", "retired", "spaces", "states",
+        "tiers", "written",
     )  # fmt: skip
 
-    def __init__(self, slots_max: int) -> None:
+    def __init__(self, slots_max: int, tiers: int) -> None:
         self._slots_max = slots_max
         self._free = array("I")
-        self.links = Links()
+        self.links = tuple(Links() for _ in range(tiers))
         self.keys, self.parents, self.placements = bytearray(), bytearray(), bytearray()
-        self.states, self.tiers, self.written, self.queued = (bytearray() for _ in range(4))
+        self.states, self.tiers, self.residences, self.written, self.queued = (bytearray() for _ in range(5))
         self.spaces, self.qualities = array("H"), array("H")
         self.epochs, self.chain_indexes, self.pins = array("I"), array("I"), array("I")
         self.next = array("i")
@@ -108,7 +115,7 @@ class Versions:
             raise OverLimit(f"all {self._slots_max} slots of this shard are in use: raise slots_max")
         for keys in (self.keys, self.parents, self.placements):
             keys.extend(bytes(KEY_NBYTES))
-        for flags in (self.states, self.tiers, self.written, self.queued):
+        for flags in (self.states, self.tiers, self.residences, self.written, self.queued):
             flags.append(0)
         for column in (
             self.spaces, self.qualities, self.epochs, self.chain_indexes, self.pins,
@@ -117,8 +124,13 @@ class Versions:
             column.append(0)
         self.generations.append(1)  # 0 is no generation: a zeroed reference is never current
         self.next.append(NONE)
-        self.links.grow()
+        for links in self.links:
+            links.grow()
         return slot
+
+    def reside(self, slot: int, residences: int) -> None:
+        self.residences[slot] = residences
+        self.tiers[slot] = _FASTEST[residences]
 
     def give_back(self, slot: int) -> None:
         self.states[slot] = State.FREE

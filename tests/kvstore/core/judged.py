@@ -60,7 +60,7 @@ class Judged(RuleBasedStateMachine):
 
     @invariant()
     def what_was_freed_is_discarded(self) -> None:
-        for ref in self.shard.core.index.freed:
+        for ref, _, _ in self.shard.core.index.freed:
             self.stored.pop((ref.slot, ref.generation), None)
         self.shard.core.index.freed.clear()
 
@@ -68,7 +68,7 @@ class Judged(RuleBasedStateMachine):
     def the_watcher_knows_what_is_there(self) -> None:
         """From changes alone, in order, none twice; the same as the listing, the same as the model."""
         core = self.shard.core
-        upto, changes = core.changed_since(self._resumed(), (NAMESPACE,), 1000)
+        upto, changes = core.past.changed_since(self._resumed(), (NAMESPACE,), 1000)
         for change in changes:
             assert self.watched_to < (upto.incarnation, change.revision) <= upto
             if change.kind is ChangeKind.PURGED:
@@ -82,7 +82,7 @@ class Judged(RuleBasedStateMachine):
             else:
                 self.watched.discard((change.key, change.epoch, change.quality))
         self.watched_to = upto
-        _, listed, _ = core.listing(NAMESPACE, None, 0, 1000)
+        _, listed, _ = core.past.listing(NAMESPACE, None, 0, 1000)
         assert self.watched == {(v.key, v.epoch.number, int(v.quality)) for v in listed}
         live = {(key_of(b.key), b.epoch, int(b.quality)) for b in self.model.blocks if b.is_live}
         assert self.watched == live
@@ -92,7 +92,7 @@ class Judged(RuleBasedStateMachine):
         core = self.shard.core
         if self.watched_to.counter >= core.changes.horizon:
             return self.watched_to
-        at, listed, _ = core.listing(NAMESPACE, None, 0, 1000)
+        at, listed, _ = core.past.listing(NAMESPACE, None, 0, 1000)
         self.watched = {(v.key, v.epoch.number, int(v.quality)) for v in listed}
         self.watched_to = at
         return at

@@ -81,9 +81,9 @@ def otv_observed_transaction_vanishes(shard: Shard) -> bool:
 def pmp_predicate_many_preceders(shard: Shard) -> bool:
     """A listing at a revision, asked for again after a commit that it would have named."""
     first(shard)
-    at, listed, _ = shard.core.listing(NAMESPACE, None, 0, 100)
+    at, listed, _ = shard.core.past.listing(NAMESPACE, None, 0, 100)
     shard.put([X + 1, Y + 1])
-    again = shard.core.listing(NAMESPACE, at, 0, 100)[1]
+    again = shard.core.past.listing(NAMESPACE, at, 0, 100)[1]
     return again != listed
 
 
@@ -118,7 +118,7 @@ def g2_item_write_skew(shard: Shard) -> bool:
 
 def g2_anti_dependency_cycles(shard: Shard) -> bool:
     """The same with a predicate: each lists, sees nothing, and adds to what the other listed."""
-    listings = [shard.core.listing(NAMESPACE, None, 0, 100)[1] for _ in range(2)]
+    listings = [shard.core.past.listing(NAMESPACE, None, 0, 100)[1] for _ in range(2)]
     assert listings == [[], []]
     return all(_lands(shard, shard.begin([n])) for n in (X, Y))
 

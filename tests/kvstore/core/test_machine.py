@@ -281,7 +281,7 @@ class CoreMachine(Judged):
     @rule(back=st.integers(0, 6))
     def compact(self, back: int) -> None:
         at = Revision(self.watched_to.incarnation, max(0, self.shard.core.revision - back))
-        horizon = self.shard.core.compact(at)
+        horizon = self.shard.core.past.compact(at)
         assert horizon >= at
         if horizon.counter:
             before = horizon._replace(counter=horizon.counter - 1)

@@ -14,7 +14,7 @@ START = Revision(Incarnation(7), 0)
 
 def told(shard: Shard, after: Revision = START, *namespaces: NamespaceId) -> list[tuple[object, ...]]:
     """Changes in short: (revision, kind, key number or -, epoch, quality)."""
-    _, changes = shard.core.changed_since(after, namespaces or (NAMESPACE,), 1000)
+    _, changes = shard.core.past.changed_since(after, namespaces or (NAMESPACE,), 1000)
     whole = ChangeKind.EPOCH, ChangeKind.PURGED
     assert all(c.key == ROOT_KEY for c in changes if c.kind in whole)
     numbers = {key(n): n for n in range(300)}
@@ -57,12 +57,12 @@ def test_a_watch_goes_on_from_where_it_was_and_tears_no_revision() -> None:
         shard.put(range(first, first + 4))
     seen, at = [], START
     while at.counter < shard.core.revision:
-        upto, changes = shard.core.changed_since(at, (NAMESPACE,), 5)
+        upto, changes = shard.core.past.changed_since(at, (NAMESPACE,), 5)
         assert all(at.counter < change.revision <= upto.counter for change in changes)
         assert all([c.revision for c in changes].count(c.revision) == 4 for c in changes)
         seen += changes
         at = upto
-    assert seen == shard.core.changed_since(START, (NAMESPACE,), 1000)[1]
+    assert seen == shard.core.past.changed_since(START, (NAMESPACE,), 1000)[1]
     assert len(seen) == 40
 
 
@@ -81,8 +81,8 @@ def test_who_falls_behind_the_log_is_told_so_and_catches_up_by_listing() -> None
     for n in range(20):
         shard.put([n])
     with pytest.raises(Compacted, match="list"):
-        shard.core.changed_since(START, (NAMESPACE,), 100)
-    at, found, cursor = shard.core.listing(NAMESPACE, None, 0, 100)
+        shard.core.past.changed_since(START, (NAMESPACE,), 100)
+    at, found, cursor = shard.core.past.listing(NAMESPACE, None, 0, 100)
     assert (at.counter, len(found), cursor) == (20, 20, 0)
     shard.put([50])
     assert told(shard, at) == [(21, "COMMITTED", 50, 1, 1000)]
@@ -95,7 +95,7 @@ def test_revisions_that_are_not_ours_are_compacted(after: Revision) -> None:
     shard = Shard()
     shard.put([0])
     with pytest.raises(Compacted):
-        shard.core.changed_since(after, (NAMESPACE,), 100)
+        shard.core.past.changed_since(after, (NAMESPACE,), 100)
 
 
 def test_compaction_on_command() -> None:
@@ -103,19 +103,19 @@ def test_compaction_on_command() -> None:
     for n in range(3):
         shard.put([n])
     at = Revision(shard.revision().incarnation, 2)
-    assert shard.core.compact(at) == at
-    assert shard.core.compact(Revision(at.incarnation, 1)) == at  # it never goes back
+    assert shard.core.past.compact(at) == at
+    assert shard.core.past.compact(Revision(at.incarnation, 1)) == at  # it never goes back
     with pytest.raises(Compacted):
-        shard.core.changed_since(Revision(at.incarnation, 1), (NAMESPACE,), 100)
+        shard.core.past.changed_since(Revision(at.incarnation, 1), (NAMESPACE,), 100)
     assert told(shard, at) == [(3, "COMMITTED", 2, 1, 1000)]
     assert shard.match([0], at=Revision(at.incarnation, 1)).versions == ()
     assert len(shard.match([0], at=at).versions) == 1
     with pytest.raises(Compacted):
-        shard.core.listing(NAMESPACE, Revision(at.incarnation, 1), 0, 10)
+        shard.core.past.listing(NAMESPACE, Revision(at.incarnation, 1), 0, 10)
     with pytest.raises(ConfigError, match="still to come"):
-        shard.core.compact(Revision(at.incarnation, 9))
+        shard.core.past.compact(Revision(at.incarnation, 9))
     with pytest.raises(Compacted, match="another life"):
-        shard.core.compact(Revision(Incarnation(6), 1))
+        shard.core.past.compact(Revision(Incarnation(6), 1))
 
 
 def test_a_listing_in_pages_and_the_watch_from_its_revision_are_the_whole_truth() -> None:
@@ -124,7 +124,7 @@ def test_a_listing_in_pages_and_the_watch_from_its_revision_are_the_whole_truth(
     shard.put(range(8))
     at, index, cursor = None, set(), 0
     for n in range(100, 106):
-        page_at, found, cursor = shard.core.listing(NAMESPACE, at, cursor, 2)
+        page_at, found, cursor = shard.core.past.listing(NAMESPACE, at, cursor, 2)
         at = at or page_at
         index |= {(v.key, v.epoch.number, int(v.quality)) for v in found}
         shard.put([n])  # evicts one
@@ -132,10 +132,12 @@ def test_a_listing_in_pages_and_the_watch_from_its_revision_are_the_whole_truth(
             break
     assert at is not None
     assert cursor == 0
-    for change in shard.core.changed_since(at, (NAMESPACE,), 1000)[1]:
+    for change in shard.core.past.changed_since(at, (NAMESPACE,), 1000)[1]:
         entry = change.key, change.epoch, change.quality
         (index.add if change.kind is ChangeKind.COMMITTED else index.discard)(entry)
-    here = {(v.key, v.epoch.number, int(v.quality)) for v in shard.core.listing(NAMESPACE, None, 0, 100)[1]}
+    here = {
+        (v.key, v.epoch.number, int(v.quality)) for v in shard.core.past.listing(NAMESPACE, None, 0, 100)[1]
+    }
     assert index == here
     assert len(here) == 8
 
@@ -157,7 +159,7 @@ def test_what_goes_after_its_purge_takes_nothing_from_what_was_written_since() -
     shard.put([0])
     shard.put([1])  # in the place of what was purged and not swept yet
     assert shard.present([0, 1]) == {0, 1}
-    _, changes = shard.core.changed_since(written_again, {NAMESPACE}, 100)
+    _, changes = shard.core.past.changed_since(written_again, {NAMESPACE}, 100)
     assert [(change.kind, change.key) for change in changes] == [
         (ChangeKind.COMMITTED, key(0)),
         (ChangeKind.COMMITTED, key(1)),
@@ -173,6 +175,6 @@ def test_a_version_retires_once() -> None:
     shard.put([0])
     before = shard.revision()
     shard.core.purge(NAMESPACE, (key(0),), None)
-    _, changes = shard.core.changed_since(before, {NAMESPACE}, 100)
+    _, changes = shard.core.past.changed_since(before, {NAMESPACE}, 100)
     assert [change.kind for change in changes] == [ChangeKind.RETIRED]
     shard.release(held.lease)

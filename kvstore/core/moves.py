@@ -1,0 +1,336 @@
+"""Versions on their way between tiers: who is to move, and what becomes of it. The bytes are the driver's.
+
+    candidate (let go of, or next to go in a crowded host) --+
+                                                             +--> start: pinned, room made --> done | failed
+    wanted on the host (matched, announced, predicted) ------+
+
+What moves is pinned by a lease of the shard's own, so that it is neither evicted nor reused meanwhile; should
+that lease end (the disk stood still), the move fails. Candidates wait in queues bounded in bytes; what does
+not fit stays where it is, and is counted. Cost: O(1) a candidate, O(those who give way) a move.
+
+A tier with a codec gets another version: staged below, visible when it is there, of the codec's quality. It
+lands only while what it was made of is live: KV that was purged, or of a dropped epoch, never comes back
+under it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Set
+from dataclasses import dataclass
+from typing import Final
+
+from kvstore.core.holds import Holds
+from kvstore.core.index import Index
+from kvstore.core.retiring import Retiring
+from kvstore.core.rooms import Room
+from kvstore.core.seams import AdmissionPolicy
+from kvstore.core.state import DemoteWhen, Encoding, Offer, Tiering
+from kvstore.core.versions import FORBIDDEN, ON_HOST, ON_NVME, TO_HOST, TO_NVME, WRITTEN, State, Version
+from kvstore.errors import OverLimit
+from kvstore.nouns import ChangeKind, LeaseId, Quality, Tier
+
+OWNER: Final = "tiering"
+LEASE_S: Final = 60.0
+_LIVE: Final = int(State.LIVE)
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Read `source` where it lies, write it under `target`'s name to `to`: encoded, if they differ."""
+
+    source: Version
+    target: Version
+    to: Tier
+    lease: LeaseId
+
+    @property
+    def is_encoded(self) -> bool:
+        return self.source.ref != self.target.ref
+
+
+class Wanted:
+    """Slots that wait for their move, each once, the first first; bounded in bytes."""
+
+    def __init__(self, nbytes_max: int) -> None:
+        self._slots: dict[int, tuple[int, int]] = {}  # slot -> generation, bytes
+        self._nbytes = 0
+        self._nbytes_max = nbytes_max
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def add(self, slot: int, generation: int, nbytes: int) -> bool:
+        """False when there is no room in the queue."""
+        if slot in self._slots:
+            self._forget(slot)
+        if self._nbytes + nbytes > self._nbytes_max:
+            return False
+        self._slots[slot] = generation, nbytes
+        self._nbytes += nbytes
+        return True
+
+    def take(self) -> tuple[int, int] | None:
+        """The first slot and its generation when it was added; None when nobody waits."""
+        slot = next(iter(self._slots), None)
+        return None if slot is None else (slot, self._forget(slot))
+
+    def _forget(self, slot: int) -> int:
+        generation, nbytes = self._slots.pop(slot)
+        self._nbytes -= nbytes
+        return generation
+
+
+class Moves:
+    def __init__(
+        self,
+        index: Index,
+        holds: Holds,
+        retiring: Retiring,
+        tiering: Tiering,
+        admission: AdmissionPolicy,
+        counters: Counter[str],
+    ) -> None:
+        self._index = index
+        self._holds = holds
+        self._retiring = retiring
+        self._tiering = tiering
+        self._admission = admission
+        self._counters = counters
+        self._down = Wanted(tiering.queue_nbytes_max)
+        self._up = Wanted(tiering.queue_nbytes_max)
+        self._under_way: dict[int, Move] = {}  # by the target's slot
+        self._draining = False
+        self._now = 0.0  # when moves were started last
+        if tiering.nvme_nbytes and tiering.when is not DemoteWhen.CROWDED:
+            index.on_idle = self._let_go
+
+    def __len__(self) -> int:
+        return len(self._under_way)
+
+    def staged(self) -> Set[int]:
+        """Slots of encoded versions that are not there yet."""
+        return {slot for slot, move in self._under_way.items() if move.is_encoded}
+
+    def under_way_nbytes(self, to: Tier) -> int:
+        return sum(move.target.nbytes for move in self._under_way.values() if move.to is to)
+
+    def is_coming(self, slot: int) -> bool:
+        """Is the version wanted on the host, or on its way there?"""
+        return bool(self._index.versions.residences[slot] & TO_HOST) or slot in self._up._slots
+
+    def want_on_host(self, slots: Iterable[int]) -> int:
+        """Name live versions that are to come up. How many of them wait now or are under way."""
+        table, coming = self._index.versions, 0
+        for slot in slots:
+            residences = table.residences[slot]
+            if residences & ON_HOST or not residences & ON_NVME:
+                continue
+            if residences & TO_HOST or self._up.add(slot, table.generations[slot], table.nbytes[slot]):
+                coming += 1
+            else:
+                self._counters["promotions_dropped"] += 1
+        return coming
+
+    def start(self, now: float, nbytes_max: int) -> list[Move]:
+        """Moves to perform, about so many bytes of each direction under way at most."""
+        started: list[Move] = []
+        self._now = now
+        try:
+            while self.under_way_nbytes(Tier.HOST) < nbytes_max and (wanted := self._up.take()):
+                started += self._promote(*wanted, now)
+            for slot, generation in self._candidates():
+                started += self._demote(slot, generation, now)
+                if self.under_way_nbytes(Tier.NVME) >= nbytes_max:
+                    break
+        except OverLimit:  # every lease is taken: clients come first
+            self._counters["moves_without_lease"] += 1
+        return started
+
+    def done(self, move: Move) -> bool:
+        """The bytes stand (below the host: durably). False: nobody needs them any more, discard them."""
+        stands = self._is_held(move)
+        if stands and move.is_encoded:
+            stands = self._land(move)
+        elif stands:
+            self._index.arrive(move.target.ref.slot, self._room(move.to))
+            self._retiring.tell_moved(move.target.ref.slot)
+        if not stands:
+            self.failed(move)
+            return False
+        self._counters[f"moved_to:{move.to.name.lower()}"] += 1
+        self._counters[f"moved_nbytes_to:{move.to.name.lower()}"] += move.target.nbytes
+        self._end(move)
+        self._leave_behind(move)
+        return True
+
+    def failed(self, move: Move) -> None:
+        """Nothing stands: room that was made for it is free again."""
+        self._counters[f"move_failed:{move.to.name.lower()}"] += 1
+        target = move.target.ref
+        if self._index.versions.is_current(target.slot, target.generation):
+            if move.is_encoded:
+                self._index.drop(target.slot)
+            elif self._index.versions.residences[target.slot] & self._room(move.to).coming:
+                self._index.leave(target.slot, self._room(move.to))
+        self._end(move)
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _room(self, tier: Tier) -> Room:
+        return self._index.host if tier is Tier.HOST else self._index.nvme
+
+    def _let_go(self, slot: int) -> None:
+        """A version became idle: is it one for the tier below?"""
+        table = self._index.versions
+        if not self._is_candidate(slot) or not self._admits(slot):
+            return
+        if not self._down.add(slot, table.generations[slot], table.nbytes[slot]):
+            self._counters["demotions_dropped"] += 1
+
+    def _admits(self, slot: int) -> bool:
+        return self._tiering.when is DemoteWhen.COMMITTED or self._admission.admits(slot, self._now)
+
+    def _is_candidate(self, slot: int) -> bool:
+        table = self._index.versions
+        on_host_alone = table.residences[slot] & (ON_HOST | ON_NVME | TO_NVME) == ON_HOST
+        return on_host_alone and table.states[slot] == _LIVE and self._lesser_of(slot) is None
+
+    def _candidates(self) -> Iterator[tuple[int, int]]:
+        if not self._tiering.nvme_nbytes:
+            return
+        while (wanted := self._down.take()) is not None:
+            yield wanted
+        if self._tiering.when is DemoteWhen.CROWDED:
+            yield from self._crowded()
+
+    def _crowded(self) -> Iterator[tuple[int, int]]:
+        """Who is next to go, until the host is emptied to the low watermark."""
+        index, host = self._index, self._index.host
+        high, low = (share * host.capacity_nbytes for share in self._tiering.watermarks)
+        self._draining = self._draining or host.used_nbytes > high
+        while self._draining:
+            slot = host.evictables.victim()
+            going = sum(m.source.nbytes for m in self._under_way.values() if m.to is Tier.NVME)
+            self._draining = slot is not None and host.used_nbytes - going > low
+            if slot is None or not self._draining:
+                return
+            if not self._is_candidate(slot) or not self._admission.admits(slot, self._now):
+                self._retiring.evict_from(host, slot)
+            else:
+                yield slot, index.versions.generations[slot]
+
+    def _promote(self, slot: int, generation: int, now: float) -> list[Move]:
+        index, table = self._index, self._index.versions
+        if not table.is_current(slot, generation) or not index.is_live(slot):
+            return []
+        if table.residences[slot] & (ON_HOST | ON_NVME | TO_HOST) != ON_NVME:
+            return []
+        space, nbytes = index.space_of(slot), table.nbytes[slot]
+        account = space.account
+        over_quota = account.used_nbytes - account.idle_nbytes + nbytes > account.quota_nbytes
+        if over_quota or not index.can_hold(nbytes):
+            self._counters["promotions_without_room"] += 1
+            return []
+        lease = self._holds.grant(OWNER, LEASE_S, space, (slot,), now)
+        while (victim := index.next_victim(account, nbytes)) is not None:
+            self._retiring.evict_from(index.host, victim)
+        index.occupy(slot, index.host, TO_HOST)
+        return [self._begin(slot, slot, Tier.HOST, lease)]
+
+    def _demote(self, slot: int, generation: int, now: float) -> list[Move]:
+        index, table = self._index, self._index.versions
+        if not table.is_current(slot, generation) or not self._is_candidate(slot) or not index.is_live(slot):
+            return []
+        space, encoding = index.space_of(slot), self._encoding_of(slot)
+        nbytes = table.nbytes[slot] if encoding is None else encoding.nbytes
+        if encoding is not None and not table.has_room():
+            self._counters["demotions_without_room"] += 1
+            return []
+        lease = self._holds.grant(OWNER, LEASE_S, space, (slot,), now)
+        if not self._make_room_below(nbytes):
+            self._counters["demotions_without_room"] += 1
+            self._index.unpin(self._holds.end(lease), used=False)
+            return []
+        if encoding is None:
+            index.occupy(slot, index.nvme, TO_NVME)
+            return [self._begin(slot, slot, Tier.NVME, lease)]
+        offer = Offer(
+            table.key(slot), table.parent(slot), table.chain_indexes[slot], table.placement(slot), nbytes
+        )
+        lesser = index.stage(space, table.epochs[slot], encoding.quality, offer, index.nvme)
+        return [self._begin(slot, lesser, Tier.NVME, lease)]
+
+    def _begin(self, slot: int, target: int, to: Tier, lease: LeaseId) -> Move:
+        move = Move(self._index.row(slot), self._index.row(target), to, lease)
+        self._under_way[target] = move
+        return move
+
+    def _make_room_below(self, nbytes: int) -> bool:
+        nvme = self._index.nvme
+        if nbytes > nvme.capacity_nbytes:
+            return False
+        while nvme.lacks(nbytes):
+            victim = nvme.evictables.victim()
+            if victim is None:
+                return False
+            self._retiring.evict_from(nvme, victim)
+        return True
+
+    def _encoding_of(self, slot: int) -> Encoding | None:
+        """What the tier below makes of it; None: it keeps it as it is, as it does what is not lossless."""
+        encode = self._tiering.encode
+        if encode is None or self._index.versions.qualities[slot] != Quality.LOSSLESS:
+            return None
+        return encode(self._index.space_of(slot).namespace.layout)
+
+    def _lesser_of(self, slot: int) -> int | None:
+        """The version that the tier below made of it, if that is there."""
+        encoding, table, space = self._encoding_of(slot), self._index.versions, self._index.space_of(slot)
+        if encoding is None:
+            return None
+        key, epoch = table.key(slot), table.epochs[slot]
+        rivals = [*self._index.chain(space, space.heads[key]), *space.staged.get(key, ())]
+        same = (s for s in rivals if table.epochs[s] == epoch and table.qualities[s] == encoding.quality)
+        return next((s for s in same if table.states[s] in (State.LIVE, State.STAGED)), None)
+
+    def _is_held(self, move: Move) -> bool:
+        """Did its lease last, is what it was made of still to be seen?"""
+        slot = move.source.ref.slot
+        held = self._holds.by_lease.get(move.lease)
+        return held is not None and slot in held and self._index.is_live(slot)
+
+    def _land(self, move: Move) -> bool:
+        """Make an encoded version visible, unless it was purged meanwhile or another one took its place."""
+        index, slot = self._index, move.target.ref.slot
+        table, space = index.versions, index.space_of(slot)
+        if table.written[slot] & FORBIDDEN:
+            return False
+        chain = index.chain(space, space.heads[table.key(slot)])
+        mine = table.epochs[slot], table.qualities[slot]
+        if any((table.epochs[s], table.qualities[s]) == mine and index.is_live(s) for s in chain):
+            return False
+        table.written[slot] |= WRITTEN
+        self._holds.hold(move.lease, space, slot)
+        index.publish(slot, self._retiring.advance())
+        self._retiring.tell(ChangeKind.COMMITTED, slot)
+        return True
+
+    def _end(self, move: Move) -> None:
+        del self._under_way[move.target.ref.slot]
+        self._index.unpin(self._holds.end(move.lease), used=False)
+
+    def _leave_behind(self, move: Move) -> None:
+        """What the tier that a version was copied from keeps of it: nothing, if it is to hold no copies."""
+        index, source = self._index, move.source.ref
+        if move.to is Tier.HOST:
+            if self._tiering.exclusive and index.versions.residences[source.slot] & ON_NVME:
+                self._retiring.leave(index.nvme, source.slot)
+            return
+        leaves = self._tiering.exclusive or self._tiering.when is DemoteWhen.CROWDED
+        current = index.versions.is_current(source.slot, source.generation)
+        if leaves and current and not index.versions.pins[source.slot] and index.is_live(source.slot):
+            if move.is_encoded:
+                self._retiring.evict(source.slot)
+            else:
+                self._retiring.leave(index.host, source.slot)
