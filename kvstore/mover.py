@@ -1,0 +1,211 @@
+"""Performs the moves between tiers that the core names: bytes are read, checked, encoded, written, synced.
+
+One task beside the others, woken when something may have to move. What is read for a move is verified first: a byte
+that went wrong on one tier is never carried to the next, its version is retired instead. A frame is written below
+only while its version is live, and takes its place in the durable order in the same turn of the loop: a purge that
+comes later finds it. Bounds: `batch_nbytes` of each direction under way, one sync a batch. A disk that fails
+costs the moves of its batch; after that the mover waits `retry_s` before it tries the disk again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import structlog
+
+from kvstore.arrival import is_intact
+from kvstore.clock import Clock
+from kvstore.core.moves import Move
+from kvstore.core.shard import ShardCore
+from kvstore.nouns import BlockRef, KVLayout, Tier
+from kvstore.tiers.base import Place
+from kvstore.tiers.copying import beside_the_loop, fill, to_its_end
+from kvstore.tiers.hierarchy import Hierarchy
+
+log = structlog.get_logger(__name__)
+
+BATCH_NBYTES: Final = 32 << 20
+RETRY_S: Final = 1.0
+
+EncodeFrame = Callable[[memoryview, KVLayout], memoryview | None]
+"""The frame that the tier below keeps of a lossless one; None: these values cannot be encoded."""
+
+
+class Mover:
+    def __init__(
+        self,
+        core: ShardCore,
+        tiers: Hierarchy,
+        clock: Clock,
+        settle: Callable[[], None],
+        encode: EncodeFrame | None = None,
+        batch_nbytes: int = BATCH_NBYTES,
+    ) -> None:
+        """`settle` is called after whatever may have freed slots, in the same turn of the loop."""
+        self._core = core
+        self._tiers = tiers
+        self._clock = clock
+        self._settle = settle
+        self._encode = encode
+        self._batch_nbytes = batch_nbytes
+        self._wanted = asyncio.Event()
+        self._moved = asyncio.Condition()
+        self._not_before = 0.0
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        if self._task is None:
+            self._task = asyncio.create_task(self._run(), name=f"mover-{self._core.config.shard}")
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+
+    def wake(self) -> None:
+        """Something was let go of, matched or announced: there may be something to move."""
+        self._wanted.set()
+
+    async def step(self) -> int:
+        """Start what is to move and see it to its end. How many moves that were."""
+        if self._clock.now() < self._not_before:
+            return 0
+        moves = self._core.moves.start(self._clock.now(), self._batch_nbytes)
+        self._settle()
+        up = [move for move in moves if move.to is Tier.HOST]
+        down = [move for move in moves if move.to is Tier.NVME]
+        open_moves = set(moves)
+        try:
+            await self._promote(up, open_moves)
+            await self._demote(down, open_moves)
+        finally:  # cancelled or not: no move stays under way
+            for move in open_moves:
+                self._core.moves.failed(move)
+            self._settle()
+        async with self._moved:
+            self._moved.notify_all()
+        return len(moves)
+
+    async def wait_for(self, refs: Sequence[BlockRef], timeout_s: float) -> None:
+        """Until none of these is on its way to the host any more, or the time is over."""
+        table, moves = self._core.index.versions, self._core.moves
+
+        def settled() -> bool:
+            return not any(table.is_current(r.slot, r.generation) and moves.is_coming(r.slot) for r in refs)
+
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s), self._moved:
+                await self._moved.wait_for(settled)
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        while True:
+            await self._wanted.wait()
+            self._wanted.clear()
+            try:
+                while await self.step():
+                    pass
+            except Exception:  # whatever failed, the next block may be moved
+                self._core.counters["mover_failed"] += 1
+                log.exception("a batch of moves failed, and the mover goes on", shard=self._core.config.shard)
+
+    async def _promote(self, moves: Sequence[Move], open_moves: set[Move]) -> None:
+        for move in moves:
+            frame = await self._checked(move)
+            if frame is None:
+                continue
+            host, place = self._tiers.host, _place(move.target.ref)
+            room = host.allocate(frame.nbytes)
+            await to_its_end(frame.nbytes, lambda r=room, f=frame: fill(r, f), lambda r=room: host.give_up(r))  # type: ignore[misc]
+            self._tiers.give_back(frame)
+            if not self._core.moves.is_wanted(move):
+                host.give_up(room)
+                continue
+            await host.write(place, room)
+            self._end(move, open_moves, Tier.HOST)
+
+    async def _demote(self, moves: Sequence[Move], open_moves: set[Move]) -> None:
+        """Queue the frames, sync once, then tell the core of all: before, none of them is there."""
+        queued: list[Move] = []
+        try:
+            for move in moves:
+                frame = await self._made(move)
+                if frame is None:
+                    continue
+                if not self._core.moves.is_wanted(move):
+                    self._tiers.durable.give_up(frame)
+                    continue
+                queued.append(move)
+                await self._tiers.durable.write(_place(move.target.ref), frame)
+            if queued:
+                await self._tiers.durable.sync()
+        except OSError as error:
+            self._not_before = self._clock.now() + RETRY_S
+            self._core.counters[f"nvme_failed:{error.errno}"] += 1
+            log.warning("the tier below takes nothing for a while", shard=self._core.config.shard, why=str(error))
+            for move in queued:
+                self._tiers.durable.discard(_place(move.target.ref))
+            return
+        for move in queued:
+            self._end(move, open_moves, Tier.NVME)
+
+    def _end(self, move: Move, open_moves: set[Move], tier: Tier) -> None:
+        open_moves.discard(move)
+        if not self._core.moves.done(move):
+            place = _place(move.target.ref)
+            (self._tiers.host if tier is Tier.HOST else self._tiers.durable).discard(place)
+        self._settle()
+
+    async def _made(self, move: Move) -> memoryview | None:
+        """The frame that goes below, in memory of that tier's own."""
+        frame = await self._checked(move)
+        if frame is None:
+            return None
+        durable = self._tiers.durable
+        try:
+            made: memoryview | None = frame
+            if move.is_encoded:
+                made = await self._encoded(move, frame)
+            if made is None:
+                return None
+            room = durable.allocate(made.nbytes)
+            await to_its_end(made.nbytes, lambda: fill(room, made), lambda: durable.give_up(room))
+            return room
+        finally:
+            self._tiers.give_back(frame)
+
+    async def _encoded(self, move: Move, frame: memoryview) -> memoryview | None:
+        assert self._encode is not None, "the core names encoded versions, and nobody encodes"
+        encode, layout = self._encode, self._core.namespace(move.source.namespace).layout
+        made = await beside_the_loop(frame.nbytes, lambda: encode(frame, layout))
+        if made is None:
+            self._core.counters["not_encodable"] += 1
+        elif made.nbytes != move.target.nbytes:
+            raise AssertionError(f"a codec made {made.nbytes} bytes where it promised {move.target.nbytes}")
+        return made
+
+    async def _checked(self, move: Move) -> memoryview | None:
+        """The source's frame, borrowed, if it is what it says. What is lost or broken is retired."""
+        place = _place(move.source.ref)
+        try:
+            frame = await self._tiers.borrow(place)
+        except OSError as error:
+            self._core.counters[f"move_read_failed:{error.errno}"] += 1
+            return None
+        if frame is not None and await beside_the_loop(frame.nbytes, lambda: is_intact(frame)):
+            return frame
+        if frame is not None:
+            self._tiers.give_back(frame)
+        self._core.report(move.source)
+        self._settle()
+        return None
+
+
+def _place(ref: BlockRef) -> Place:
+    return Place(ref.slot, ref.generation)

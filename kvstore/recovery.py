@@ -1,0 +1,50 @@
+"""A shard's start over a tier that survives: what it knew, then what it held."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import structlog
+
+from kvstore.core.shard import ShardCore
+from kvstore.core.state import Namespace
+from kvstore.errors import KVStrataError
+from kvstore.nouns import NamespaceId
+from kvstore.tiers.base import Place
+from kvstore.tiers.durable import AdvanceNote, EpochNote, NamespaceNote, Recovered
+from kvstore.tiers.hierarchy import Hierarchy
+
+log = structlog.get_logger(__name__)
+
+
+async def recover(core: ShardCore, tiers: Hierarchy) -> None:
+    """Replay the notes, then give each block that is worth it a slot. Raises OSError, ConfigError."""
+    recovered = await tiers.durable.recover()
+    _replay(core, recovered)
+    found: Counter[str] = Counter(recovered.counters)
+    for block in recovered.blocks:
+        ref = core.restore(block.frame.meta, block.nbytes)
+        found["restored" if ref is not None else "not_restored"] += 1
+        if ref is not None:
+            place = Place(ref.slot, ref.generation)
+            tiers.durable.adopt(block.record, place)
+            tiers.host.leave(place)
+    core.counters.update({f"recovery:{name}": count for name, count in found.items()})
+    if found:
+        log.info("recovered", shard=core.config.shard, **found)
+
+
+def _replay(core: ShardCore, recovered: Recovered) -> None:
+    """A note that makes no sense any more (limits were lowered since) costs the blocks that need it."""
+    for note in recovered.notes:
+        try:
+            match note:
+                case NamespaceNote(namespace_id, model_id, tenant, layout):
+                    core.open_namespace(NamespaceId(namespace_id), Namespace(model_id, layout, tenant))
+                case EpochNote(model_id, epoch):
+                    core.register_epoch(model_id, epoch)
+                case AdvanceNote(model_id, number, policy):
+                    core.advance_epoch(model_id, number, policy)
+        except KVStrataError as error:
+            core.counters["recovery:notes_refused"] += 1
+            log.warning("a note was not replayed", shard=core.config.shard, note=repr(note), why=str(error))
