@@ -5,10 +5,7 @@
                       +----- drop -------+---- evict (only if not pinned) -----> free
 
 Bytes are budgeted, not slots: blocks of different layouts have different sizes. Every step costs O(versions
-of the key), a handful; making room is O(evicted). Only letting go may cost more: whoever uses a block uses
-what it was built on, so that no idle block ever goes before an idle block built on it, and the idle ancestors
-of what is let go move up with it: each once, and 1,024 of them at most, since how long a chain is its writers
-say. Who lets go of a whole chain has nothing above it to move.
+of the key), a handful; making room is O(evicted).
 """
 
 from __future__ import annotations
@@ -17,27 +14,31 @@ from collections.abc import Iterator, Sequence
 
 from kvstore.core.epochs import EpochTable
 from kvstore.core.eviction import Evictables
+from kvstore.core.leases import LeaseTable
 from kvstore.core.seams import MakePolicy
 from kvstore.core.spaces import Account, Space
 from kvstore.core.state import CoreConfig, Namespace, Offer
-from kvstore.core.versions import NONE, WRITTEN, State, Version, Versions
+from kvstore.core.uses import Uses
+from kvstore.core.versions import NONE, WRITTEN, State, Version, Versions, gather
 from kvstore.nouns import BlockRef, NamespaceId, Quality, Tier
 
 _LIVE, _STAGED = int(State.LIVE), int(State.STAGED)
 _UNLIMITED = 1 << 63
-_CLIMB_MAX = 1_024
-"""Idle ancestors that move up with what is let go, at most: a chain is as long as its writers say."""
 
 
 class Index:
-    def __init__(self, config: CoreConfig, make_policy: MakePolicy, epochs: EpochTable) -> None:
+    def __init__(
+        self, config: CoreConfig, make_policy: MakePolicy, epochs: EpochTable, leases: LeaseTable
+    ) -> None:
         self.versions = Versions(config.limits.slots_max)
         self.spaces: dict[NamespaceId, Space] = {}
         self.by_index: list[Space] = []
         self.accounts: dict[str, Account] = {}
         self.used_nbytes = self.idle_nbytes = self.idle_versions = 0
         self.freed: list[BlockRef] = []  # whose bytes the driver is to discard; it drains the list
-        self.evictables = Evictables(make_policy, epochs, self.versions)
+        self.uses = Uses(self.versions)
+        self.evictables = Evictables(make_policy, epochs, self.versions, self.uses)
+        self._time = leases
         self._config = config
         self._epochs = epochs
 
@@ -103,9 +104,9 @@ class Index:
     def next_victim(self, account: Account, nbytes: int) -> int | None:
         """Whom to evict before a frame of `nbytes` of this tenant fits; None when it fits now."""
         if account.used_nbytes + nbytes > account.quota_nbytes:
-            return self.evictables.victim(account.tenant)
+            return self.evictables.victim(account.tenant, self._time.now)
         if self.used_nbytes + nbytes > self._config.capacity_nbytes or not self.versions.has_room():
-            return self.evictables.victim()
+            return self.evictables.victim(None, self._time.now)
         return None
 
     # -- a version's life --------------------------------------------------------------------------
@@ -137,6 +138,8 @@ class Index:
             space.heads[key] = slot
         else:
             table.next[before] = slot
+        self.uses.born(slot, self._parent(slot))
+        self.evictables.enter(slot)
 
     def retire(self, slot: int, revision: int, into: State = State.RETIRED) -> None:
         """Take a live version out of sight. Its bytes go now, or with its last pin."""
@@ -183,8 +186,9 @@ class Index:
         pins, states, spaces, epochs, created = (
             table.pins, table.states, table.spaces, table.epochs, table.created,
         )  # fmt: skip
-        idle: dict[int, None] = {}
         of, floor = (-1, -1), 0  # of which namespace and epoch the floor is: nearly always of all slots
+        used: dict[tuple[int, int], list[int]] = {}
+        idle: list[int] = []
         for slot in slots:
             held = pins[slot] - 1
             pins[slot] = held
@@ -193,19 +197,14 @@ class Index:
                 continue
             if of != (spaces[slot], epochs[slot]):
                 of = spaces[slot], epochs[slot]
-                floor = self._floor(slot)
+                floor, idle = self._floor(slot), used.setdefault(of, [])
             if state == _LIVE and created[slot] > floor:
-                idle[slot] = None
+                idle.append(slot)
             else:
                 self.drop(slot)
-        for slot in idle:
-            nbytes = table.nbytes[slot]
-            self.idle_nbytes += nbytes
-            self.by_index[spaces[slot]].account.idle_nbytes += nbytes
-        self.idle_versions += len(idle)
-        used = self._with_idle_ancestors(idle)
-        for slot in sorted(used, key=table.chain_indexes.__getitem__, reverse=True):
-            self.evictables.use(self.by_index[spaces[slot]].account.tenant, slot)
+        for (space_index, _), idle in used.items():
+            if idle:
+                self._used(self.by_index[space_index].account, idle)
 
     def is_live(self, slot: int) -> bool:
         return self.versions.states[slot] == _LIVE and not self.is_dead(slot)
@@ -264,26 +263,28 @@ class Index:
             return
         space.horizons[key] = max(space.horizons.get(key, 0), table.retired[slot])
 
-    def _with_idle_ancestors(self, idle: dict[int, None]) -> dict[int, None]:
-        """What is met a second time is not climbed from again."""
-        used = dict(idle)
-        for slot in idle:
-            ancestor = self._idle_parent(slot)
-            while ancestor != NONE and ancestor not in used and len(used) - len(idle) < _CLIMB_MAX:
-                used[ancestor] = None
-                ancestor = self._idle_parent(ancestor)
-        return used
+    def _used(self, account: Account, idle: list[int]) -> None:
+        """One use, of one namespace and epoch: all of it is idle now."""
+        table = self.versions
+        nbytes = sum(gather(table.nbytes, idle))
+        self.idle_nbytes += nbytes
+        account.idle_nbytes += nbytes
+        self.idle_versions += len(idle)
+        idle.sort(key=table.chain_indexes.__getitem__, reverse=True)
+        use = self.uses.of(idle, self._time.now)
+        self.evictables.use(account.tenant, use)
+        self.uses.record(use)
 
-    def _idle_parent(self, slot: int) -> int:
+    def _parent(self, slot: int) -> int:
+        """The live version of the same epoch this one was built on, of its own quality first; or NONE."""
         table, space = self.versions, self.space_of(slot)
-        index = table.chain_indexes[slot]
+        index, found = table.chain_indexes[slot], NONE
         if not index:
             return NONE
-        parent = space.heads.get(table.parent(slot), NONE)
-        while parent != NONE:
-            idle = table.states[parent] == _LIVE and not table.pins[parent]
+        for parent in self.chain(space, space.heads.get(table.parent(slot), NONE)):
             same_epoch = table.epochs[parent] == table.epochs[slot]
-            if idle and same_epoch and table.chain_indexes[parent] == index - 1:
-                return parent
-            parent = table.next[parent]
-        return NONE
+            if same_epoch and table.states[parent] == _LIVE and table.chain_indexes[parent] == index - 1:
+                if table.qualities[parent] == table.qualities[slot]:
+                    return parent
+                found = parent if found == NONE else found
+        return found

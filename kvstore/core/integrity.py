@@ -87,7 +87,7 @@ def _check_room(index: Index) -> None:
     idle = {slot for slot in used if table.states[slot] == State.LIVE and not table.pins[slot]}
     assert sum(table.nbytes[slot] for slot in idle) == index.idle_nbytes, "idle bytes are miscounted"
     assert len(idle) == index.idle_versions, "idle versions are miscounted"
-    queued = {slot for slot in used if table.queued[slot]}
+    queued = {slot for slot in used if index.evictables.holds(slot)}
     assert idle <= queued, "an idle version that could never go"
     assert len(queued) == index.evictables.queued(), "policies hold other slots than they should"
     assert all(table.states[slot] == State.LIVE for slot in queued), "a policy holds what is not live"

@@ -59,10 +59,10 @@ class ShardCore:
         ids = Ids(config.incarnation, config.id_secret)
         self.config = config
         self.epochs = EpochTable(limits.models_max, limits.epochs_max)
-        self.index = Index(config, make_policy, self.epochs)
+        self._leases = LeaseTable(ids, limits.leases_max, limits.lease_s_max, limits.pause_s)
+        self.index = Index(config, make_policy, self.epochs, self._leases)
         self.counters: Counter[str] = Counter()
         self.changes = ChangeLog(limits.changes_max)
-        self._leases = LeaseTable(ids, limits.leases_max, limits.lease_s_max, limits.pause_s)
         self._holds = Holds(self._leases, self.index)
         self._txns = TxnTable(ids, limits.txns_max, limits.answers_max)
         self._offers = Offers(self.index, self.epochs, self._holds, self.changes, self.counters)

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from operator import itemgetter
 from typing import Final, NamedTuple
 
-from kvstore.core.links import Links
 from kvstore.errors import OverLimit
 from kvstore.nouns import (
     KEY_NBYTES,
@@ -69,23 +68,19 @@ class Versions:
 
     __slots__ = (
         "_free", "_slots_max",
-        "chain_indexes", "created", "epochs", "generations", "idle_since", "keys", "links", "nbytes", "next",
-        "parents", "pins", "placements", "qualities", "queued", "retired", "spaces", "states", "tiers",
-        "written",
+        "chain_indexes", "created", "epochs", "generations", "keys", "nbytes", "next", "parents", "pins",
+        "placements", "qualities", "retired", "spaces", "states", "tiers", "written",
     )  # fmt: skip
 
     def __init__(self, slots_max: int) -> None:
         self._slots_max = slots_max
         self._free = array("I")
-        self.links = Links()
         self.keys, self.parents, self.placements = bytearray(), bytearray(), bytearray()
-        self.states, self.tiers, self.written, self.queued = (bytearray() for _ in range(4))
+        self.states, self.tiers, self.written = (bytearray() for _ in range(3))
         self.spaces, self.qualities = array("H"), array("H")
         self.epochs, self.chain_indexes, self.pins = array("I"), array("I"), array("I")
         self.next = array("i")
-        self.generations, self.nbytes, self.created, self.retired, self.idle_since = (
-            array("Q") for _ in range(5)
-        )
+        self.generations, self.nbytes, self.created, self.retired = (array("Q") for _ in range(4))
 
     def __len__(self) -> int:
         """Slots in use."""
@@ -108,16 +103,15 @@ class Versions:
             raise OverLimit(f"all {self._slots_max} slots of this shard are in use: raise slots_max")
         for keys in (self.keys, self.parents, self.placements):
             keys.extend(bytes(KEY_NBYTES))
-        for flags in (self.states, self.tiers, self.written, self.queued):
+        for flags in (self.states, self.tiers, self.written):
             flags.append(0)
         for column in (
             self.spaces, self.qualities, self.epochs, self.chain_indexes, self.pins,
-            self.nbytes, self.created, self.retired, self.idle_since,
+            self.nbytes, self.created, self.retired,
         ):  # fmt: skip
             column.append(0)
         self.generations.append(1)  # 0 is no generation: a zeroed reference is never current
         self.next.append(NONE)
-        self.links.grow()
         return slot
 
     def give_back(self, slot: int) -> None:
