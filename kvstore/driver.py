@@ -19,26 +19,26 @@ from typing import Final, TypeVar
 
 import structlog
 
-from kvstore.arrival import arrive, is_intact
+from kvstore.arrival import is_intact
 from kvstore.clock import Clock, MonotonicClock
 from kvstore.core.shard import ShardCore
 from kvstore.core.state import Namespace, Offer
-from kvstore.core.transactions import Txn
 from kvstore.core.versions import State, Version
 from kvstore.driver_config import DriverConfig
 from kvstore.errors import (
     ConfigError,
     DeadlineExceeded,
-    KVStrataError,
     OverLimit,
     Unavailable,
 )
 from kvstore.frame import HEADER_NBYTES
 from kvstore.hashing import namespace_id, tenant_salt
+from kvstore.intake import Intake
+from kvstore.mover import Mover
+from kvstore.notes import Notes
 from kvstore.nouns import (
     ISOLATE,
     BlockKey,
-    BlockMeta,
     BlockRef,
     Epoch,
     EpochPolicy,
@@ -56,8 +56,11 @@ from kvstore.nouns import (
     TxnId,
 )
 from kvstore.policies import POLICIES
+from kvstore.recovery import recover
 from kvstore.tiers.base import Breakable, TierStorage
 from kvstore.tiers.copying import beside_the_loop
+from kvstore.tiers.durable import AdvanceNote, DurableTier, EpochNote, NamespaceNote, Note
+from kvstore.tiers.hierarchy import Tiers
 from kvstore.transport.base import (
     WIRE_VERSION,
     BlockOffer,
@@ -83,13 +86,26 @@ Answer = TypeVar("Answer")
 
 
 class ShardDriver:
-    def __init__(self, config: DriverConfig, storage: TierStorage, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        config: DriverConfig,
+        storage: TierStorage,
+        clock: Clock | None = None,
+        durable: DurableTier | None = None,
+    ) -> None:
+        """`storage` is the host's; `durable` lies below it, as far as `config.tiering` says."""
         self.config = config
         self.core = ShardCore(config.core(), POLICIES[config.policy])
         self._watchers = Watchers(self.core)
         self.storage = storage
+        self.tiers = Tiers(storage, durable)
         self._clock = clock or MonotonicClock()
-        self._upkeep = Upkeep(config, self.core, storage, self._clock, self._watchers)
+        self._notes = Notes(config.shard, durable)
+        self._intake = Intake(self.core, storage, self._clock)
+        self.mover: Mover | None = None
+        if durable is not None:
+            self.mover = Mover(self.core, self.tiers, durable, self._clock, self._settle, config.encode_frame)
+        self._upkeep = Upkeep(config, self.core, self.tiers, self._notes, self._clock, self._watchers)
         self._closed = False
 
     @property
@@ -97,13 +113,21 @@ class ShardDriver:
         return self.config.shard
 
     async def start(self) -> None:
-        """From here on the shard does by itself what it owes nobody in particular: see upkeep.py."""
+        """Read what survived; from here on the shard does by itself what it owes nobody in particular (see
+        upkeep.py, mover.py). Raises OSError and ConfigError when what survived cannot be read."""
+        if self.mover is not None:
+            await recover(self.core, self.tiers, self._notes)
+            self.mover.start()
         self._upkeep.start()
 
     async def close(self) -> None:
         self._closed = True
         self._watchers.close()
         await self._upkeep.stop()
+        if self.mover is not None:
+            await self.mover.stop()
+        if self.tiers.durable is not None:
+            await self.tiers.durable.close()
 
     def reap(self) -> None:
         """Free what expired. `start` has it called regularly."""
@@ -118,10 +142,9 @@ class ShardDriver:
 
         Raises AssertionError. Storage can only be compared while no write is on its way.
         """
-        self._upkeep.settle()
+        self._settle()
         self.core.check_integrity()
-        written = sum(version.nbytes for version in self.core.index.rows() if version.written)
-        assert self.storage.nbytes() == written, f"{self.storage.nbytes()} bytes stored, {written} written"
+        self.tiers.check_integrity(self.core.index)
 
     # -- ShardTransport ----------------------------------------------------------------------------
 
@@ -131,17 +154,22 @@ class ShardDriver:
 
     async def open_namespace(self, spec: NamespaceSpec, tenant: str, *, timeout_s: float) -> NamespaceId:
         opened = namespace_id(tenant_salt(self.config.cluster_secret, tenant), spec)
-        self.serving().open_namespace(opened, _namespace(spec, tenant))
+        self.serving().open_namespace(opened, Namespace(spec.model_id, spec.layout, tenant))
+        note = NamespaceNote(opened, spec.model_id, tenant, spec.layout)
+        await self._note(note, timeout_s)
         return opened
 
     async def register_epoch(self, model_id: str, epoch: Epoch, *, timeout_s: float) -> None:
         self.serving().register_epoch(model_id, epoch)
+        await self._note(EpochNote(model_id, epoch), timeout_s)
 
     async def advance_epoch(
         self, model_id: str, number: int, policy: EpochPolicy = ISOLATE, *, timeout_s: float
     ) -> Revision:
         revision = self.serving().advance_epoch(model_id, number, policy)
-        self._upkeep.settle()
+        self._settle()
+        if self.core.epochs.of(model_id).current == number:  # else it went on long ago
+            await self._note(AdvanceNote(model_id, number, policy), timeout_s)
         return revision
 
     async def epochs(self, model_id: str, *, timeout_s: float) -> EpochsOfModel:
@@ -162,6 +190,7 @@ class ShardDriver:
         self, snapshot: Snapshot, keys: Sequence[BlockKey], owner: str, lease_s: float, *, timeout_s: float
     ) -> MatchResult:
         matched = self.serving().match(snapshot, keys, owner, lease_s, self._clock.now())
+        self._move()
         revision = Revision(self.config.incarnation, self.core.revision)
         ids = dict.fromkeys(matched.epoch_ids)  # in the order they come in
         epochs = tuple(self.core.epochs.bound[epoch_id].epoch for epoch_id in ids)
@@ -194,7 +223,7 @@ class ShardDriver:
 
     async def release(self, leases: Sequence[LeaseId], *, timeout_s: float) -> None:
         self.serving().release(leases)
-        self._upkeep.settle()
+        self._settle()
 
     async def begin(
         self,
@@ -211,23 +240,26 @@ class ShardDriver:
         asked = [Offer(o.key, o.parent, o.chain_index, o.placement, o.nbytes) for o in offers]
         now = self._clock.now()
         txn = self.serving().begin(namespace, epoch, quality, asked, owner, lease_s, request_id, now)
-        self._upkeep.settle()
+        self._settle()
         return TxnOpened(txn.id, tuple(txn.refusals))
 
     async def write(
         self, txn: TxnId, frames: Sequence[tuple[int, bytes, memoryview]], *, timeout_s: float
     ) -> list[Refusal | None]:
-        return await self._within(self._write_frames(txn, frames), timeout_s, "write")
+        self.serving()
+        refusals = await self._within(self._intake.write(txn, frames), timeout_s, "write")
+        self._settle()
+        return refusals
 
     async def commit(self, txn: TxnId, pin_for_s: float | None, *, timeout_s: float) -> CommitResult:
         answer = self.serving().commit(txn, pin_for_s, self._clock.now())
-        self._upkeep.settle()
+        self._settle()
         revision = Revision(self.config.incarnation, answer.revision)
         return CommitResult(revision, self.core.blocks(answer), answer.lease)
 
     async def abort(self, txn: TxnId, *, timeout_s: float) -> None:
         self.serving().abort(txn)
-        self._upkeep.settle()
+        self._settle()
 
     async def report(self, namespace: NamespaceId, refs: Sequence[BlockRef], *, timeout_s: float) -> int:
         """Check our own copy of what a reader found corrupt; retire what really is."""
@@ -268,6 +300,8 @@ class ShardDriver:
             versions=len(self.core.index),
             leases=self.core.leases,
             oldest_pin_s=self.core.oldest_pin_s(self._clock.now()),
+            nvme_nbytes=usage.nvme_nbytes,
+            nvme_capacity_nbytes=self.config.tiering.nvme_nbytes,
             counters=dict(self.core.counters),
         )
 
@@ -285,6 +319,19 @@ class ShardDriver:
         return victim.key if self.storage.flip_byte(place_of(victim.ref), middle) else None
 
     # -- inside ------------------------------------------------------------------------------------
+
+    async def _note(self, note: Note, timeout_s: float) -> None:
+        if self._notes.lack(note):
+            await self._within(self._notes.keep(note), timeout_s, "a durable note")
+
+    def _settle(self) -> None:
+        """After whatever may have freed slots or let go of versions, in the same turn of the loop."""
+        self._upkeep.settle()
+        self._move()
+
+    def _move(self) -> None:
+        if self.mover is not None and self.core.moves.any_wanted():
+            self.mover.wake()
 
     def serving(self) -> ShardCore:
         """Raises Unavailable once the driver is closed."""
@@ -310,7 +357,7 @@ class ShardDriver:
         if isinstance(version, MissReason):
             return version
         try:
-            copy = await self.storage.read(place_of(ref))
+            copy = await self.tiers.read(place_of(ref))
         except OSError as error:
             return self.failed_to_read(error)
         again = self.core.resolve(namespace, ref)
@@ -326,59 +373,8 @@ class ShardDriver:
         """Storage has nothing where the version's bytes should be: out of sight, so that it can be written
         again."""
         self.core.report(version)
-        self._upkeep.settle()
+        self._settle()
         return self.core.missed(MissReason.ABSENT)
-
-    async def _write_frames(
-        self, txn_id: TxnId, frames: Sequence[tuple[int, bytes, memoryview]]
-    ) -> list[Refusal | None]:
-        return [await self._write_frame(txn_id, *frame) for frame in frames]
-
-    async def _write_frame(
-        self, txn_id: TxnId, index: int, header: bytes, payload: memoryview
-    ) -> Refusal | None:
-        txn = self.serving().txn(txn_id, self._clock.now())
-        if not 0 <= index < len(txn.slots):
-            return Refusal.MISMATCH
-        version = self.core.granted(txn, index)
-        if version is None or version.written:
-            return txn.refused.get(index)  # why it was not granted; None for a frame that is here already
-        refusal, frame = await self._verified_copy(txn, version, header, payload)
-        place = place_of(version.ref)
-        try:
-            if refusal is None:
-                await self.storage.write(place, frame)
-            # The transaction may have expired while we copied: ask again before believing anything.
-            self.core.written(self.core.txn(txn_id, self._clock.now()), index, refusal, self._clock.now())
-        except OSError as error:
-            self._count_fault("write", error)
-            raise Unavailable(f"shard {self.shard} could not store the frame: {error}; try again") from error
-        except KVStrataError:
-            # Nobody waits for these bytes, unless a copy of them that came first was committed meanwhile.
-            if self.core.index.at(place.slot, place.generation) is None:
-                self.storage.discard(place)
-            raise
-        self._upkeep.settle()
-        return refusal
-
-    async def _verified_copy(
-        self, txn: Txn, version: Version, header: bytes, payload: memoryview
-    ) -> tuple[Refusal | None, memoryview]:
-        nbytes = len(header) + payload.nbytes
-        if nbytes != version.nbytes:
-            return Refusal.MISMATCH, payload
-        namespace = self.core.namespace(txn.namespace)
-        expected = BlockMeta(
-            namespace=txn.namespace,
-            key=version.key,
-            parent=version.parent,
-            chain_index=version.chain_index,
-            placement=version.placement,
-            epoch=version.epoch,
-            quality=version.quality,
-            fingerprint=namespace.layout.fingerprint,
-        )
-        return await arrive(self.storage, header, payload, expected, namespace.layout.block_nbytes)
 
     async def _retire_corrupt(self, namespace: NamespaceId, refs: Sequence[BlockRef]) -> int:
         retired = 0
@@ -391,13 +387,9 @@ class ShardDriver:
             if not intact and version.state is State.LIVE:
                 self.core.report(version)
                 retired += 1
-        self._upkeep.settle()
+        self._settle()
         return retired
 
     def _count_fault(self, what: str, error: OSError) -> None:
         self.core.counters[f"storage_error:{what}"] += 1
         log.warning("storage failed", shard=self.shard, what=what, error=str(error))
-
-
-def _namespace(spec: NamespaceSpec, tenant: str) -> Namespace:
-    return Namespace(spec.model_id, spec.layout, tenant)

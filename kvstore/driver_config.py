@@ -6,8 +6,9 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from kvstore.core.state import CoreConfig, CoreLimits
+from kvstore.core.state import CoreConfig, CoreLimits, Tiering
 from kvstore.errors import ConfigError
+from kvstore.mover import EncodeFrame
 from kvstore.nouns import Incarnation, ShardId
 from kvstore.policies import POLICIES
 
@@ -25,12 +26,20 @@ class DriverConfig:
     limits: CoreLimits = field(default_factory=CoreLimits)
     quotas: Mapping[str, int] = field(default_factory=dict)  # bytes a tenant may hold here, by its name
     policy: str = "lru"
+    tiering: Tiering = field(default_factory=Tiering)
+    encode_frame: EncodeFrame | None = None  # what the tier below keeps of a lossless frame; None: itself
     reap_interval_s: float = 0.5
     faults: bool = False  # allows flip_stored_byte: tests and the demo's negative control
 
     def core(self) -> CoreConfig:
         return CoreConfig(
-            self.shard, self.incarnation, self.capacity_nbytes, self.limits, self.quotas, self.cluster_secret
+            self.shard,
+            self.incarnation,
+            self.capacity_nbytes,
+            self.limits,
+            self.quotas,
+            self.cluster_secret,
+            self.tiering,
         )
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ async def lent(
         yield version
         return
     try:
-        frame = await driver.storage.borrow(Place(ref.slot, ref.generation))
+        frame = await driver.tiers.borrow(Place(ref.slot, ref.generation))
     except OSError as error:
         yield driver.failed_to_read(error)
         return
@@ -35,4 +35,4 @@ async def lent(
     try:
         yield frame
     finally:
-        driver.storage.give_back(frame)
+        driver.tiers.give_back(frame)

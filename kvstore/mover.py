@@ -1,10 +1,10 @@
 """Performs the moves between tiers that the core names: bytes are read, checked, encoded, written, synced.
 
-One task beside the others, woken when something may have to move. What is read for a move is verified first: a byte
-that went wrong on one tier is never carried to the next, its version is retired instead. A frame is written below
-only while its version is live, and takes its place in the durable order in the same turn of the loop: a purge that
-comes later finds it. Bounds: `batch_nbytes` of each direction under way, one sync a batch. A disk that fails
-costs the moves of its batch; after that the mover waits `retry_s` before it tries the disk again.
+One task beside the others, woken when something may have to move. What is read for a move is verified first:
+a byte that went wrong on one tier is never carried to the next, its version is retired instead. A frame is
+written below only while its version is live, and takes its place in the durable order in the same turn of
+the loop: a purge that comes later finds it. Bounds: `batch_nbytes` of each direction under way, one sync a
+batch. A disk that fails costs the moves of its batch, and is left alone for RETRY_S.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from kvstore.clock import Clock
 from kvstore.core.moves import Move
 from kvstore.core.shard import ShardCore
 from kvstore.nouns import BlockRef, KVLayout, Tier
-from kvstore.tiers.base import Place
+from kvstore.tiers.base import Place, TierStorage
 from kvstore.tiers.copying import beside_the_loop, fill, to_its_end
-from kvstore.tiers.hierarchy import Hierarchy
+from kvstore.tiers.durable import DurableTier
+from kvstore.tiers.hierarchy import Tiers
 
 log = structlog.get_logger(__name__)
 
@@ -38,7 +39,8 @@ class Mover:
     def __init__(
         self,
         core: ShardCore,
-        tiers: Hierarchy,
+        tiers: Tiers,
+        durable: DurableTier,
         clock: Clock,
         settle: Callable[[], None],
         encode: EncodeFrame | None = None,
@@ -47,6 +49,7 @@ class Mover:
         """`settle` is called after whatever may have freed slots, in the same turn of the loop."""
         self._core = core
         self._tiers = tiers
+        self._durable = durable
         self._clock = clock
         self._settle = settle
         self._encode = encode
@@ -120,15 +123,12 @@ class Mover:
             frame = await self._checked(move)
             if frame is None:
                 continue
-            host, place = self._tiers.host, _place(move.target.ref)
-            room = host.allocate(frame.nbytes)
-            await to_its_end(frame.nbytes, lambda r=room, f=frame: fill(r, f), lambda r=room: host.give_up(r))  # type: ignore[misc]
-            self._tiers.give_back(frame)
+            room = await self._copied(frame, self._tiers.host)
             if not self._core.moves.is_wanted(move):
-                host.give_up(room)
+                self._tiers.host.give_up(room)
                 continue
-            await host.write(place, room)
-            self._end(move, open_moves, Tier.HOST)
+            await self._tiers.host.write(_place(move.target.ref), room)
+            self._end(move, open_moves)
 
     async def _demote(self, moves: Sequence[Move], open_moves: set[Move]) -> None:
         """Queue the frames, sync once, then tell the core of all: before, none of them is there."""
@@ -139,56 +139,56 @@ class Mover:
                 if frame is None:
                     continue
                 if not self._core.moves.is_wanted(move):
-                    self._tiers.durable.give_up(frame)
+                    self._durable.give_up(frame)
                     continue
                 queued.append(move)
-                await self._tiers.durable.write(_place(move.target.ref), frame)
+                await self._durable.write(_place(move.target.ref), frame)
             if queued:
-                await self._tiers.durable.sync()
+                await self._durable.sync()
         except OSError as error:
             self._not_before = self._clock.now() + RETRY_S
             self._core.counters[f"nvme_failed:{error.errno}"] += 1
-            log.warning("the tier below takes nothing for a while", shard=self._core.config.shard, why=str(error))
+            log.warning("nothing moves down for a while", shard=self._core.config.shard, why=str(error))
             for move in queued:
-                self._tiers.durable.discard(_place(move.target.ref))
+                self._durable.discard(_place(move.target.ref))
             return
         for move in queued:
-            self._end(move, open_moves, Tier.NVME)
+            self._end(move, open_moves)
 
-    def _end(self, move: Move, open_moves: set[Move], tier: Tier) -> None:
+    def _end(self, move: Move, open_moves: set[Move]) -> None:
         open_moves.discard(move)
+        place = _place(move.target.ref)
         if not self._core.moves.done(move):
-            place = _place(move.target.ref)
-            (self._tiers.host if tier is Tier.HOST else self._tiers.durable).discard(place)
+            (self._tiers.host if move.to is Tier.HOST else self._durable).discard(place)
+        elif move.is_encoded:
+            self._tiers.host.leave(place)
         self._settle()
 
     async def _made(self, move: Move) -> memoryview | None:
         """The frame that goes below, in memory of that tier's own."""
         frame = await self._checked(move)
-        if frame is None:
-            return None
-        durable = self._tiers.durable
-        try:
-            made: memoryview | None = frame
-            if move.is_encoded:
-                made = await self._encoded(move, frame)
-            if made is None:
-                return None
-            room = durable.allocate(made.nbytes)
-            await to_its_end(made.nbytes, lambda: fill(room, made), lambda: durable.give_up(room))
-            return room
-        finally:
-            self._tiers.give_back(frame)
-
-    async def _encoded(self, move: Move, frame: memoryview) -> memoryview | None:
+        if frame is None or not move.is_encoded:
+            return None if frame is None else await self._copied(frame, self._durable)
         assert self._encode is not None, "the core names encoded versions, and nobody encodes"
         encode, layout = self._encode, self._core.namespace(move.source.namespace).layout
-        made = await beside_the_loop(frame.nbytes, lambda: encode(frame, layout))
+        try:
+            made = await beside_the_loop(frame.nbytes, lambda: encode(frame, layout))
+        finally:
+            self._tiers.give_back(frame)
         if made is None:
             self._core.counters["not_encodable"] += 1
         elif made.nbytes != move.target.nbytes:
             raise AssertionError(f"a codec made {made.nbytes} bytes where it promised {move.target.nbytes}")
         return made
+
+    async def _copied(self, frame: memoryview, storage: TierStorage) -> memoryview:
+        """In memory of the storage's own. Gives the borrowed frame back."""
+        room = storage.allocate(frame.nbytes)
+        try:
+            await to_its_end(frame.nbytes, lambda: fill(room, frame), lambda: storage.give_up(room))
+        finally:
+            self._tiers.give_back(frame)
+        return room
 
     async def _checked(self, move: Move) -> memoryview | None:
         """The source's frame, borrowed, if it is what it says. What is lost or broken is retired."""
@@ -198,10 +198,15 @@ class Mover:
         except OSError as error:
             self._core.counters[f"move_read_failed:{error.errno}"] += 1
             return None
-        if frame is not None and await beside_the_loop(frame.nbytes, lambda: is_intact(frame)):
-            return frame
         if frame is not None:
-            self._tiers.give_back(frame)
+            intact = False
+            try:
+                intact = await beside_the_loop(frame.nbytes, lambda: is_intact(frame))
+            finally:
+                if not intact:
+                    self._tiers.give_back(frame)
+            if intact:
+                return frame
         self._core.report(move.source)
         self._settle()
         return None

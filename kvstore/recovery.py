@@ -9,18 +9,21 @@ import structlog
 from kvstore.core.shard import ShardCore
 from kvstore.core.state import Namespace
 from kvstore.errors import KVStrataError
+from kvstore.notes import Notes
 from kvstore.nouns import NamespaceId
 from kvstore.tiers.base import Place
 from kvstore.tiers.durable import AdvanceNote, EpochNote, NamespaceNote, Recovered
-from kvstore.tiers.hierarchy import Hierarchy
+from kvstore.tiers.hierarchy import Tiers
 
 log = structlog.get_logger(__name__)
 
 
-async def recover(core: ShardCore, tiers: Hierarchy) -> None:
+async def recover(core: ShardCore, tiers: Tiers, notes: Notes) -> None:
     """Replay the notes, then give each block that is worth it a slot. Raises OSError, ConfigError."""
+    assert tiers.durable is not None, "nothing survives without a tier that does"
     recovered = await tiers.durable.recover()
     _replay(core, recovered)
+    notes.replayed(recovered.notes)
     found: Counter[str] = Counter(recovered.counters)
     for block in recovered.blocks:
         ref = core.restore(block.frame.meta, block.nbytes)

@@ -15,8 +15,11 @@ import structlog
 from kvstore.clock import Clock
 from kvstore.core.shard import ShardCore
 from kvstore.driver_config import DriverConfig
+from kvstore.notes import Notes
 from kvstore.nouns import BlockRef, Revision
-from kvstore.tiers.base import Place, TierStorage
+from kvstore.tiers.base import Place
+from kvstore.tiers.durable import PurgeNote
+from kvstore.tiers.hierarchy import Tiers
 from kvstore.transport.base import Purge, Purged
 from kvstore.watching import Watchers
 
@@ -32,11 +35,18 @@ def place_of(ref: BlockRef) -> Place:
 
 class Upkeep:
     def __init__(
-        self, config: DriverConfig, core: ShardCore, storage: TierStorage, clock: Clock, watchers: Watchers
+        self,
+        config: DriverConfig,
+        core: ShardCore,
+        tiers: Tiers,
+        notes: Notes,
+        clock: Clock,
+        watchers: Watchers,
     ) -> None:
         self._config = config
         self._core = core
-        self._storage = storage
+        self._tiers = tiers
+        self._notes = notes
         self._clock = clock
         self._watchers = watchers
         self._ticking: asyncio.Task[None] | None = None
@@ -57,8 +67,7 @@ class Upkeep:
         and watchers are told."""
         freed = self._core.index.freed
         while freed:
-            gone = freed.pop()
-            self._storage.discard(place_of(gone.ref))
+            self._tiers.free(freed.pop())
         self._watchers.wake()
 
     def reap(self) -> None:
@@ -80,9 +89,11 @@ class Upkeep:
         revision = Revision(self._config.incarnation, core.revision)
         before = core.counters["swept"], core.counters["swept_nbytes"]
         self.settle()
+        # In the same turn of the loop: what is written below from now on was made after the purge.
+        await self._notes.keep(PurgeNote(scope.namespace, scope.keys, scope.epoch))
         while await self._sweep():
             pass
-        await self._storage.sync()
+        await self._tiers.sync()
         versions += core.counters["swept"] - before[0]
         return Purged(revision, versions, nbytes + core.counters["swept_nbytes"] - before[1])
 

@@ -5,10 +5,7 @@
                       +----- drop -------+---- evict (only if not pinned) -----> free
 
 Bytes are budgeted, not slots: blocks of different layouts have different sizes. Every step costs O(versions
-of the key), a handful; making room is O(evicted). Only letting go may cost more: whoever uses a block uses
-what it was built on, so that no idle block ever goes before an idle block built on it, and the idle ancestors
-of what is let go move up with it: each once, and 1,024 of them at most, since how long a chain is its writers
-say. Who lets go of a whole chain has nothing above it to move.
+of the key), a handful; making room is O(evicted).
 """
 
 from __future__ import annotations
@@ -17,10 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 from kvstore.core.epochs import EpochTable
 from kvstore.core.eviction import Evictables
+from kvstore.core.leases import LeaseTable
 from kvstore.core.rooms import Freed, Room
 from kvstore.core.seams import MakePolicy
 from kvstore.core.spaces import Account, Space
 from kvstore.core.state import CoreConfig, Namespace, Offer
+from kvstore.core.uses import Use, Uses
 from kvstore.core.versions import (
     NONE,
     ON_HOST,
@@ -31,37 +30,43 @@ from kvstore.core.versions import (
     State,
     Version,
     Versions,
+    gather,
 )
 from kvstore.errors import NotFound
 from kvstore.nouns import BlockRef, NamespaceId, Quality, Tier
 
 _LIVE, _STAGED = int(State.LIVE), int(State.STAGED)
 _UNLIMITED = 1 << 63
-_CLIMB_MAX = 1_024
-"""Idle ancestors that move up with what is let go, at most: a chain is as long as its writers say."""
 
 
 class Index:
-    def __init__(self, config: CoreConfig, make_policy: MakePolicy, epochs: EpochTable) -> None:
-        self.versions = table = Versions(config.limits.slots_max, tiers=2)
+    def __init__(
+        self, config: CoreConfig, make_policy: MakePolicy, epochs: EpochTable, leases: LeaseTable
+    ) -> None:
+        self.versions = table = Versions(config.limits.slots_max)
         self.spaces: dict[NamespaceId, Space] = {}
         self.by_index: list[Space] = []
         self.accounts: dict[str, Account] = {}
         self.idle_nbytes = self.idle_versions = 0  # of what lies on the host and nobody pins
         self.freed: list[Freed] = []  # what the driver is to discard; it drains the list
-        queues = [
-            Evictables(make_policy, epochs, table, links, flag)
-            for links, flag in zip(table.links, (ON_HOST, ON_NVME), strict=True)
-        ]
+        self.uses = Uses(table)
+        queues = [Evictables(make_policy, epochs, table, self.uses) for _ in range(2)]
         self.host = Room(Tier.HOST, ON_HOST, TO_HOST, config.capacity_nbytes, queues[0])
         self.nvme = Room(Tier.NVME, ON_NVME, TO_NVME, config.tiering.nvme_nbytes, queues[1])
         self.rooms = self.host, self.nvme
-        self.on_idle: Callable[[int], None] | None = None  # told of each version that was let go of
+        self.before_use: Callable[[Use], None] | None = None  # told of each use before it is recorded
+        self.on_use: Callable[[Use], None] | None = None  # and after
+        self._time = leases
         self._epochs = epochs
         self._config = config
 
     def __len__(self) -> int:
         return len(self.versions)
+
+    @property
+    def now(self) -> float:
+        """Seconds, on the core's own time, which leaves out its pauses."""
+        return self._time.now
 
     @property
     def held_nbytes(self) -> int:
@@ -140,15 +145,15 @@ class Index:
     def next_victim(self, account: Account, nbytes: int) -> int | None:
         """Who is to leave the host before a frame of `nbytes` of this tenant fits; None when it fits now."""
         if account.used_nbytes + nbytes > account.quota_nbytes:
-            return self.host.evictables.victim(account.tenant)
-        return self.host.evictables.victim() if self.host.lacks(nbytes) else None
+            return self.host.evictables.victim(account.tenant, self.now)
+        return self.host.evictables.victim(None, self.now) if self.host.lacks(nbytes) else None
 
     def next_slot_victim(self) -> int | None:
         """Who is to go altogether before there is a slot for another; None when there is one now."""
         if self.versions.has_room():
             return None
         victim = self._nvme_victim()
-        return self.host.evictables.victim() if victim is None else victim
+        return self.host.evictables.victim(None, self.now) if victim is None else victim
 
     # -- a version's life --------------------------------------------------------------------------
 
@@ -178,6 +183,10 @@ class Index:
             space.heads[key] = slot
         else:
             table.next[before] = slot
+        self.uses.born(slot, self._parent(slot))
+        for room in self.rooms:
+            if table.residences[slot] & room.held:
+                room.evictables.enter(slot)
 
     def retire(self, slot: int, revision: int, into: State = State.RETIRED) -> None:
         """Take a live version out of sight. Its bytes go now, or with its last pin."""
@@ -213,11 +222,11 @@ class Index:
             self.space_of(slot).account.used_nbytes += table.nbytes[slot]
 
     def arrive(self, slot: int, room: Room) -> None:
-        """What was on its way to a tier lies there now."""
+        """What was on its way to a tier lies there now. It is pinned by who brought it."""
         table = self.versions
+        assert table.pins[slot], "arrived without a pin"
         table.reside(slot, table.residences[slot] & ~room.coming | room.held)
-        if room is self.host and table.states[slot] == _LIVE and not table.pins[slot]:
-            self._idle(slot)
+        room.evictables.enter(slot)
 
     def leave(self, slot: int, room: Room) -> None:
         """The version lives on without what a tier holds of it, or was to hold."""
@@ -250,8 +259,9 @@ class Index:
         pins, states, spaces, epochs, created = (
             table.pins, table.states, table.spaces, table.epochs, table.created,
         )  # fmt: skip
-        idle: dict[int, None] = {}
         of, floor = (-1, -1), 0  # of which namespace and epoch the floor is: nearly always of all slots
+        by_epoch: dict[tuple[int, int], list[int]] = {}
+        idle: list[int] = []
         for slot in slots:
             held = pins[slot] - 1
             pins[slot] = held
@@ -260,26 +270,22 @@ class Index:
                 continue
             if of != (spaces[slot], epochs[slot]):
                 of = spaces[slot], epochs[slot]
-                floor = self._floor(slot)
+                floor, idle = self._floor(slot), by_epoch.setdefault(of, [])
             if state == _LIVE and created[slot] > floor:
-                idle[slot] = None
+                idle.append(slot)
             else:
                 self.drop(slot)
-        for slot in idle:
-            self._idle(slot)
-        moved_up = self._with_idle_ancestors(idle) if used else idle
-        for slot in sorted(moved_up, key=table.chain_indexes.__getitem__, reverse=True):
-            self._enqueue(slot, used=used)
-        if used and self.on_idle is not None:
-            for slot in idle:
-                self.on_idle(slot)
-
-    def _enqueue(self, slot: int, *, used: bool) -> None:
-        """Last to go from wherever it lies, if it was used or stands in no queue."""
-        tenant, residences = self.space_of(slot).account.tenant, self.versions.residences[slot]
-        for room in self.rooms:
-            if residences & room.held and (used or not self.versions.queued[slot] & room.held):
-                room.evictables.use(tenant, slot)
+        for (space_index, _), idle in by_epoch.items():
+            if not idle:
+                continue
+            account = self.by_index[space_index].account
+            self._now_idle(account, idle)
+            if used:
+                self._used(account.tenant, idle)
+            else:
+                for slot in idle:
+                    for room in self._rooms_of(slot):
+                        room.evictables.let_go(account.tenant, slot)
 
     def is_live(self, slot: int) -> bool:
         return self.versions.states[slot] == _LIVE and not self.is_dead(slot)
@@ -311,12 +317,21 @@ class Index:
         number = self._epochs.bound[table.epochs[slot]].epoch.number
         return number, table.qualities[slot], table.created[slot]
 
-    def _idle(self, slot: int) -> None:
-        if self.versions.residences[slot] & ON_HOST:
-            nbytes = self.versions.nbytes[slot]
-            self.idle_nbytes += nbytes
-            self.idle_versions += 1
-            self.space_of(slot).account.idle_nbytes += nbytes
+    def _on_host(self, slots: Sequence[int]) -> Sequence[int]:
+        if not self.nvme.capacity_nbytes:
+            return slots
+        residences = self.versions.residences
+        return [slot for slot in slots if residences[slot] & ON_HOST]
+
+    def _rooms_of(self, slot: int) -> list[Room]:
+        return [room for room in self.rooms if self.versions.residences[slot] & room.held]
+
+    def _now_idle(self, account: Account, slots: Sequence[int]) -> None:
+        slots = self._on_host(slots)
+        nbytes = sum(gather(self.versions.nbytes, slots))
+        self.idle_nbytes += nbytes
+        account.idle_nbytes += nbytes
+        self.idle_versions += len(slots)
 
     def _no_longer_idle(self, space: Space, slot: int) -> None:
         if self.versions.residences[slot] & ON_HOST:
@@ -335,7 +350,7 @@ class Index:
             self.freed.append(Freed(self.ref(slot), room.tier, lives_on))
 
     def _nvme_victim(self) -> int | None:
-        return self.nvme.evictables.victim() if self.nvme.capacity_nbytes else None
+        return self.nvme.evictables.victim(None, self.now) if self.nvme.capacity_nbytes else None
 
     def _unstage(self, space: Space, slot: int) -> None:
         key = self.versions.key(slot)
@@ -358,26 +373,32 @@ class Index:
             return
         space.horizons[key] = max(space.horizons.get(key, 0), table.retired[slot])
 
-    def _with_idle_ancestors(self, idle: dict[int, None]) -> dict[int, None]:
-        """What is met a second time is not climbed from again."""
-        used = dict(idle)
-        for slot in idle:
-            ancestor = self._idle_parent(slot)
-            while ancestor != NONE and ancestor not in used and len(used) - len(idle) < _CLIMB_MAX:
-                used[ancestor] = None
-                ancestor = self._idle_parent(ancestor)
-        return used
+    def _used(self, tenant: str, idle: list[int]) -> None:
+        """One use, of one namespace and epoch: all of it is idle now, wherever it lies."""
+        idle.sort(key=self.versions.chain_indexes.__getitem__, reverse=True)
+        use = self.uses.of(idle, self.now)
+        if on_host := self._on_host(idle):
+            self.host.evictables.use(tenant, use._replace(slots=on_host))
+        if self.nvme.capacity_nbytes:
+            residences = self.versions.residences
+            if below := [slot for slot in idle if residences[slot] & ON_NVME]:
+                self.nvme.evictables.use(tenant, use._replace(slots=below))
+        if self.before_use is not None:
+            self.before_use(use)
+        self.uses.record(use)
+        if self.on_use is not None:
+            self.on_use(use)
 
-    def _idle_parent(self, slot: int) -> int:
+    def _parent(self, slot: int) -> int:
+        """The live version of the same epoch this one was built on, of its own quality first; or NONE."""
         table, space = self.versions, self.space_of(slot)
-        index = table.chain_indexes[slot]
+        index, found = table.chain_indexes[slot], NONE
         if not index:
             return NONE
-        parent = space.heads.get(table.parent(slot), NONE)
-        while parent != NONE:
-            idle = table.states[parent] == _LIVE and not table.pins[parent]
+        for parent in self.chain(space, space.heads.get(table.parent(slot), NONE)):
             same_epoch = table.epochs[parent] == table.epochs[slot]
-            if idle and same_epoch and table.chain_indexes[parent] == index - 1:
-                return parent
-            parent = table.next[parent]
-        return NONE
+            if same_epoch and table.states[parent] == _LIVE and table.chain_indexes[parent] == index - 1:
+                if table.qualities[parent] == table.qualities[slot]:
+                    return parent
+                found = parent if found == NONE else found
+        return found

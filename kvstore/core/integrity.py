@@ -108,7 +108,7 @@ def _check_tier(index: Index, room: Room, used: Sequence[int]) -> None:
     assert sum(table.nbytes[slot] for slot in there) == room.used_nbytes, "bytes without a version"
     assert room.used_nbytes <= room.capacity_nbytes, "over capacity"
     idle = {slot for slot in there if _is_idle(index, slot) and table.residences[slot] & room.held}
-    queued = {slot for slot in used if table.queued[slot] & room.held}
+    queued = {slot for slot in used if room.evictables.holds(slot)}
     assert idle <= queued, "an idle version that could never go"
     assert len(queued) == room.evictables.queued(), "policies hold other slots than they should"
     assert all(table.states[slot] == State.LIVE for slot in queued), "a policy holds what is not live"

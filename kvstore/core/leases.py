@@ -50,6 +50,11 @@ class LeaseTable:
     def ids(self) -> frozenset[LeaseId]:
         return frozenset(self._leases)
 
+    @property
+    def now(self) -> float:
+        """When the clock was last looked at, pauses left out."""
+        return 0.0 if self._last_seen is None else self._time(self._last_seen)
+
     def grant(self, owner: str, duration_s: float, now: float) -> LeaseId:
         """A new lease. Raises OverLimit beyond the bound on leases."""
         if len(self._leases) >= self._max:

@@ -20,9 +20,11 @@ class Links:
         self.before = array("i")
         self.after = array("i")
 
-    def grow(self) -> None:
-        self.before.append(_END)
-        self.after.append(_END)
+    def grow(self, slots: int) -> None:
+        """By so many slots, in no list."""
+        ends = array("i", (_END,)) * slots
+        self.before.extend(ends)
+        self.after.extend(ends)
 
 
 class SlotList:
@@ -37,6 +39,17 @@ class SlotList:
 
     def __len__(self) -> int:
         return self._len
+
+    def prepend(self, slot: int) -> None:
+        """The slot must be in no list."""
+        links, first = self._links, self._first
+        links.before[slot], links.after[slot] = _END, first
+        if first == _END:
+            self._last = slot
+        else:
+            links.before[first] = slot
+        self._first = slot
+        self._len += 1
 
     def append(self, slot: int) -> None:
         """The slot must be in no list."""

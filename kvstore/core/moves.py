@@ -26,6 +26,7 @@ from kvstore.core.retiring import Retiring
 from kvstore.core.rooms import Room
 from kvstore.core.seams import AdmissionPolicy
 from kvstore.core.state import DemoteWhen, Encoding, Offer, Tiering
+from kvstore.core.uses import Use
 from kvstore.core.versions import FORBIDDEN, ON_HOST, ON_NVME, TO_HOST, TO_NVME, WRITTEN, State, Version
 from kvstore.errors import OverLimit
 from kvstore.nouns import ChangeKind, LeaseId, Quality, Tier
@@ -88,7 +89,7 @@ class Moves:
         holds: Holds,
         retiring: Retiring,
         tiering: Tiering,
-        admission: AdmissionPolicy,
+        admission: AdmissionPolicy | None,
         counters: Counter[str],
     ) -> None:
         self._index = index
@@ -101,9 +102,8 @@ class Moves:
         self._up = Wanted(tiering.queue_nbytes_max)
         self._under_way: dict[int, Move] = {}  # by the target's slot
         self._draining = False
-        self._now = 0.0  # when moves were started last
         if tiering.nvme_nbytes and tiering.when is not DemoteWhen.CROWDED:
-            index.on_idle = self._let_go
+            index.on_use = self._used
 
     def __len__(self) -> int:
         return len(self._under_way)
@@ -118,6 +118,14 @@ class Moves:
     def is_coming(self, slot: int) -> bool:
         """Is the version wanted on the host, or on its way there?"""
         return bool(self._index.versions.residences[slot] & TO_HOST) or slot in self._up._slots
+
+    def any_wanted(self) -> bool:
+        """Is there anything to start?"""
+        if self._tiering.when is DemoteWhen.CROWDED and self._tiering.nvme_nbytes:
+            host = self._index.host
+            if host.used_nbytes > self._tiering.watermarks[0] * host.capacity_nbytes:
+                return True
+        return bool(len(self._up) or len(self._down))
 
     def want_on_host(self, slots: Iterable[int]) -> int:
         """Name live versions that are to come up. How many of them wait now or are under way."""
@@ -135,7 +143,6 @@ class Moves:
     def start(self, now: float, nbytes_max: int) -> list[Move]:
         """Moves to perform, about so many bytes of each direction under way at most."""
         started: list[Move] = []
-        self._now = now
         try:
             while self.under_way_nbytes(Tier.HOST) < nbytes_max and (wanted := self._up.take()):
                 started += self._promote(*wanted, now)
@@ -147,9 +154,15 @@ class Moves:
             self._counters["moves_without_lease"] += 1
         return started
 
+    def is_wanted(self, move: Move) -> bool:
+        """Did its lease last, is what it was made of still to be seen? Ask before the bytes are written."""
+        slot = move.source.ref.slot
+        held = self._holds.by_lease.get(move.lease)
+        return held is not None and slot in held and self._index.is_live(slot)
+
     def done(self, move: Move) -> bool:
         """The bytes stand (below the host: durably). False: nobody needs them any more, discard them."""
-        stands = self._is_held(move)
+        stands = self.is_wanted(move)
         if stands and move.is_encoded:
             stands = self._land(move)
         elif stands:
@@ -180,16 +193,19 @@ class Moves:
     def _room(self, tier: Tier) -> Room:
         return self._index.host if tier is Tier.HOST else self._index.nvme
 
-    def _let_go(self, slot: int) -> None:
-        """A version became idle: is it one for the tier below?"""
+    def _used(self, use: Use) -> None:
+        """Is what was let go of worth a place on the tier below?"""
         table = self._index.versions
-        if not self._is_candidate(slot) or not self._admits(slot):
-            return
-        if not self._down.add(slot, table.generations[slot], table.nbytes[slot]):
-            self._counters["demotions_dropped"] += 1
+        for slot in use.slots:
+            if not self._is_candidate(slot) or not self._admits(slot):
+                continue
+            if not self._down.add(slot, table.generations[slot], table.nbytes[slot]):
+                self._counters["demotions_dropped"] += 1
 
     def _admits(self, slot: int) -> bool:
-        return self._tiering.when is DemoteWhen.COMMITTED or self._admission.admits(slot, self._now)
+        if self._tiering.when is DemoteWhen.COMMITTED or self._admission is None:
+            return True
+        return self._admission.admits(slot, self._index.now)
 
     def _is_candidate(self, slot: int) -> bool:
         table = self._index.versions
@@ -210,12 +226,12 @@ class Moves:
         high, low = (share * host.capacity_nbytes for share in self._tiering.watermarks)
         self._draining = self._draining or host.used_nbytes > high
         while self._draining:
-            slot = host.evictables.victim()
+            slot = host.evictables.victim(None, index.now)
             going = sum(m.source.nbytes for m in self._under_way.values() if m.to is Tier.NVME)
             self._draining = slot is not None and host.used_nbytes - going > low
             if slot is None or not self._draining:
                 return
-            if not self._is_candidate(slot) or not self._admission.admits(slot, self._now):
+            if not self._is_candidate(slot) or not self._admits(slot):
                 self._retiring.evict_from(host, slot)
             else:
                 yield slot, index.versions.generations[slot]
@@ -271,7 +287,7 @@ class Moves:
         if nbytes > nvme.capacity_nbytes:
             return False
         while nvme.lacks(nbytes):
-            victim = nvme.evictables.victim()
+            victim = nvme.evictables.victim(None, self._index.now)
             if victim is None:
                 return False
             self._retiring.evict_from(nvme, victim)
@@ -293,12 +309,6 @@ class Moves:
         rivals = [*self._index.chain(space, space.heads[key]), *space.staged.get(key, ())]
         same = (s for s in rivals if table.epochs[s] == epoch and table.qualities[s] == encoding.quality)
         return next((s for s in same if table.states[s] in (State.LIVE, State.STAGED)), None)
-
-    def _is_held(self, move: Move) -> bool:
-        """Did its lease last, is what it was made of still to be seen?"""
-        slot = move.source.ref.slot
-        held = self._holds.by_lease.get(move.lease)
-        return held is not None and slot in held and self._index.is_live(slot)
 
     def _land(self, move: Move) -> bool:
         """Make an encoded version visible, unless it was purged meanwhile or another one took its place."""

@@ -13,9 +13,7 @@ from kvstore.core.versions import NONE, WRITTEN
 from kvstore.nouns import BlockMeta, BlockRef
 
 
-def restore(
-    index: Index, epochs: EpochTable, meta: BlockMeta, nbytes: int, revision: int
-) -> BlockRef | None:
+def restore(index: Index, epochs: EpochTable, meta: BlockMeta, nbytes: int, revision: int) -> BlockRef | None:
     """Its reference from here on; None when nobody could ever see it, or there is no room for it."""
     space = index.spaces.get(meta.namespace)
     if space is None or space.namespace.layout.fingerprint != meta.fingerprint:

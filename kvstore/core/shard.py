@@ -26,8 +26,9 @@ from kvstore.core.moves import Moves
 from kvstore.core.offers import Offers
 from kvstore.core.past import Past
 from kvstore.core.purging import Purging
+from kvstore.core.restoring import restore
 from kvstore.core.retiring import Retiring
-from kvstore.core.seams import EVERYTHING, AdmissionPolicy, MakePolicy
+from kvstore.core.seams import MakeAdmission, MakePolicy, MakePredictor
 from kvstore.core.state import Committed, CoreConfig, Matched, Namespace, Offer, Usage
 from kvstore.core.transactions import Txn, TxnTable
 from kvstore.core.versions import NONE, State, Version, gather
@@ -35,6 +36,7 @@ from kvstore.errors import ConfigError, EpochUnknown, LeaseExpired, OverLimit
 from kvstore.nouns import (
     ISOLATE,
     BlockKey,
+    BlockMeta,
     BlockRef,
     ChangeKind,
     Epoch,
@@ -55,29 +57,32 @@ _MISS_LABEL = {reason: f"miss:{reason.value}" for reason in MissReason}
 
 class ShardCore:
     def __init__(
-        self, config: CoreConfig, make_policy: MakePolicy, admission: AdmissionPolicy = EVERYTHING
+        self,
+        config: CoreConfig,
+        make_policy: MakePolicy,
+        make_predictor: MakePredictor | None = None,
+        make_admission: MakeAdmission | None = None,
     ) -> None:
+        """Without a predictor and an admission policy everything is worth a place on the tier below."""
         limits = config.limits
         ids = Ids(config.incarnation, config.id_secret)
         self.config = config
         self.epochs = EpochTable(limits.models_max, limits.epochs_max)
-        self.index = Index(config, make_policy, self.epochs)
+        self._leases = LeaseTable(ids, limits.leases_max, limits.lease_s_max, limits.pause_s)
+        self.index = Index(config, make_policy, self.epochs, self._leases)
         self.counters: Counter[str] = Counter()
         self.changes = ChangeLog(limits.changes_max)
-        self._leases = LeaseTable(ids, limits.leases_max, limits.lease_s_max, limits.pause_s)
         self._holds = Holds(self._leases, self.index)
         self._txns = TxnTable(ids, limits.txns_max, limits.answers_max)
         self._retiring = Retiring(self.index, self.epochs, self.changes, self.counters)
         self._offers = Offers(self.index, self.epochs, self._holds, self._retiring, self.counters)
         self._purging = Purging(self.index, self.epochs, self.changes, self.counters)
-        self.moves = Moves(
-            self.index,
-            self._holds,
-            self._retiring,
-            config.tiering,
-            admission,
-            self.counters,
-        )
+        admission = None
+        if make_predictor is not None:
+            self.predictor = make_predictor(self.index.uses)
+            self.index.before_use = self.predictor.observe
+            admission = make_admission(self.index.uses, self.predictor) if make_admission else None
+        self.moves = Moves(self.index, self._holds, self._retiring, config.tiering, admission, self.counters)
         self.past = Past(config, self.index, self.epochs, self.changes)
 
     @property
@@ -283,6 +288,10 @@ class ShardCore:
             self.release([txn.lease])
         elif txn.answer.lease is not None:  # the writer never heard of its commit, nor of the pins it got
             self.release([txn.answer.lease])
+
+    def restore(self, meta: BlockMeta, nbytes: int) -> BlockRef | None:
+        """A block that the tier below kept since the shard's last life: see restoring.py."""
+        return restore(self.index, self.epochs, meta, nbytes, self.revision)
 
     # -- deletion and upkeep -----------------------------------------------------------------------
 

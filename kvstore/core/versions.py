@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from operator import itemgetter
 from typing import Final, NamedTuple
 
-from kvstore.core.links import Links
 from kvstore.errors import OverLimit
 from kvstore.nouns import (
     KEY_NBYTES,
@@ -34,8 +33,7 @@ WRITTEN, FORBIDDEN = 1, 2
 ON_HOST, ON_NVME, TO_HOST, TO_NVME = 1, 2, 4, 8
 """Residences of a version: where its frame lies (or, staged, is to lie); where a copy is on its way to."""
 _FASTEST: Final = bytes(
-    Tier.HOST if residences & ON_HOST else Tier.NVME if residences & ON_NVME else 0
-    for residences in range(16)
+    Tier.HOST if flags & ON_HOST else Tier.NVME if flags & ON_NVME else 0 for flags in range(16)
 )
 
 
@@ -71,28 +69,24 @@ class Versions:
     """Columns. `epochs` holds ids of the epoch table, `spaces` positions of the namespaces.
 
     `next` links the versions of one key, the newest epoch and best quality first. `tiers` is the fastest of a
-    version's residences, `links` what each tier's replacement queues are made of.
+    version's residences.
     """
 
     __slots__ = (
         "_free", "_slots_max",
-        "chain_indexes", "created", "epochs", "generations", "idle_since", "keys", "links", "nbytes", "next",
-        "parents", "pins", "placements", "qualities", "queued", "residences", "retired", "spaces", "states",
-        "tiers", "written",
+        "chain_indexes", "created", "epochs", "generations", "keys", "nbytes", "next", "parents", "pins",
+        "placements", "qualities", "residences", "retired", "spaces", "states", "tiers", "written",
     )  # fmt: skip
 
-    def __init__(self, slots_max: int, tiers: int) -> None:
+    def __init__(self, slots_max: int) -> None:
         self._slots_max = slots_max
         self._free = array("I")
-        self.links = tuple(Links() for _ in range(tiers))
         self.keys, self.parents, self.placements = bytearray(), bytearray(), bytearray()
-        self.states, self.tiers, self.residences, self.written, self.queued = (bytearray() for _ in range(5))
+        self.states, self.tiers, self.residences, self.written = (bytearray() for _ in range(4))
         self.spaces, self.qualities = array("H"), array("H")
         self.epochs, self.chain_indexes, self.pins = array("I"), array("I"), array("I")
         self.next = array("i")
-        self.generations, self.nbytes, self.created, self.retired, self.idle_since = (
-            array("Q") for _ in range(5)
-        )
+        self.generations, self.nbytes, self.created, self.retired = (array("Q") for _ in range(4))
 
     def __len__(self) -> int:
         """Slots in use."""
@@ -115,17 +109,15 @@ class Versions:
             raise OverLimit(f"all {self._slots_max} slots of this shard are in use: raise slots_max")
         for keys in (self.keys, self.parents, self.placements):
             keys.extend(bytes(KEY_NBYTES))
-        for flags in (self.states, self.tiers, self.residences, self.written, self.queued):
+        for flags in (self.states, self.tiers, self.residences, self.written):
             flags.append(0)
         for column in (
             self.spaces, self.qualities, self.epochs, self.chain_indexes, self.pins,
-            self.nbytes, self.created, self.retired, self.idle_since,
+            self.nbytes, self.created, self.retired,
         ):  # fmt: skip
             column.append(0)
         self.generations.append(1)  # 0 is no generation: a zeroed reference is never current
         self.next.append(NONE)
-        for links in self.links:
-            links.grow()
         return slot
 
     def reside(self, slot: int, residences: int) -> None:

@@ -5,6 +5,6 @@ from __future__ import annotations
 from typing import Final
 
 from kvstore.core.seams import MakePolicy
-from kvstore.policies.lru import LRU
+from kvstore.policies.lru import lru
 
-POLICIES: Final[dict[str, MakePolicy]] = {"lru": LRU}
+POLICIES: Final[dict[str, MakePolicy]] = {"lru": lru}

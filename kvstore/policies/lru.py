@@ -6,23 +6,47 @@ its parent: a prefix that is cut in the middle would be dead weight.
 
 from __future__ import annotations
 
-from kvstore.core.links import Links, SlotList
+from kvstore.core.links import SlotList
+from kvstore.core.seams import MakeQueue, Seen
+from kvstore.core.uses import Use
+
+_QUEUED = 1
 
 
 class LRU:
-    __slots__ = ("_order",)
+    """One queue."""
 
-    def __init__(self, links: Links) -> None:
-        self._order = SlotList(links)
+    __slots__ = ("_order", "_places")
 
-    def insert(self, slot: int) -> None:
-        self._order.append(slot)
+    def __init__(self, seen: Seen) -> None:
+        self._order = SlotList(seen.links)
+        self._places = seen.places
 
-    def remove(self, slot: int) -> None:
+    def use(self, use: Use) -> None:
+        order, places = self._order, self._places
+        for slot in use.slots:
+            if places[slot]:
+                order.remove(slot)
+            else:
+                places[slot] = _QUEUED
+            order.append(slot)
+
+    def lift(self, slot: int) -> None:
         self._order.remove(slot)
 
-    def victim(self) -> int | None:
+    def put_back(self, slot: int) -> None:
+        self._order.prepend(slot)
+
+    def remove(self, slot: int, evicted: bool) -> None:
+        self._order.remove(slot)
+        self._places[slot] = 0
+
+    def victim(self, now: float) -> int | None:
         return self._order.first()
 
     def __len__(self) -> int:
         return len(self._order)
+
+
+def lru(seen: Seen) -> MakeQueue:
+    return lambda: LRU(seen)

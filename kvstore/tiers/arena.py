@@ -34,6 +34,7 @@ from kvstore.tiers import slot_table
 from kvstore.tiers.base import Place
 from kvstore.tiers.copying import beside_the_loop, corrupted, fill, join, to_its_end
 from kvstore.tiers.extents import PAGE_NBYTES, Extents
+from kvstore.tiers.slot_table import GENERATION
 
 SLOTS_MAX: Final = 1 << 20  # of the table: 32 MiB at most, touched as slots are used
 SLACK: Final = 0.25  # of the budget, against fragmentation and page ends
@@ -162,6 +163,13 @@ class ArenaTier:
     def discard(self, place: Place) -> None:
         if self._find(place) is not None:
             self.discard_slot(place.slot)
+        elif place.slot < self.geometry.slots and self._rows[place.slot, GENERATION] == place.generation:
+            slot_table.withdraw(self._rows, place.slot)  # it had left, and lives nowhere now
+
+    def leave(self, place: Place) -> None:
+        self.discard(place)
+        if place.slot < self.geometry.slots and place.slot not in self._frames:
+            slot_table.publish(self._rows, place.slot, place.generation, 0, 0)
 
     def discard_slot(self, slot: int) -> None:
         """Forget whatever the slot holds. Readers are told before the bytes can change."""

@@ -58,6 +58,10 @@ class TierStorage(Protocol):
         """Forget the place's bytes. Idempotent; never touches another generation's."""
         ...
 
+    def leave(self, place: Place) -> None:
+        """As `discard`, but the version lives on, on another tier: who reads past the shard must ask it."""
+        ...
+
     async def sync(self) -> None:
         """What was written before survives from here on, where the tier can promise that."""
         ...

@@ -62,6 +62,9 @@ class HostTier:
             del self._frames[place.slot]
             self._nbytes -= frame.nbytes
 
+    def leave(self, place: Place) -> None:
+        self.discard(place)
+
     async def sync(self) -> None:
         """Host memory promises nothing across a crash: there is nothing to wait for."""
 

@@ -184,6 +184,8 @@ class ShardStatus:
     versions: int
     leases: int
     oldest_pin_s: float
+    nvme_nbytes: int = 0
+    nvme_capacity_nbytes: int = 0
     counters: dict[str, int] = field(default_factory=dict)  # "miss:absent", "refusal:staged", ...
 
 

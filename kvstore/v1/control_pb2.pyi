@@ -13,11 +13,13 @@ class ChangeKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CHANGE_KIND_RETIRED: _ClassVar[ChangeKind]
     CHANGE_KIND_EPOCH: _ClassVar[ChangeKind]
     CHANGE_KIND_PURGED: _ClassVar[ChangeKind]
+    CHANGE_KIND_MOVED: _ClassVar[ChangeKind]
 CHANGE_KIND_UNSPECIFIED: ChangeKind
 CHANGE_KIND_COMMITTED: ChangeKind
 CHANGE_KIND_RETIRED: ChangeKind
 CHANGE_KIND_EPOCH: ChangeKind
 CHANGE_KIND_PURGED: ChangeKind
+CHANGE_KIND_MOVED: ChangeKind
 
 class HelloRequest(_message.Message):
     __slots__ = ("wire_versions", "client")
@@ -358,7 +360,7 @@ class WatchRequest(_message.Message):
     def __init__(self, namespace_ids: _Optional[_Iterable[bytes]] = ..., after: _Optional[_Union[Revision, _Mapping]] = ...) -> None: ...
 
 class WatchResponse(_message.Message):
-    __slots__ = ("revision", "revisions", "kinds", "namespace_ids", "keys", "epoch_numbers", "qualities")
+    __slots__ = ("revision", "revisions", "kinds", "namespace_ids", "keys", "epoch_numbers", "qualities", "tiers")
     REVISION_FIELD_NUMBER: _ClassVar[int]
     REVISIONS_FIELD_NUMBER: _ClassVar[int]
     KINDS_FIELD_NUMBER: _ClassVar[int]
@@ -366,6 +368,7 @@ class WatchResponse(_message.Message):
     KEYS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_NUMBERS_FIELD_NUMBER: _ClassVar[int]
     QUALITIES_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
     revision: Revision
     revisions: _containers.RepeatedScalarFieldContainer[int]
     kinds: _containers.RepeatedScalarFieldContainer[ChangeKind]
@@ -373,7 +376,8 @@ class WatchResponse(_message.Message):
     keys: bytes
     epoch_numbers: _containers.RepeatedScalarFieldContainer[int]
     qualities: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, revision: _Optional[_Union[Revision, _Mapping]] = ..., revisions: _Optional[_Iterable[int]] = ..., kinds: _Optional[_Iterable[_Union[ChangeKind, str]]] = ..., namespace_ids: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., epoch_numbers: _Optional[_Iterable[int]] = ..., qualities: _Optional[_Iterable[int]] = ...) -> None: ...
+    tiers: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, revision: _Optional[_Union[Revision, _Mapping]] = ..., revisions: _Optional[_Iterable[int]] = ..., kinds: _Optional[_Iterable[_Union[ChangeKind, str]]] = ..., namespace_ids: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., epoch_numbers: _Optional[_Iterable[int]] = ..., qualities: _Optional[_Iterable[int]] = ..., tiers: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class PurgeRequest(_message.Message):
     __slots__ = ("namespace_id", "keys", "epoch_number")
@@ -452,7 +456,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("shard", "incarnation", "revision", "capacity_nbytes", "live_nbytes", "staged_nbytes", "retired_nbytes", "ownerless_nbytes", "versions", "leases", "oldest_pin_s", "counters")
+    __slots__ = ("shard", "incarnation", "revision", "capacity_nbytes", "live_nbytes", "staged_nbytes", "retired_nbytes", "ownerless_nbytes", "versions", "leases", "oldest_pin_s", "counters", "nvme_nbytes", "nvme_capacity_nbytes")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -472,6 +476,8 @@ class StatusResponse(_message.Message):
     LEASES_FIELD_NUMBER: _ClassVar[int]
     OLDEST_PIN_S_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    NVME_NBYTES_FIELD_NUMBER: _ClassVar[int]
+    NVME_CAPACITY_NBYTES_FIELD_NUMBER: _ClassVar[int]
     shard: str
     incarnation: int
     revision: int
@@ -484,4 +490,6 @@ class StatusResponse(_message.Message):
     leases: int
     oldest_pin_s: float
     counters: _containers.ScalarMap[str, int]
-    def __init__(self, shard: _Optional[str] = ..., incarnation: _Optional[int] = ..., revision: _Optional[int] = ..., capacity_nbytes: _Optional[int] = ..., live_nbytes: _Optional[int] = ..., staged_nbytes: _Optional[int] = ..., retired_nbytes: _Optional[int] = ..., ownerless_nbytes: _Optional[int] = ..., versions: _Optional[int] = ..., leases: _Optional[int] = ..., oldest_pin_s: _Optional[float] = ..., counters: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    nvme_nbytes: int
+    nvme_capacity_nbytes: int
+    def __init__(self, shard: _Optional[str] = ..., incarnation: _Optional[int] = ..., revision: _Optional[int] = ..., capacity_nbytes: _Optional[int] = ..., live_nbytes: _Optional[int] = ..., staged_nbytes: _Optional[int] = ..., retired_nbytes: _Optional[int] = ..., ownerless_nbytes: _Optional[int] = ..., versions: _Optional[int] = ..., leases: _Optional[int] = ..., oldest_pin_s: _Optional[float] = ..., counters: _Optional[_Mapping[str, int]] = ..., nvme_nbytes: _Optional[int] = ..., nvme_capacity_nbytes: _Optional[int] = ...) -> None: ...

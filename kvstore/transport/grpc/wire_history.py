@@ -148,6 +148,7 @@ def _changes_out(revision: Revision, changes: Sequence[Change]) -> control.Watch
         keys=b"".join(c.key for c in changes),
         epoch_numbers=[c.epoch for c in changes],
         qualities=[c.quality for c in changes],
+        tiers=[c.tier for c in changes],
     )
 
 
@@ -155,7 +156,7 @@ def batch_in(message: control.WatchResponse) -> WatchBatch:
     """Raises ValueError or ConfigError for columns that do not fit, are out of order, or say a new word."""
     keys = wire.split_keys(message.keys, most=len(message.keys))  # an answer is as large as gRPC lets it be
     namespaces = split(message.namespace_ids, NAMESPACE_ID_NBYTES, "namespace_ids")
-    columns = (message.revisions, message.kinds, message.epoch_numbers, message.qualities)
+    columns = (message.revisions, message.kinds, message.epoch_numbers, message.qualities, message.tiers)
     if {len(column) for column in (*columns, namespaces)} != {len(keys)}:
         raise ValueError("the columns of a watch do not fit each other")
     revision = wire.revision_in(message.revision)
@@ -164,8 +165,8 @@ def batch_in(message: control.WatchResponse) -> WatchBatch:
     if not _KINDS.keys() >= set(message.kinds):
         raise ValueError("a change of a kind we do not know")
     changes = tuple(
-        Change(counter, _KINDS[kind], NamespaceId(namespace), key, epoch, quality)
-        for key, namespace, counter, kind, epoch, quality in zip(keys, namespaces, *columns, strict=True)
+        Change(counter, _KINDS[kind], NamespaceId(namespace), key, *rest)
+        for key, namespace, counter, kind, *rest in zip(keys, namespaces, *columns, strict=True)
     )
     return WatchBatch(revision, changes)
 

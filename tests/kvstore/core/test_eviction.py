@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from kvstore.core.eviction import Evictables
 from kvstore.core.state import Offer
 from kvstore.errors import EpochConflict, EpochUnknown, OverLimit
 from kvstore.nouns import Epoch, NamespaceId, Refusal, WeightsDigest
@@ -41,27 +40,26 @@ def test_the_leaf_goes_before_its_parent_in_whatever_order_leases_end() -> None:
     assert shard.hits([0, 1, 2, 3]) == 3
 
 
-def test_what_is_let_go_together_moves_the_chain_above_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_block_built_on_a_chain_goes_before_the_chain_does() -> None:
     above, siblings = 50, 40
     shard = Shard(blocks=above + siblings)
     shard.put(range(above))
     fan = [Offer(key(1000 + n), key(above - 1), above, key(0), NBYTES) for n in range(siblings)]
     txn = shard.core.begin(NAMESPACE, E1, LOSSLESS, fan, "writer", 10.0, b"fan", shard.now)
     shard.write(txn)
-    moved: list[object] = []
-    use = Evictables.use
-
-    def counted(self: Evictables, tenant: str, slot: int) -> None:
-        moved.append(slot)
-        use(self, tenant, slot)
-
-    monkeypatch.setattr(Evictables, "use", counted)
     shard.commit(txn)
-    assert len(moved) == above + siblings
-    monkeypatch.undo()
-    for n in range(siblings):  # every block built on the chain goes before the chain does
+    for n in range(siblings):
         shard.put([2000 + 100 * n])
     assert shard.hits(range(above)) == above
+
+
+def test_what_is_built_upon_goes_when_nothing_else_can() -> None:
+    """A reader holds the leaf alone: what is promised as room is there all the same."""
+    shard = Shard(blocks=4)
+    shard.put([0, 1, 2, 3])
+    shard.match([3])
+    assert shard.begin([100, 101, 102]).refusals == [None, None, None]
+    shard.core.check_integrity()
 
 
 def test_a_hole_in_a_use_does_not_let_a_parent_go_first() -> None:
