@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from kvstore.core.epochs import EpochTable
 from kvstore.core.eviction import Evictables
 from kvstore.core.leases import LeaseTable
-from kvstore.core.rooms import Freed, Room
+from kvstore.core.rooms import Freed, Room, Rooms
 from kvstore.core.seams import MakePolicy
 from kvstore.core.spaces import Account, Space
 from kvstore.core.state import CoreConfig, Namespace, Offer
@@ -47,13 +47,12 @@ class Index:
         self.spaces: dict[NamespaceId, Space] = {}
         self.by_index: list[Space] = []
         self.accounts: dict[str, Account] = {}
-        self.idle_nbytes = self.idle_versions = 0  # of what lies on the host and nobody pins
         self.freed: list[Freed] = []  # what the driver is to discard; it drains the list
         self.uses = Uses(table)
         queues = [Evictables(make_policy, epochs, table, self.uses) for _ in range(2)]
         self.host = Room(Tier.HOST, ON_HOST, TO_HOST, config.capacity_nbytes, queues[0])
         self.nvme = Room(Tier.NVME, ON_NVME, TO_NVME, config.tiering.nvme_nbytes, queues[1])
-        self.rooms = self.host, self.nvme
+        self.rooms = Rooms(self.host, self.nvme, table, leases)
         self.before_use: Callable[[Use], None] | None = None  # told of each use before it is recorded
         self.on_use: Callable[[Use], None] | None = None  # and after
         self._time = leases
@@ -71,7 +70,7 @@ class Index:
     @property
     def held_nbytes(self) -> int:
         """On all tiers."""
-        return sum(room.used_nbytes for room in self.rooms)
+        return self.host.used_nbytes + self.nvme.used_nbytes
 
     def open(self, namespace_id: NamespaceId, namespace: Namespace) -> Space:
         space = self.spaces.get(namespace_id)
@@ -130,30 +129,6 @@ class Index:
     def at(self, slot: int, generation: int) -> Version | None:
         """The version a reference of this generation speaks of; None when the slot was reused since."""
         return self.row(slot) if self.versions.is_current(slot, generation) else None
-
-    # -- room --------------------------------------------------------------------------------------
-
-    def can_make_room(self, nbytes: int) -> bool:
-        """Would a frame of `nbytes` fit if all that is idle went?"""
-        has_slot = self.versions.has_room() or self.idle_versions > 0 or self._nvme_victim() is not None
-        return has_slot and self.can_hold(nbytes)
-
-    def can_hold(self, nbytes: int) -> bool:
-        """Has the host so many bytes that are free, or of what is idle?"""
-        return self.host.used_nbytes - self.idle_nbytes + nbytes <= self.host.capacity_nbytes
-
-    def next_victim(self, account: Account, nbytes: int) -> int | None:
-        """Who is to leave the host before a frame of `nbytes` of this tenant fits; None when it fits now."""
-        if account.used_nbytes + nbytes > account.quota_nbytes:
-            return self.host.evictables.victim(account.tenant, self.now)
-        return self.host.evictables.victim(None, self.now) if self.host.lacks(nbytes) else None
-
-    def next_slot_victim(self) -> int | None:
-        """Who is to go altogether before there is a slot for another; None when there is one now."""
-        if self.versions.has_room():
-            return None
-        victim = self._nvme_victim()
-        return self.host.evictables.victim(None, self.now) if victim is None else victim
 
     # -- a version's life --------------------------------------------------------------------------
 
@@ -246,8 +221,8 @@ class Index:
                 idle += nbytes[slot]
                 found += 1
             pins[slot] = held + 1
-        self.idle_nbytes -= idle
-        self.idle_versions -= found
+        self.rooms.idle_nbytes -= idle
+        self.rooms.idle_versions -= found
         space.account.idle_nbytes -= idle
 
     def unpin(self, slots: Sequence[int], *, used: bool = True) -> None:
@@ -329,15 +304,15 @@ class Index:
     def _now_idle(self, account: Account, slots: Sequence[int]) -> None:
         slots = self._on_host(slots)
         nbytes = sum(gather(self.versions.nbytes, slots))
-        self.idle_nbytes += nbytes
+        self.rooms.idle_nbytes += nbytes
         account.idle_nbytes += nbytes
-        self.idle_versions += len(slots)
+        self.rooms.idle_versions += len(slots)
 
     def _no_longer_idle(self, space: Space, slot: int) -> None:
         if self.versions.residences[slot] & ON_HOST:
             nbytes = self.versions.nbytes[slot]
-            self.idle_nbytes -= nbytes
-            self.idle_versions -= 1
+            self.rooms.idle_nbytes -= nbytes
+            self.rooms.idle_versions -= 1
             space.account.idle_nbytes -= nbytes
 
     def _vacate(self, slot: int, room: Room, *, lives_on: bool) -> None:
@@ -348,9 +323,6 @@ class Index:
             if room is self.host:
                 self.space_of(slot).account.used_nbytes -= table.nbytes[slot]
             self.freed.append(Freed(self.ref(slot), room.tier, lives_on))
-
-    def _nvme_victim(self) -> int | None:
-        return self.nvme.evictables.victim(None, self.now) if self.nvme.capacity_nbytes else None
 
     def _unstage(self, space: Space, slot: int) -> None:
         key = self.versions.key(slot)

@@ -90,8 +90,8 @@ def _check_room(index: Index) -> None:
     for room in index.rooms:
         _check_tier(index, room, used)
     idle = {slot for slot in used if _is_idle(index, slot) and table.residences[slot] & ON_HOST}
-    assert sum(table.nbytes[slot] for slot in idle) == index.idle_nbytes, "idle bytes are miscounted"
-    assert len(idle) == index.idle_versions, "idle versions are miscounted"
+    assert sum(table.nbytes[slot] for slot in idle) == index.rooms.idle_nbytes, "idle bytes are miscounted"
+    assert len(idle) == index.rooms.idle_versions, "idle versions are miscounted"
     for account in index.accounts.values():
         mine = [slot for slot in used if index.space_of(slot).account is account]
         mine = [slot for slot in mine if table.residences[slot] & (ON_HOST | TO_HOST)]

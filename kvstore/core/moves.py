@@ -245,11 +245,11 @@ class Moves:
         space, nbytes = index.space_of(slot), table.nbytes[slot]
         account = space.account
         over_quota = account.used_nbytes - account.idle_nbytes + nbytes > account.quota_nbytes
-        if over_quota or not index.can_hold(nbytes):
+        if over_quota or not index.rooms.can_hold(nbytes):
             self._counters["promotions_without_room"] += 1
             return []
         lease = self._holds.grant(OWNER, LEASE_S, space, (slot,), now)
-        while (victim := index.next_victim(account, nbytes)) is not None:
+        while (victim := index.rooms.next_victim(account, nbytes)) is not None:
             self._retiring.evict_from(index.host, victim)
         index.occupy(slot, index.host, TO_HOST)
         return [self._begin(slot, slot, Tier.HOST, lease)]

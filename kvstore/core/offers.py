@@ -105,12 +105,12 @@ class Offers:
             txn.refused[i] = Refusal.STAGED
         elif account.used_nbytes - account.idle_nbytes + offer.nbytes > account.quota_nbytes:
             txn.refused[i] = Refusal.QUOTA
-        elif not index.can_make_room(offer.nbytes):
+        elif not index.rooms.can_make_room(offer.nbytes):
             txn.refused[i] = Refusal.NO_SPACE
         else:
-            while (victim := index.next_victim(account, offer.nbytes)) is not None:
+            while (victim := index.rooms.next_victim(account, offer.nbytes)) is not None:
                 self._retiring.evict_from(index.host, victim)
-            while (victim := index.next_slot_victim()) is not None:
+            while (victim := index.rooms.next_slot_victim()) is not None:
                 self._retiring.evict(victim)
             txn.slots[i] = index.stage(space, epoch_id, txn.quality, offer, index.host)
             txn.staged.add(i)
