@@ -69,8 +69,8 @@ class RecoveredBlock:
 class Recovered:
     """What survived. Purges are applied already; `notes` are the other three kinds, in their order."""
 
-    notes: Sequence[NamespaceNote | EpochNote | AdvanceNote]
-    blocks: Sequence[RecoveredBlock]
+    notes: Sequence[NamespaceNote | EpochNote | AdvanceNote]  # without those that later ones replaced
+    blocks: Sequence[RecoveredBlock]  # in the order in which they were first written
     counters: dict[str, int]  # what was torn, corrupt or dead, by kind
 
 
@@ -79,23 +79,38 @@ class DurableTier(TierStorage, Protocol):
 
     `write` only queues a frame: it can be read at once, and counts as kept when a `sync` that began after it
     has returned. A sync that raises has forgotten every frame that was not kept before: their places hold
-    nothing.
+    nothing. So has a failure between two syncs, and the next sync raises it. A write that raises (OSError:
+    no room in time; CorruptBlock: no frame) holds nothing either.
+
+    A write's place in the order of purges is taken when it is called: ask whether the block was purged in the
+    same step, without an await between.
     """
 
     async def recover(self) -> Recovered:
-        """Read what is there. To be called once, before anything else."""
+        """Read what is there. To be called once, before anything else.
+
+        What it answers is durable and was whole as far as a crash goes; bits that rot are left to readers. Of
+        several records of one block the last one counts. Raises ConfigError for what is not ours to read.
+        """
         ...
 
     def adopt(self, record: int, place: Place) -> None:
-        """A recovered block's name from here on. What is not adopted before the first write is dead."""
+        """A recovered block's name from here on. What is not adopted before the first write is dead.
+
+        Once for each record, and each place once; dead is not purged: it may be recovered again.
+        """
         ...
 
     async def note(self, note: Note) -> None:
-        """Durable when this returns."""
+        """Durable when this returns. One that raises may be there after a crash or not."""
         ...
 
     def room_nbytes(self) -> int:
-        """Bytes of frames that may be held: the disks' budget less what reclaiming needs to work with."""
+        """Bytes of frames that may be held: the disks' budget less what reclaiming needs to work with.
+
+        It moves with what frames waste on disk, so ask again now and then. A tier that holds more refuses
+        writes (ENOSPC) when it cannot reclaim enough.
+        """
         ...
 
     async def close(self) -> None:
