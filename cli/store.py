@@ -103,7 +103,8 @@ def _store(
         _check_ports(settings)
         token_file = files[0] or folder.token_file()
         token = read_private(token_file).decode().strip()
-        secret = folder.secret() if files[1] is None else read_private(files[1]).strip()
+        kept = read_private(files[1]).strip() if files[1] else settings.kept_secret()
+        secret = kept or folder.secret()
         start = ProcessesStart(settings, secret, token, drain_s, _told_host(settings.host, advertise))
         return asyncio.run(_serve(start, folder, token_file.absolute(), json_out))
 

@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 
 import kvstore.polling  # noqa: F401 - before anything that imports grpc
 from kvstore.config import StoreConfig
-from kvstore.driver import ShardDriver
 from kvstore.memory import keep_freed_buffers
 from kvstore.nouns import ShardId
 from kvstore.server import ShardServer
-from kvstore.tiers.arena import ArenaTier
+from kvstore.starting import new_driver
 from kvstore.topology import Topology
 from kvstore.transport.base import ShardStatus
 
@@ -43,8 +42,7 @@ class KVShard:
     async def start(self, start: ShardStart) -> str:
         """Serve; the address clients use. Raises ConfigError when it may not or cannot listen."""
         keep_freed_buffers()
-        config = start.store.driver(start.shard, start.cluster_secret)
-        self._driver = ShardDriver(config, ArenaTier(config.capacity_nbytes))
+        self._driver = new_driver(start.store, start.shard, start.cluster_secret)
         self._server = ShardServer(self._driver, start.store.server(start.token))
         await self._driver.start()
         return _advertised(await self._server.start())

@@ -20,12 +20,14 @@ from typing import Any, Final, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from kvstore.access import Tenant
-from kvstore.core.state import CoreLimits
+from kvstore.core.state import CoreLimits, DemoteWhen, Tiering
 from kvstore.driver_config import DriverConfig
 from kvstore.errors import ConfigError
 from kvstore.nouns import ShardId
 from kvstore.policies import POLICIES
 from kvstore.server import ServerConfig, is_loopback
+from kvstore.store_file import secret_in
+from kvstore.tiers.nvme.config import NvmeConfig
 from kvstore.tls import ClientTls, TlsFiles
 
 ENV_PREFIX: Final = "KVSTRATA_"
@@ -67,6 +69,33 @@ class TenantConfig(BaseModel):
         return Tenant(name, token, self.certificate, self.may_bind_epochs)
 
 
+class NvmeSection(BaseModel):
+    """`[store.nvme]`: a tier below each shard's host memory that survives restarts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    directories: tuple[Path, ...] = Field(
+        min_length=1, description="One a disk. Every shard has a folder of its own in each"
+    )
+    disk_nbytes: int = Field(gt=0, description="What one shard's files may take, all directories together")
+    segment_nbytes: int = Field(256 << 20, description="Size of one file; space is reclaimed by files")
+    write: DemoteWhen = Field(
+        DemoteWhen.USED_AGAIN,
+        description="What moves down: write_through (all), write_through_selective (what is worth it when it "
+        "is let go of), write_back (what would leave a nearly full host)",
+    )
+    exclusive: bool = Field(False, description="Keep a block on one tier only, not on both")
+    direct: bool = Field(True, description="Bypass the page cache (O_DIRECT) where the file system can")
+
+    def tiering(self, nvme_nbytes: int) -> Tiering:
+        return Tiering(nvme_nbytes, self.write, self.exclusive)
+
+    def files(self, shard: ShardId) -> NvmeConfig:
+        """Raises ConfigError for sizes that do not go together."""
+        folders = tuple(directory / shard for directory in self.directories)
+        return NvmeConfig(folders, self.disk_nbytes, self.segment_nbytes, direct=self.direct)
+
+
 class StoreConfig(BaseModel):
     """The `[store]` section: every shard of the service is started from it."""
 
@@ -78,6 +107,12 @@ class StoreConfig(BaseModel):
     )
     capacity_nbytes: int = Field(1 << 30, ge=1 << 20, description="Host memory for frames, a shard")
     policy: str = Field("lru", description="Replacement policy, by name")
+    nvme: NvmeSection | None = Field(None, description="The tier below host memory. None: there is none")
+    secret_file: Path | None = Field(
+        None,
+        description="File with the secret that keys namespace ids; made if it is not there. Blocks on disk "
+        "are found again under the same secret only. None: `secret` in the first of nvme.directories",
+    )
     host: str = Field(
         "127.0.0.1", description="Address shards listen on; beyond loopback only with TLS or insecure"
     )
@@ -133,6 +168,8 @@ class StoreConfig(BaseModel):
                     f"store.{name} {host} is not loopback: set store.tls_cert and store.tls_key (--tls-cert, "
                     "--tls-key), or store.insecure = true (--insecure) if the network is yours alone"
                 )
+        if self.nvme is not None:
+            self.nvme.files(ShardId("any"))  # raises for sizes that do not go together
         for name, tenant in self.tenants.items():
             self._check_tenant(f"store.tenants.{name}", tenant)
         return self
@@ -153,7 +190,18 @@ class StoreConfig(BaseModel):
             return None
         return ClientTls(self.client_ca, self.client_cert, self.client_key)
 
-    def driver(self, shard: ShardId, cluster_secret: bytes) -> DriverConfig:
+    def kept_secret(self) -> bytes | None:
+        """The secret that outlives the service, made the first time; None where nothing needs it.
+
+        Raises ConfigError for a file that cannot be read or made.
+        """
+        path = self.secret_file
+        if path is None and self.nvme is not None:
+            path = self.nvme.directories[0] / "secret"
+        return None if path is None else secret_in(path)
+
+    def driver(self, shard: ShardId, cluster_secret: bytes, nvme_nbytes: int = 0) -> DriverConfig:
+        """`nvme_nbytes`: what the tier below, as it was opened, can hold."""
         return DriverConfig(
             shard=shard,
             capacity_nbytes=self.capacity_nbytes,
@@ -163,6 +211,7 @@ class StoreConfig(BaseModel):
             ),
             quotas={n: t.quota_nbytes for n, t in self.tenants.items() if t.quota_nbytes is not None},
             policy=self.policy,
+            tiering=self.nvme.tiering(nvme_nbytes) if self.nvme else Tiering(),
             reap_interval_s=self.reap_interval_s,
             faults=self.faults,
         )

@@ -20,13 +20,12 @@ from typing import Any, Final
 
 import kvstore.polling  # noqa: F401 - before anything that imports grpc
 from kvstore.config import StoreConfig
-from kvstore.driver import ShardDriver
 from kvstore.errors import KVStrataError
 from kvstore.logs import log_plainly
 from kvstore.memory import keep_freed_buffers
 from kvstore.nouns import ShardId
 from kvstore.server import ShardServer
-from kvstore.tiers.arena import ArenaTier
+from kvstore.starting import new_driver
 from kvstore.topology import ShardEntry, Topology
 
 LINE_NBYTES_MAX: Final = 1 << 20
@@ -47,13 +46,12 @@ async def _serve() -> int:
         return 1
     keep_freed_buffers()
     shard, store = ShardId(start["shard"]), StoreConfig.model_validate(start["store"])
-    config = store.driver(shard, bytes.fromhex(start["secret"]))
-    driver = ShardDriver(config, ArenaTier(config.capacity_nbytes))
-    server = ShardServer(driver, store.server(start["token"], start["port"], start["admin_port"]))
     try:
+        driver = new_driver(store, shard, bytes.fromhex(start["secret"]))
+        server = ShardServer(driver, store.server(start["token"], start["port"], start["admin_port"]))
         await driver.start()
         address = await server.start()
-    except KVStrataError as error:
+    except (KVStrataError, OSError) as error:
         _say({"error": str(error)})
         return 1
     _say({"address": address, "admin": server.admin_address, "pid": os.getpid()})

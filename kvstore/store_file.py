@@ -104,7 +104,7 @@ class StoreFolder:
 
     def secret(self) -> bytes:
         """The cluster's secret, made the first time."""
-        return kept(self.path / "secret", secrets.token_hex(SECRET_NBYTES))
+        return secret_in(self.path / "secret")
 
     def token_file(self) -> Path:
         """The file with the token, made the first time."""
@@ -135,6 +135,11 @@ def state_root() -> Path:
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_STATE_HOME")
     return (Path(base) if base else Path.home() / ".local" / "state") / "kvstrata"
+
+
+def secret_in(path: Path) -> bytes:
+    """The cluster's secret in a file, made if it is not there. Raises ConfigError."""
+    return kept(path, secrets.token_hex(SECRET_NBYTES))
 
 
 def kept(path: Path, fresh: str) -> bytes:

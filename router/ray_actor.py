@@ -59,7 +59,8 @@ class RouterActor:
         from router.ray_launcher import RayLauncher
 
         start = self._start
-        launcher = RayLauncher(start.config, start.worker_model, start.cluster_secret, start.token)
+        secret = start.config.store.kept_secret() or start.cluster_secret
+        launcher = RayLauncher(start.config, start.worker_model, secret, start.token)
         service = await asyncio.to_thread(
             RouterService, start.config, start.folder, launcher, told=self._tell
         )

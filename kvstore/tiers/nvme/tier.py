@@ -183,6 +183,9 @@ class NvmeTier:
         if segment is not None and segment.is_reclaimable:
             self._wake()
 
+    def leave(self, place: Place) -> None:
+        self.discard(place)
+
     async def sync(self) -> None:
         told = self._losses_told
         syncs = [appender.sync() for appender in self._fresh]
