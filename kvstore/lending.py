@@ -24,15 +24,15 @@ class Lent:
     async def borrow(self, ref: BlockRef) -> memoryview | MissReason:
         """The frame a reference means, to be read only; or why it is not served. Raises Unavailable."""
         driver = self._driver
-        version = driver.serving().resolve(self._namespace, ref)
-        if isinstance(version, MissReason):
-            return version
+        core = driver.serving()
+        if not core.index.serves(self._namespace, ref):
+            return core.missed(MissReason.STALE_REFERENCE)
         try:
             frame = await driver.storage.borrow(Place(ref.slot, ref.generation))
         except OSError as error:
             return driver.failed_to_read(error)
         if frame is None:
-            again = driver.core.resolve(self._namespace, ref)
+            again = core.resolve(self._namespace, ref)
             return again if isinstance(again, MissReason) else driver.lost(again)
         self._frames.append(frame)
         return frame
