@@ -1,4 +1,7 @@
-"""A shard in a process of its own, for benchmarks that read and write it from another."""
+"""A shard in a process of its own, for benchmarks that read and write it from another.
+
+Both poll, as the store's own processes and the engines' do.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import asyncio
 import multiprocessing.connection
 import resource
 
+import kvstore.polling  # noqa: F401 - before anything that imports grpc
 from kvstore.driver import ShardDriver
 from kvstore.driver_config import DriverConfig
 from kvstore.memory import keep_freed_buffers

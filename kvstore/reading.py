@@ -41,17 +41,18 @@ async def read_into(
     if len(blocks) != len(buffers):
         raise ValueError(f"{len(blocks)} blocks and {len(buffers)} buffers: one each")
     by_shard: dict[ShardId, list[int]] = defaultdict(list)
-    for row, block in enumerate(blocks):
-        by_shard[block.ref.shard].append(row)
+    refs = [block.ref for block in blocks]
+    for row, ref in enumerate(refs):
+        by_shard[ref.shard].append(row)
 
     async def land_on(shard: ShardId, rows: list[int]) -> None:
         reason = MissReason.SHARD_UNAVAILABLE
-        refs = [blocks[row].ref for row in rows]
+        mine = [refs[row] for row in rows]
         try:
             async with asyncio.timeout(timeout_s):
                 transport = peers.transport(shard)
                 await to_land.read_into(
-                    transport, snapshot.namespace, refs, landing, rows, timeout_s=timeout_s
+                    transport, snapshot.namespace, mine, landing, rows, timeout_s=timeout_s
                 )
         except TimeoutError:
             reason = MissReason.DEADLINE
@@ -62,9 +63,8 @@ async def read_into(
             raise
         except Exception as error:
             reason = miss_of(unexpected(shard, error))
-        for row in rows:
-            if landing.payload_nbytes[row] == NOTHING and landing.misses[row] is None:
-                landing.misses[row] = reason
+        for i in np.flatnonzero(landing.payload_nbytes[rows] == NOTHING).tolist():
+            landing.misses[rows[i]] = landing.misses[rows[i]] or reason
 
     await asyncio.gather(*(land_on(*part) for part in by_shard.items()))
     return _judged(peers, snapshot, layout, blocks, landing)

@@ -73,6 +73,7 @@ def store(
 def _measured(rounds: int | None, quick: bool, peers_folder: Path | None, corrupt: str | None) -> Result:
     import asyncio
 
+    import kvstore.polling  # noqa: F401 - as an engine's process does, before anything that imports grpc
     from cli.bench.jsonlines import ChildFailed
     from cli.bench.oracle import WrongBytes
     from cli.bench.plan import QUICK, Plan

@@ -12,6 +12,7 @@ import json
 import sys
 from typing import IO, Any
 
+import kvstore.polling  # noqa: F401 - before anything that imports grpc
 from cli.bench.figures import cpu_s
 from cli.bench.jsonlines import private_output, put
 from kvstore.core.state import CoreLimits

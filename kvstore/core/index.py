@@ -130,6 +130,15 @@ class Index:
         """The version a reference of this generation speaks of; None when the slot was reused since."""
         return self.row(slot) if self.versions.is_current(slot, generation) else None
 
+    def serves(self, namespace: NamespaceId, ref: BlockRef) -> bool:
+        """Does the reference still speak of a committed version of this namespace? A row costs ten times
+        as much, and this is asked for every frame that is sent."""
+        table, slot = self.versions, ref.slot
+        ours = ref.incarnation == self._config.incarnation and ref.shard == self._config.shard
+        if not ours or not table.is_current(slot, ref.generation) or table.states[slot] == _STAGED:
+            return False
+        return self.space_of(slot).id == namespace
+
     # -- a version's life --------------------------------------------------------------------------
 
     def stage(self, space: Space, epoch_id: int, quality: Quality, offer: Offer, room: Room) -> int:

@@ -163,12 +163,9 @@ class ShardCore:
     def resolve(self, namespace: NamespaceId, ref: BlockRef) -> Version | MissReason:
         """The version behind a reference, if its bytes are still the ones it was taken of, and in the
         namespace it was taken in."""
-        version = None
-        if (ref.shard, ref.incarnation) == (self.config.shard, self.config.incarnation):
-            version = self.index.at(ref.slot, ref.generation)
-        if version is None or version.state is State.STAGED or version.namespace != namespace:
+        if not self.index.serves(namespace, ref):
             return self.missed(MissReason.STALE_REFERENCE)
-        return version
+        return self.index.row(ref.slot)
 
     def missed(self, reason: MissReason) -> MissReason:
         """Counted: the driver found out what the core could not know."""

@@ -46,7 +46,8 @@ QUALITIES: Final = {int(quality): quality for quality in Quality}
 TIERS: Final = {int(tier): tier for tier in Tier}
 _REF: Final = partial(tuple.__new__, BlockRef)  # what its _make does, without a frame for each
 _PINNED: Final = partial(tuple.__new__, PinnedBlock)
-CHUNK_NBYTES: Final = 2 << 20  # bulk streams move frames in pieces of about this size, at most
+CHUNK_NBYTES: Final = (2 << 20) + (64 << 10)
+"""Of a message of a bulk stream, at most. Blocks are often powers of two: their headers have room beside."""
 
 
 @dataclass(frozen=True, slots=True)

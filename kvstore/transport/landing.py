@@ -21,7 +21,7 @@ from kvstore.transport.base import ShardTransport
 
 NOTHING: Final = -1
 PIECE_NBYTES: Final = 1 << 20  # hashed while some of it is in the cache; smaller pieces copy more slowly
-INLINE_NBYTES_MAX: Final = 128 << 10  # up to here letting go of the interpreter lock costs more than it gives
+LOCKED_NBYTES_MAX: Final = 128 << 10  # up to here letting go of the interpreter lock costs more than it gives
 
 
 class Landing:
@@ -64,7 +64,7 @@ def copy_and_hash(target: memoryview, source: memoryview) -> int:
 
 
 def copy(target: memoryview, source: memoryview) -> None:
-    if source.nbytes <= INLINE_NBYTES_MAX:
+    if source.nbytes <= LOCKED_NBYTES_MAX:
         target[:] = source
     else:
         np.copyto(np.frombuffer(target, dtype=np.uint8), np.frombuffer(source, dtype=np.uint8))

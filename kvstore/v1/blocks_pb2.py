@@ -14,7 +14,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvstore/v1/blocks.proto\x12\nkvstore.v1\"\\\n\x0bReadRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\x06\x12\r\n\x05slots\x18\x02 \x03(\x04\x12\x13\n\x0bgenerations\x18\x03 \x03(\x04\x12\x14\n\x0cnamespace_id\x18\x04 \x01(\x0c\"O\n\x0cReadResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x14\n\x0c\x66rame_nbytes\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0c\n\x04miss\x18\x04 \x01(\t\"N\n\x0cWriteRequest\x12\x0b\n\x03txn\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\r\x12\x14\n\x0c\x66rame_nbytes\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"2\n\rWriteResponse\x12\x0f\n\x07indexes\x18\x01 \x03(\r\x12\x10\n\x08refusals\x18\x02 \x03(\t2\x8c\x01\n\rBlocksService\x12;\n\x04Read\x12\x17.kvstore.v1.ReadRequest\x1a\x18.kvstore.v1.ReadResponse0\x01\x12>\n\x05Write\x12\x18.kvstore.v1.WriteRequest\x1a\x19.kvstore.v1.WriteResponse(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvstore/v1/blocks.proto\x12\nkvstore.v1\"p\n\x0bReadRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\x06\x12\r\n\x05slots\x18\x02 \x03(\x04\x12\x13\n\x0bgenerations\x18\x03 \x03(\x04\x12\x14\n\x0cnamespace_id\x18\x04 \x01(\x0c\x12\x12\n\ntakes_runs\x18\x05 \x01(\x08\"c\n\x0cReadResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x14\n\x0c\x66rame_nbytes\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0c\n\x04miss\x18\x04 \x01(\t\x12\x12\n\nrun_nbytes\x18\x05 \x03(\x04\"N\n\x0cWriteRequest\x12\x0b\n\x03txn\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\r\x12\x14\n\x0c\x66rame_nbytes\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"2\n\rWriteResponse\x12\x0f\n\x07indexes\x18\x01 \x03(\r\x12\x10\n\x08refusals\x18\x02 \x03(\t2\x8c\x01\n\rBlocksService\x12;\n\x04Read\x12\x17.kvstore.v1.ReadRequest\x1a\x18.kvstore.v1.ReadResponse0\x01\x12>\n\x05Write\x12\x18.kvstore.v1.WriteRequest\x1a\x19.kvstore.v1.WriteResponse(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -22,13 +22,13 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvstore.v1.blocks_pb2', _gl
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
   _globals['_READREQUEST']._serialized_start=39
-  _globals['_READREQUEST']._serialized_end=131
-  _globals['_READRESPONSE']._serialized_start=133
-  _globals['_READRESPONSE']._serialized_end=212
-  _globals['_WRITEREQUEST']._serialized_start=214
-  _globals['_WRITEREQUEST']._serialized_end=292
-  _globals['_WRITERESPONSE']._serialized_start=294
-  _globals['_WRITERESPONSE']._serialized_end=344
-  _globals['_BLOCKSSERVICE']._serialized_start=347
-  _globals['_BLOCKSSERVICE']._serialized_end=487
+  _globals['_READREQUEST']._serialized_end=151
+  _globals['_READRESPONSE']._serialized_start=153
+  _globals['_READRESPONSE']._serialized_end=252
+  _globals['_WRITEREQUEST']._serialized_start=254
+  _globals['_WRITEREQUEST']._serialized_end=332
+  _globals['_WRITERESPONSE']._serialized_start=334
+  _globals['_WRITERESPONSE']._serialized_end=384
+  _globals['_BLOCKSSERVICE']._serialized_start=387
+  _globals['_BLOCKSSERVICE']._serialized_end=527
 # @@protoc_insertion_point(module_scope)

@@ -6,28 +6,32 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Optional as _Op
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ReadRequest(_message.Message):
-    __slots__ = ("incarnation", "slots", "generations", "namespace_id")
+    __slots__ = ("incarnation", "slots", "generations", "namespace_id", "takes_runs")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     GENERATIONS_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    TAKES_RUNS_FIELD_NUMBER: _ClassVar[int]
     incarnation: int
     slots: _containers.RepeatedScalarFieldContainer[int]
     generations: _containers.RepeatedScalarFieldContainer[int]
     namespace_id: bytes
-    def __init__(self, incarnation: _Optional[int] = ..., slots: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., namespace_id: _Optional[bytes] = ...) -> None: ...
+    takes_runs: bool
+    def __init__(self, incarnation: _Optional[int] = ..., slots: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., namespace_id: _Optional[bytes] = ..., takes_runs: bool = ...) -> None: ...
 
 class ReadResponse(_message.Message):
-    __slots__ = ("index", "frame_nbytes", "data", "miss")
+    __slots__ = ("index", "frame_nbytes", "data", "miss", "run_nbytes")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     FRAME_NBYTES_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     MISS_FIELD_NUMBER: _ClassVar[int]
+    RUN_NBYTES_FIELD_NUMBER: _ClassVar[int]
     index: int
     frame_nbytes: int
     data: bytes
     miss: str
-    def __init__(self, index: _Optional[int] = ..., frame_nbytes: _Optional[int] = ..., data: _Optional[bytes] = ..., miss: _Optional[str] = ...) -> None: ...
+    run_nbytes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, index: _Optional[int] = ..., frame_nbytes: _Optional[int] = ..., data: _Optional[bytes] = ..., miss: _Optional[str] = ..., run_nbytes: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class WriteRequest(_message.Message):
     __slots__ = ("txn", "index", "frame_nbytes", "data")

@@ -11,7 +11,7 @@ from kvstore.core.eviction import Evictables
 from kvstore.core.state import Offer
 from kvstore.core.uses import Use
 from kvstore.errors import Unavailable
-from kvstore.lending import lent
+from kvstore.lending import Lent
 from kvstore.nouns import MissReason
 from kvstore.tiers.base import Place
 from kvstore.transport.base import Purge
@@ -65,8 +65,7 @@ async def test_bytes_that_were_lost_are_found_out_by_whoever_sends_them() -> Non
     made = chain(shard.namespace, 1)
     (ref,) = refs_of(await put(shard.driver, made, [0], E1))
     shard.driver.storage.discard(Place(ref.slot, ref.generation))
-    async with lent(shard.driver, shard.namespace, ref) as found:
-        assert found is MissReason.ABSENT
+    assert await Lent(shard.driver, shard.namespace).borrow(ref) is MissReason.ABSENT
     assert len(await shard.match(made.keys)) == 0
     await put(shard.driver, made, [0], E1, request_id=b"again")
     assert len(await shard.match(made.keys)) == 1
@@ -77,11 +76,11 @@ async def test_an_error_of_storage_costs_one_block_and_is_counted() -> None:
     made = chain(shard.namespace, 1)
     (ref,) = refs_of(await put(shard.driver, made, [0], E1))
     with failpoints.armed("storage.read", failpoints.Fail(OSError("EIO"))):
-        async with lent(shard.driver, shard.namespace, ref) as found:
-            assert found is MissReason.SHARD_UNAVAILABLE
+        assert await Lent(shard.driver, shard.namespace).borrow(ref) is MissReason.SHARD_UNAVAILABLE
     assert shard.driver.core.counters["storage_error:read"] == 1
-    async with lent(shard.driver, shard.namespace, ref) as found:
-        assert isinstance(found, memoryview)
+    lent = Lent(shard.driver, shard.namespace)
+    assert isinstance(await lent.borrow(ref), memoryview)
+    lent.give_back()
 
 
 async def test_a_closed_shard_lends_nothing() -> None:
@@ -90,8 +89,7 @@ async def test_a_closed_shard_lends_nothing() -> None:
     (ref,) = refs_of(await put(shard.driver, made, [0], E1))
     await shard.driver.close()
     with pytest.raises(Unavailable):
-        async with lent(shard.driver, shard.namespace, ref):
-            pytest.fail("it lent a frame")
+        await Lent(shard.driver, shard.namespace).borrow(ref)
 
 
 def test_letting_go_touches_what_was_used_however_long_a_chain_its_writers_made(

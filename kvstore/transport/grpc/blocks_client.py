@@ -1,4 +1,4 @@
-"""The client's side of the bulk streams: frames in chunks of at most 2 MiB, on a connection of their own.
+"""The client's side of the bulk streams: frames in messages of about 2 MiB, on a connection of their own.
 
 What fails raises gRPC's own errors; `GrpcTransport` names them. A stream that breaks raises, and what was
 yielded before stands.
@@ -59,6 +59,10 @@ class BlocksClient:
         arriving: _Arriving | None = None
         try:
             async for chunk in stream:
+                if chunk.run_nbytes and arriving is None:
+                    for index, frame in _frames_of(chunk):
+                        landing.land(row_in(rows, index), frame)
+                    continue
                 row = row_in(rows, chunk.index)
                 if chunk.miss:
                     landing.void(row, MissReason(chunk.miss))
@@ -88,7 +92,18 @@ def _asked(namespace: NamespaceId, refs: Sequence[BlockRef]) -> blocks.ReadReque
         slots=[ref.slot for ref in refs],
         generations=[ref.generation for ref in refs],
         namespace_id=namespace,
+        takes_runs=True,
     )
+
+
+def _frames_of(chunk: bulk.ReadChunk) -> Iterator[tuple[int, memoryview]]:
+    """Positions and frames of a run. Raises Unavailable for sizes that are not those of its frames."""
+    if sum(chunk.run_nbytes) != chunk.data.nbytes or min(chunk.run_nbytes) <= HEADER_NBYTES:
+        raise Unavailable("a run is not as long as its frames: the peer does not speak our framing")
+    start = 0
+    for index, nbytes in enumerate(chunk.run_nbytes, chunk.index):
+        yield index, chunk.data[start : start + nbytes]
+        start += nbytes
 
 
 class _Arriving:
@@ -143,6 +158,10 @@ async def _items(stream: Any) -> AsyncIterator[ReadItem]:
     async for chunk in stream:
         if chunk.miss:
             yield ReadItem(chunk.index, None, MissReason(chunk.miss))
+            continue
+        if chunk.run_nbytes and not filled:
+            for index, whole in _frames_of(chunk):
+                yield ReadItem(index, memoryview(bytearray(whole)), None)
             continue
         if not filled:
             if not 0 < chunk.frame_nbytes <= PAYLOAD_NBYTES_MAX + HEADER_NBYTES:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 from kvstore.driver import ShardDriver
 from kvstore.errors import ConfigError, DeadlineExceeded, OverLimit
 from kvstore.frame import HEADER_NBYTES
-from kvstore.lending import lent
+from kvstore.lending import Lent
 from kvstore.nouns import KEYS_MAX, BlockRef, Incarnation, MissReason, ShardId, TxnId
 from kvstore.transport.base import CHUNK_NBYTES, ShardTransport
 from kvstore.transport.grpc import bulk, wire
@@ -40,10 +40,8 @@ class BlocksService:
         refs = refs_in(self._shard.shard, asked)
         if isinstance(self._shard, ShardDriver):
             self._shard.check_count(len(refs))
-            for index, ref in enumerate(refs):
-                async with lent(self._shard, namespace, ref) as found:
-                    for chunk in _packed(index, found):
-                        yield chunk
+            async for chunk in _lent_chunks(Lent(self._shard, namespace), refs, asked.takes_runs):
+                yield chunk
             return
         async for item in self._shard.read(namespace, refs, timeout_s=left(context)):
             for chunk in _packed(item.index, item.frame or item.miss or MissReason.ABSENT):
@@ -107,6 +105,31 @@ class BlocksService:
         frame = bytearray(nbytes)
         self._inflight_nbytes += nbytes
         return frame
+
+
+async def _lent_chunks(lent: Lent, refs: Sequence[BlockRef], takes_runs: bool) -> AsyncIterator[bytes]:
+    """The messages of all answers, in order. Small frames share one where the reader takes runs."""
+    run: list[memoryview] = []  # answers to the positions right before `index`, not sent yet
+    room = whole = CHUNK_NBYTES if takes_runs else 0
+    try:
+        for index, ref in enumerate(refs):
+            found = await lent.borrow(ref)
+            small = found if isinstance(found, memoryview) and found.nbytes <= whole else None
+            if run and (small is None or small.nbytes > room):
+                yield bulk.pack_run(index - len(run), run)
+                lent.give_back(len(run))
+                run, room = [], whole
+            if small is not None:
+                run.append(small)
+                room -= small.nbytes
+                continue
+            for chunk in _packed(index, found):
+                yield chunk
+            lent.give_back()
+        if run:
+            yield bulk.pack_run(len(refs) - len(run), run)
+    finally:
+        lent.give_back()
 
 
 def _packed(index: int, found: memoryview | MissReason) -> Iterator[bytes]:

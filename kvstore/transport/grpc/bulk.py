@@ -9,6 +9,7 @@ Parsing is total: bytes that are not such a message raise ValueError, unknown fi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -32,6 +33,7 @@ class ReadChunk:
     frame_nbytes: int
     data: memoryview
     miss: str
+    run_nbytes: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,13 @@ class WriteChunk:
 def pack_read(index: int, frame_nbytes: int, data: memoryview) -> bytes:
     head = _number(_READ["index"], index) + _number(_READ["frame_nbytes"], frame_nbytes)
     return b"".join((head, _length(_READ["data"], data.nbytes), data))
+
+
+def pack_run(index: int, frames: Sequence[memoryview]) -> bytes:
+    """Whole frames of consecutive positions, for a reader that takes runs."""
+    sizes = b"".join([_varint(frame.nbytes) for frame in frames])
+    head = _number(_READ["index"], index) + _length(_READ["run_nbytes"], len(sizes)) + sizes
+    return b"".join((head, _length(_READ["data"], sum(frame.nbytes for frame in frames)), *frames))
 
 
 def pack_miss(index: int, miss: str) -> bytes:
@@ -66,6 +75,7 @@ def parse_read(message: bytes) -> ReadChunk:
         numbers.get(_READ["frame_nbytes"], 0),
         strings.get(_READ["data"], memoryview(b"")),
         bytes(strings.get(_READ["miss"], b"")).decode(),
+        _varints(strings[_READ["run_nbytes"]]) if _READ["run_nbytes"] in strings else (),
     )
 
 
@@ -120,6 +130,14 @@ def _fields(message: bytes) -> tuple[dict[int, int], dict[int, memoryview]]:
             strings[tag >> 3] = view[at : at + nbytes]
         at += nbytes
     return numbers, strings
+
+
+def _varints(packed: memoryview) -> tuple[int, ...]:
+    values, at = [], 0
+    while at < len(packed):
+        value, at = _read_varint(packed, at)
+        values.append(value)
+    return tuple(values)
 
 
 def _read_varint(view: memoryview, at: int) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 Unary calls but the hello go over one Pipeline stream. A shard that pushes back is asked again after the time
 it names, if the caller's deadline has room for that. Every call has a deadline; every failure comes out as
-one of `errors.py`'s. Frames arrive in chunks of at most 2 MiB and are put together in a buffer the reader
+one of `errors.py`'s. Frames arrive in messages of about 2 MiB and are put together in a buffer the reader
 owns; a stream that breaks raises, and what was yielded before stands.
 """
 

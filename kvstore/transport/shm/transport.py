@@ -24,7 +24,7 @@ from kvstore.nouns import BlockRef, MissReason, NamespaceId, Refusal, ShardId, T
 from kvstore.tiers.copying import INLINE_NBYTES_MAX, beside_the_loop
 from kvstore.transport.base import ReadItem, ShardHello
 from kvstore.transport.grpc.client import GrpcTransport
-from kvstore.transport.landing import Landing
+from kvstore.transport.landing import LOCKED_NBYTES_MAX, Landing
 from kvstore.transport.shm.client import Attachment, NotHere, attach, fits
 from kvstore.transport.shm.reader import ArenaReader
 
@@ -32,7 +32,7 @@ log = structlog.get_logger(__name__)
 
 ATTACH_AGAIN_S: Final = 5.0  # after a loss, at most this often
 ATTACH_S: Final = 1.0  # a socket of this host answers at once or not at all
-THREADS: Final = 2  # of one large read
+THREADS: Final = 2  # of one large read whose copies let go of the interpreter lock
 LARGE_NBYTES: Final = 4 << 20
 
 
@@ -170,10 +170,11 @@ async def _read_into(
     reader: ArenaReader, refs: Sequence[BlockRef], landing: Landing, rows: Sequence[int]
 ) -> list[int]:
     """In as many threads as it is worth. A caller who is cancelled waits for them: the buffers are his."""
-    nbytes = sum(landing.payloads[row].nbytes for row in rows)
+    nbytes = sum([landing.payloads[row].nbytes for row in rows])
     if nbytes <= INLINE_NBYTES_MAX:
         return reader.read_into(refs, landing, rows)
-    parts = THREADS if nbytes >= LARGE_NBYTES and len(refs) >= THREADS else 1
+    side_by_side = nbytes >= LARGE_NBYTES and nbytes > len(refs) * LOCKED_NBYTES_MAX
+    parts = min(THREADS, len(refs)) if side_by_side else 1
     bounds = [len(refs) * i // parts for i in range(parts + 1)]
     loop = asyncio.get_running_loop()
     working = [
