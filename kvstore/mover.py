@@ -3,8 +3,9 @@
 One task beside the others, woken when something may have to move. What is read for a move is verified first:
 a byte that went wrong on one tier is never carried to the next, its version is retired instead. A frame is
 written below only while its version is live, and takes its place in the durable order in the same turn of
-the loop: a purge that comes later finds it. Bounds: `batch_nbytes` of each direction under way, one sync a
-batch. A disk that fails costs the moves of its batch, and is left alone for RETRY_S.
+the loop: a purge that comes later finds it. Bounds: `batch_nbytes` of each direction under way, an eighth of
+the host at most, one sync a batch. A disk that fails costs the moves of its batch, and is left alone for
+RETRY_S.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from kvstore.tiers.hierarchy import Tiers
 log = structlog.get_logger(__name__)
 
 BATCH_NBYTES: Final = 32 << 20
+HOST_SHARE: Final = 8
 RETRY_S: Final = 1.0
 
 EncodeFrame = Callable[[memoryview, KVLayout], memoryview | None]
@@ -53,7 +55,8 @@ class Mover:
         self._clock = clock
         self._settle = settle
         self._encode = encode
-        self._batch_nbytes = batch_nbytes
+        # What is pinned for a move makes no room for writers: never more than a small share of the host.
+        self._batch_nbytes = min(batch_nbytes, core.config.capacity_nbytes // HOST_SHARE)
         self._wanted = asyncio.Event()
         self._moved = asyncio.Condition()
         self._not_before = 0.0

@@ -25,6 +25,7 @@ async def recover(core: ShardCore, tiers: Tiers, notes: Notes) -> None:
     _replay(core, recovered)
     notes.replayed(recovered.notes)
     found: Counter[str] = Counter(recovered.counters)
+    core.changes.advance()  # all of it was there from this life's first revision on
     for block in recovered.blocks:
         ref = core.restore(block.frame.meta, block.nbytes)
         found["restored" if ref is not None else "not_restored"] += 1

@@ -100,7 +100,7 @@ class ShardProcesses:
             code = await self._processes[i].wait()
             if loop.time() - began > STEADY_S:
                 wait_s = RESTART_S[0]
-            self._told(f"shard-{i} ended with {code}: starting it again, its blocks are gone")
+            self._told(f"shard-{i} ended with {code}: starting it again; what it held in memory is gone")
             await asyncio.sleep(wait_s)
             wait_s = min(RESTART_S[1], 2 * wait_s)
             try:

@@ -65,7 +65,7 @@ async def test_bytes_that_were_lost_are_found_out_by_whoever_sends_them() -> Non
     made = chain(shard.namespace, 1)
     (ref,) = refs_of(await put(shard.driver, made, [0], E1))
     shard.driver.storage.discard(Place(ref.slot, ref.generation))
-    assert await Lent(shard.driver, shard.namespace).borrow(ref) is MissReason.ABSENT
+    assert await Lent(shard.driver, shard.namespace, ()).borrow(ref) is MissReason.ABSENT
     assert len(await shard.match(made.keys)) == 0
     await put(shard.driver, made, [0], E1, request_id=b"again")
     assert len(await shard.match(made.keys)) == 1
@@ -76,9 +76,9 @@ async def test_an_error_of_storage_costs_one_block_and_is_counted() -> None:
     made = chain(shard.namespace, 1)
     (ref,) = refs_of(await put(shard.driver, made, [0], E1))
     with failpoints.armed("storage.read", failpoints.Fail(OSError("EIO"))):
-        assert await Lent(shard.driver, shard.namespace).borrow(ref) is MissReason.SHARD_UNAVAILABLE
+        assert await Lent(shard.driver, shard.namespace, ()).borrow(ref) is MissReason.SHARD_UNAVAILABLE
     assert shard.driver.core.counters["storage_error:read"] == 1
-    lent = Lent(shard.driver, shard.namespace)
+    lent = Lent(shard.driver, shard.namespace, ())
     assert isinstance(await lent.borrow(ref), memoryview)
     lent.give_back()
 
@@ -89,7 +89,7 @@ async def test_a_closed_shard_lends_nothing() -> None:
     (ref,) = refs_of(await put(shard.driver, made, [0], E1))
     await shard.driver.close()
     with pytest.raises(Unavailable):
-        await Lent(shard.driver, shard.namespace).borrow(ref)
+        await Lent(shard.driver, shard.namespace, ()).borrow(ref)
 
 
 def test_letting_go_touches_what_was_used_however_long_a_chain_its_writers_made(

@@ -40,7 +40,7 @@ class BlocksService:
         refs = refs_in(self._shard.shard, asked)
         if isinstance(self._shard, ShardDriver):
             self._shard.check_count(len(refs))
-            async for chunk in _lent_chunks(Lent(self._shard, namespace), refs, asked.takes_runs):
+            async for chunk in _lent_chunks(Lent(self._shard, namespace, refs), refs, asked.takes_runs):
                 yield chunk
             return
         async for item in self._shard.read(namespace, refs, timeout_s=left(context)):
@@ -129,7 +129,7 @@ async def _lent_chunks(lent: Lent, refs: Sequence[BlockRef], takes_runs: bool) -
         if run:
             yield bulk.pack_run(len(refs) - len(run), run)
     finally:
-        lent.give_back()
+        await lent.close()
 
 
 def _packed(index: int, found: memoryview | MissReason) -> Iterator[bytes]:
