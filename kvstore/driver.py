@@ -378,7 +378,7 @@ class ShardDriver:
             quality=version.quality,
             fingerprint=namespace.layout.fingerprint,
         )
-        return await arrive(self.storage, header, payload, expected, namespace.layout.block_nbytes)
+        return await arrive(self.storage, header, payload, expected, namespace.layout)
 
     async def _retire_corrupt(self, namespace: NamespaceId, refs: Sequence[BlockRef]) -> int:
         retired = 0

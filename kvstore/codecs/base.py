@@ -28,8 +28,8 @@ from kvstore.errors import ConfigError, CorruptBlock
 from kvstore.nouns import DTYPE_NBYTES, KVLayout, MissReason, Quality
 
 CODEC_DIGEST_NBYTES: Final = 16
-ENCODABLE_MAX: Final = {"float32": 2.0**100, "bfloat16": 2.0**100, "float16": 2.0**13}
-"""Greatest magnitude that is encoded: far from where a decoded value, or a step on the way, overflows."""
+ENCODABLE_MAX: Final = 2.0**100
+"""Greatest magnitude that is encoded: far from where a step on the way overflows."""
 ENCODABLE_MIN: Final = 2.0**-100
 """Ranges below it are taken for zero: far from where processors differ about subnormal numbers."""
 

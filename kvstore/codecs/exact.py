@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _UP: Final = 0xFFFF
+_STORED_MAX: Final = 0x7480  # 2**106: nothing that was encoded needs more, and times any code it is finite
+_FLOAT16_MAX: Final = 65504.0
 
 
 def the_torch() -> Any:
@@ -65,22 +67,30 @@ def new_bytes(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.empty(nbytes, dtype=np.uint8)
 
 
-def is_encodable(amax: Tensor, layout: KVLayout) -> bool:
+def is_encodable(amax: Tensor) -> bool:
     """Whether the greatest magnitudes (of everything) are numbers that formulas hold for; NaN is not."""
-    return bool((amax <= ENCODABLE_MAX[layout.dtype]).all())
+    return bool((amax <= ENCODABLE_MAX).all())
 
 
 def scales(ranges: Tensor, steps: int) -> Tensor:
-    """Short floats: `ranges` (float32, contiguous, not negative) divided into `steps`, rounded up; 0 for
-    what is below ENCODABLE_MIN."""
+    """Short floats: `ranges` (float32, not negative) divided into `steps`, rounded up; 0 for what is below
+    ENCODABLE_MIN."""
     one = np.float32(1) / np.float32(steps)
     return short_above(the_torch().where(ranges < ENCODABLE_MIN, 0.0, ranges) * float(one))
 
 
 def short_above(values: Tensor) -> Tensor:
-    """The least short floats that are not below `values` (float32, contiguous, not negative)."""
+    """The least short floats that are not below `values` (float32, not negative)."""
     int32, float32 = the_torch().int32, the_torch().float32
-    return ((values.view(int32) + _UP) & ~_UP).view(float32)
+    return ((values.contiguous().view(int32) + _UP) & ~_UP).view(float32)
+
+
+def short_below(values: Tensor) -> Tensor:
+    """The greatest short floats that are not above `values`; 0 for magnitudes below ENCODABLE_MIN."""
+    torch = the_torch()
+    bits = torch.where(values.abs() < ENCODABLE_MIN, 0.0, values).contiguous().view(torch.int32)
+    below: Tensor = (torch.where(bits < 0, bits + _UP, bits) & ~_UP).view(torch.float32)
+    return below
 
 
 def reciprocals(of: Tensor) -> Tensor:
@@ -94,13 +104,19 @@ def store_short(values: Tensor, into: Tensor) -> None:
     into.copy_((values.view(the_torch().int32) >> 16).to(into.dtype))
 
 
-def load_scales(stored: Tensor, steps: int, layout: KVLayout, name: str) -> Tensor:
-    """float32 of scales (int16) that `store_short` wrote. Raises CorruptBlock for what `scales` never gives:
-    negative ones, NaN, and those of ranges beyond ENCODABLE_MAX."""
+def load_short(stored: Tensor, name: str, *, signed: bool = False) -> Tensor:
+    """float32 of what `store_short` wrote (int16). Raises CorruptBlock for what no encoder writes: NaN,
+    infinities, magnitudes beyond `_STORED_MAX`, and negative ones where there can be none."""
     torch = the_torch()
-    greatest = scales(torch.tensor([ENCODABLE_MAX[layout.dtype]]), steps)
-    top = int(greatest.view(torch.int32)) >> 16
-    if stored.numel() and (int(stored.min()) < 0 or int(stored.max()) > top):
+    magnitudes = stored & 0x7FFF if signed else stored
+    if int(magnitudes.max()) > _STORED_MAX or (not signed and int(stored.min()) < 0):
         raise CorruptBlock(MissReason.BAD_HEADER, f"{name}: a scale that no encoder writes")
     loaded: Tensor = stored.view(torch.bfloat16).to(torch.float32)
     return loaded
+
+
+def store_values(values: Tensor, into: Tensor) -> None:
+    """Round decoded float32 to the layout's dtype. What is beyond float16's greatest becomes its greatest."""
+    if into.dtype is the_torch().float16:
+        values = values.clamp(-_FLOAT16_MAX, _FLOAT16_MAX)
+    into.copy_(values)

@@ -17,7 +17,14 @@ from kvstore.frame import HEADER_NBYTES, LOSSLESS_CODEC, Frame, decode_frame, en
 from kvstore.nouns import KVLayout, MissReason, Quality
 from kvstore.tiers.copying import join
 
-__all__ = ["decode_payload", "encode_frame", "encoded_frame_nbytes", "encoded_sizes", "is_true_to_codec"]
+__all__ = [
+    "decode_payload",
+    "encode_frame",
+    "encoded_frame_nbytes",
+    "encoded_sizes",
+    "is_true_to_codec",
+    "why_unreadable",
+]
 
 
 def encoded_frame_nbytes(codec: Codec, layout: KVLayout) -> int:
@@ -58,6 +65,13 @@ def is_true_to_codec(frame: Frame, layout: KVLayout) -> bool:
         and frame.codec_digest == codec.digest(layout)
         and frame.payload_nbytes == codec.encoded_nbytes(layout)
     )
+
+
+def why_unreadable(frame: Frame, layout: KVLayout) -> MissReason | None:
+    """Why the payload of a frame of this layout is none that a reader here can use; None: it can."""
+    if frame.codec == LOSSLESS_CODEC:
+        return None if frame.payload_nbytes == layout.block_nbytes else MissReason.OTHER_LAYOUT
+    return None if can_decode() and is_true_to_codec(frame, layout) else MissReason.BAD_HEADER
 
 
 def decode_payload(frame: Frame, payload: memoryview, layout: KVLayout, out: memoryview) -> None:

@@ -20,11 +20,12 @@ from kvstore.codecs.base import Codec, elements
 from kvstore.codecs.exact import (
     is_encodable,
     kv_of,
-    load_scales,
+    load_short,
     new_bytes,
     reciprocals,
     scales,
     store_short,
+    store_values,
     the_torch,
 )
 from kvstore.codecs.scaled import PIECE_ELEMENTS, rows_of, split
@@ -46,7 +47,7 @@ class Int8(Codec):
         torch = the_torch()
         x = kv_of(payload, layout).view(-1, layout.head_dim).to(torch.float32)
         amax = x.abs().amax(-1, keepdim=True)
-        if not is_encodable(amax, layout):
+        if not is_encodable(amax):
             return None
         encoded = new_bytes(self.encoded_nbytes(layout)).data
         stored, codes = split(encoded, layout)
@@ -59,10 +60,10 @@ class Int8(Codec):
         self.check_sizes(layout, encoded, out)
         torch = the_torch()
         stored, codes = split(encoded, layout)
-        scale = load_scales(stored, CODE_MAX, layout, self.name)
+        scale = load_short(stored, self.name)
         target = kv_of(out, layout).view(-1, layout.head_dim)
         step = max(1, PIECE_ELEMENTS // layout.head_dim)
         for start in range(0, len(codes), step):
             piece = slice(start, start + step)
             values = codes[piece].view(torch.int8).to(torch.float32).mul_(scale[piece])
-            target[piece].copy_(values)
+            store_values(values, target[piece])
