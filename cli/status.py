@@ -103,17 +103,24 @@ def _shards(rows: list[dict[str, Any]]) -> Table:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("shard", "state", "address", "blocks", "MiB", "leases", "oldest pin"):
+    below = any(row.get("nvme_capacity_nbytes") for row in rows)
+    columns = ("shard", "state", "address", "blocks", "MiB", *(["on NVMe"] if below else []), "leases")
+    for name in (*columns, "oldest pin"):
         table.add_column(name, no_wrap=name in ("shard", "address"))
     for row in rows:
-        sizes = [row.get(name) for name in ("live_nbytes", "capacity_nbytes")]
-        mib = (
-            None if None in sizes else " of ".join(f"{size / _MIB:.0f}" for size in sizes if size is not None)
-        )
+        sizes = [_of(row, "live_nbytes", "capacity_nbytes")]
+        sizes += [_of(row, "nvme_nbytes", "nvme_capacity_nbytes")] if below else []
         age = None if row.get("oldest_pin_s") is None else f"{row['oldest_pin_s']:.0f} s"
-        cells = (row.get("address"), row.get("versions"), mib, row.get("leases"), age)
+        cells = (row.get("address"), row.get("versions"), *sizes, row.get("leases"), age)
         table.add_row(row["shard"], row["state"], *map(_cell, cells))
     return table
+
+
+def _of(row: dict[str, Any], used: str, capacity: str) -> str | None:
+    """In MiB: `3 of 64`."""
+    if row.get(used) is None or row.get(capacity) is None:
+        return None
+    return f"{row[used] / _MIB:.0f} of {row[capacity] / _MIB:.0f}"
 
 
 def _draw(document: dict[str, Any]) -> None:

@@ -6,22 +6,23 @@ Whatever the bytes are, the answer is a value: a refusal that says what is wrong
 
 from __future__ import annotations
 
+from kvstore.codecs.frames import is_true_to_codec
 from kvstore.errors import CorruptBlock
-from kvstore.frame import LOSSLESS_CODEC, Frame, decode_frame
-from kvstore.nouns import BlockMeta, MissReason, Quality, Refusal
+from kvstore.frame import decode_frame
+from kvstore.nouns import BlockMeta, KVLayout, MissReason, Refusal
 from kvstore.tiers.base import TierStorage
 from kvstore.tiers.copying import fill, to_its_end
 
 
 async def arrive(
-    storage: TierStorage, header: bytes, payload: memoryview, expected: BlockMeta, block_nbytes: int
+    storage: TierStorage, header: bytes, payload: memoryview, expected: BlockMeta, layout: KVLayout
 ) -> tuple[Refusal | None, memoryview]:
     """A frame in room of the storage's own, to be written there; or why it is not the one expected, and the
     room was given up."""
     room = storage.allocate(len(header) + payload.nbytes)
     refusal = await to_its_end(
         room.nbytes,
-        lambda: copy_and_verify(room, header, payload, expected, block_nbytes),
+        lambda: copy_and_verify(room, header, payload, expected, layout),
         lambda: storage.give_up(room),
     )
     if refusal is not None:
@@ -30,18 +31,18 @@ async def arrive(
 
 
 def copy_and_verify(
-    room: memoryview, header: bytes, payload: memoryview, expected: BlockMeta, block_nbytes: int
+    room: memoryview, header: bytes, payload: memoryview, expected: BlockMeta, layout: KVLayout
 ) -> Refusal | None:
     """Copy a frame into `room`, then say why what stands there is not the one expected (None: it is).
 
-    `block_nbytes` is the layout's: what a payload that claims to be lossless must have.
+    Encoded by a codec it must be what that codec makes of the layout: its size, digest and quality.
     """
     fill(room, header, payload)
     try:
         frame, _ = decode_frame(room)
     except CorruptBlock as error:
         return Refusal.CHECKSUM if error.reason is MissReason.CHECKSUM else Refusal.BAD_HEADER
-    as_expected = frame.meta == expected and _is_true_to_quality(frame, block_nbytes)
+    as_expected = frame.meta == expected and is_true_to_codec(frame, layout)
     return None if as_expected else Refusal.MISMATCH
 
 
@@ -52,12 +53,3 @@ def is_intact(frame: memoryview) -> bool:
     except CorruptBlock:
         return False
     return True
-
-
-def _is_true_to_quality(frame: Frame, block_nbytes: int) -> bool:
-    """Lossless is what no codec touched. What none touched may be of lesser quality all the same: KV that
-    was computed over lossy KV is published at that floor. Other codecs' sizes are theirs to check."""
-    untouched = frame.codec == LOSSLESS_CODEC
-    if frame.meta.quality is Quality.LOSSLESS and not untouched:
-        return False
-    return not untouched or frame.payload_nbytes == block_nbytes

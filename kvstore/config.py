@@ -17,13 +17,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from kvstore.access import Tenant
+from kvstore.codecs import CODECS, Codec
 from kvstore.core.state import CoreLimits, DemoteWhen, Tiering
 from kvstore.driver_config import DriverConfig
 from kvstore.errors import ConfigError
-from kvstore.nouns import ShardId
+from kvstore.nouns import Quality, ShardId
 from kvstore.policies import POLICIES
 from kvstore.server import ServerConfig, is_loopback
 from kvstore.store_file import secret_in
@@ -84,8 +93,25 @@ class NvmeSection(BaseModel):
         description="What moves down: write_through (all), write_through_selective (what is worth it when it "
         "is let go of), write_back (what would leave a nearly full host)",
     )
+    codec: str = Field(
+        "lossless",
+        description="What blocks are encoded with on their way down. Anything but lossless also lets this "
+        "service's workers use them (min_quality); see docs/tiers.md for what each costs",
+    )
     exclusive: bool = Field(False, description="Keep a block on one tier only, not on both")
     direct: bool = Field(True, description="Bypass the page cache (O_DIRECT) where the file system can")
+
+    @field_validator("codec")
+    @classmethod
+    def _is_known(cls, codec: str) -> str:
+        if codec not in CODECS:
+            raise ConfigError(f"store.nvme.codec {codec!r} is unknown: use {' or '.join(CODECS)}")
+        return codec
+
+    @property
+    def cold_codec(self) -> Codec | None:
+        """None where blocks go down as they are."""
+        return None if self.codec == "lossless" else CODECS[self.codec]
 
     def tiering(self, nvme_nbytes: int) -> Tiering:
         return Tiering(nvme_nbytes, self.write, self.exclusive)
@@ -190,6 +216,12 @@ class StoreConfig(BaseModel):
             return None
         return ClientTls(self.client_ca, self.client_cert, self.client_key)
 
+    @property
+    def min_quality(self) -> Quality:
+        """The least a block may be for workers of this service: what its own tiers make of it."""
+        codec = self.nvme.cold_codec if self.nvme else None
+        return codec.quality if codec else Quality.LOSSLESS
+
     def kept_secret(self) -> bytes | None:
         """The secret that outlives the service, made the first time; None where nothing needs it.
 
@@ -212,6 +244,7 @@ class StoreConfig(BaseModel):
             quotas={n: t.quota_nbytes for n, t in self.tenants.items() if t.quota_nbytes is not None},
             policy=self.policy,
             tiering=self.nvme.tiering(nvme_nbytes) if self.nvme else Tiering(),
+            cold_codec=self.nvme.cold_codec if self.nvme else None,
             reap_interval_s=self.reap_interval_s,
             faults=self.faults,
         )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from kvstore.core.state import CoreConfig, CoreLimits, Tiering
+from kvstore.codecs import Codec
+from kvstore.codecs.frames import encode_frame, encoded_frame_nbytes
+from kvstore.core.state import CoreConfig, CoreLimits, Encoding, Tiering
 from kvstore.errors import ConfigError
-from kvstore.mover import EncodeFrame
-from kvstore.nouns import Incarnation, ShardId
+from kvstore.nouns import Incarnation, KVLayout, ShardId
 from kvstore.policies import POLICIES
 
 
@@ -27,7 +29,7 @@ class DriverConfig:
     quotas: Mapping[str, int] = field(default_factory=dict)  # bytes a tenant may hold here, by its name
     policy: str = "lru"
     tiering: Tiering = field(default_factory=Tiering)
-    encode_frame: EncodeFrame | None = None  # what the tier below keeps of a lossless frame; None: itself
+    cold_codec: Codec | None = None  # what the tier below makes of lossless blocks; None: keeps them
     reap_interval_s: float = 0.5
     faults: bool = False  # allows flip_stored_byte: tests and the demo's negative control
 
@@ -39,8 +41,20 @@ class DriverConfig:
             self.limits,
             self.quotas,
             self.cluster_secret,
-            self.tiering,
+            dataclasses.replace(self.tiering, encode=self._encoding if self.cold_codec else None),
         )
+
+    def encode_frame(self, frame: memoryview, layout: KVLayout) -> memoryview | None:
+        """What the tier below keeps of a lossless frame; None: its values cannot be encoded."""
+        assert self.cold_codec is not None, "nothing is encoded without a codec"
+        return encode_frame(frame, self.cold_codec, layout)
+
+    def _encoding(self, layout: KVLayout) -> Encoding | None:
+        """A layout that the codec cannot do goes down as it is."""
+        codec = self.cold_codec
+        if codec is None or not codec.fits(layout):
+            return None
+        return Encoding(codec.quality, encoded_frame_nbytes(codec, layout))
 
     def __post_init__(self) -> None:
         if len(self.cluster_secret) < 16:

@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from kvstore.codecs.frames import encoded_sizes, why_unreadable
 from kvstore.errors import CorruptBlock
 from kvstore.frame import (
     HEADER_NBYTES,
     LOSSLESS_CODEC,
     MAGIC,
     READABLE_VERSIONS,
-    Frame,
     decode_header,
     verify_identity,
 )
@@ -58,8 +58,9 @@ def verdicts(
 ) -> list[MissReason | None]:
     """For each row, why the block is not the one its reader asked for, or None: it is.
 
-    `headers` is (N, 256), contiguous. `payload_nbytes` is what came, `checksums` its xxh3; the checksum of
-    a payload that has not the layout's size is not looked at.
+    `headers` is (N, 256), contiguous. `payload_nbytes` is what came, `checksums` its xxh3; the checksum of a
+    payload is not looked at that has neither the layout's size nor that of a codec the snapshot may see.
+    Encoded blocks are looked at one by one: decoding each costs far more.
     """
     if not len(keys):
         return []
@@ -86,9 +87,12 @@ def verdict(
         return error.reason
     if frame.payload_nbytes != payload_nbytes:
         return MissReason.BAD_HEADER
-    if payload_nbytes == layout.block_nbytes and frame.payload_xxh3 != checksum:
+    expected = payload_nbytes == layout.block_nbytes
+    if not expected:
+        expected = payload_nbytes in encoded_sizes(layout, snapshot.min_quality)
+    if expected and frame.payload_xxh3 != checksum:
         return MissReason.CHECKSUM
-    return verify_identity(frame, snapshot, key, layout.fingerprint) or _verify_payload(frame, layout)
+    return verify_identity(frame, snapshot, key, layout.fingerprint) or why_unreadable(frame, layout)
 
 
 def identities(headers: Headers, snapshot: Snapshot) -> list[tuple[Epoch, Quality]]:
@@ -103,12 +107,6 @@ def identities(headers: Headers, snapshot: Snapshot) -> list[tuple[Epoch, Qualit
         epoch = Epoch(int(row["number"]), WeightsDigest(row["digest"].tobytes()))
         found[i] = epoch, _QUALITIES.get(int(row["quality"]), usual[1])
     return found
-
-
-def _verify_payload(frame: Frame, layout: KVLayout) -> MissReason | None:
-    if frame.codec != LOSSLESS_CODEC:
-        return MissReason.BAD_HEADER  # encoded by what this client has no decoder for
-    return MissReason.OTHER_LAYOUT if frame.payload_nbytes != layout.block_nbytes else None
 
 
 def _accepted(

@@ -78,4 +78,4 @@ class Intake:
             quality=version.quality,
             fingerprint=layout.fingerprint,
         )
-        return await arrive(self._storage, header, payload, expected, layout.block_nbytes)
+        return await arrive(self._storage, header, payload, expected, layout)

@@ -160,6 +160,9 @@ class Quality(enum.IntEnum):
     LOSSLESS = 1000
     INT8 = 800
     FP8 = 700
+    K4V4 = 600
+    K4V3 = 550
+    INT4_HADAMARD = 500
     INT4 = 400
 
 

@@ -1,7 +1,8 @@
 """Reading blocks into the caller's own memory: all shards at once, one look at all headers.
 
 What could not be read, or is not what was asked for, is a miss with its reason, and the content of its
-buffer is undefined. Costs one copy and one xxh3 pass of the payload, and some microseconds a block.
+buffer is undefined. Costs one copy and one xxh3 pass of the payload, and some microseconds a block; a block
+of lesser quality may have come encoded and is decoded into its buffer (`decoding.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import numpy as np
 import structlog
 
 from kvstore.answers import BlockMiss, VerifiedBlock
+from kvstore.codecs.frames import encoded_sizes
+from kvstore.decoding import decode_landed
 from kvstore.errors import KVStrataError, Unavailable
 from kvstore.frame import HEADER_NBYTES
 from kvstore.frame_columns import identities, verdicts
@@ -37,7 +40,9 @@ async def read_into(
 ) -> tuple[list[VerifiedBlock | BlockMiss], list[PinnedBlock]]:
     """The answer for each block, and the blocks whose bytes were refused: to be reported to their shards."""
     block_nbytes = layout.block_nbytes
-    landing = Landing([_target(buffer, block_nbytes) for buffer in buffers])
+    landing = Landing(
+        [_target(buffer, block_nbytes) for buffer in buffers], encoded_sizes(layout, snapshot.min_quality)
+    )
     if len(blocks) != len(buffers):
         raise ValueError(f"{len(blocks)} blocks and {len(buffers)} buffers: one each")
     by_shard: dict[ShardId, list[int]] = defaultdict(list)
@@ -67,15 +72,25 @@ async def read_into(
             landing.misses[rows[i]] = landing.misses[rows[i]] or reason
 
     await asyncio.gather(*(land_on(*part) for part in by_shard.items()))
-    return _judged(peers, snapshot, layout, blocks, landing)
-
-
-def _judged(
-    peers: Peers, snapshot: Snapshot, layout: KVLayout, blocks: Sequence[PinnedBlock], landing: Landing
-) -> tuple[list[VerifiedBlock | BlockMiss], list[PinnedBlock]]:
     came = landing.payload_nbytes != NOTHING
     columns = landing.headers, landing.payload_nbytes, landing.checksums
     found = verdicts(*columns, [block.key for block in blocks], snapshot, layout)
+    encoded = came & (landing.payload_nbytes != block_nbytes)
+    lossy = [row for row in np.flatnonzero(encoded).tolist() if found[row] is None]
+    for row, why in (await decode_landed(landing, lossy, layout)).items():
+        found[row] = why
+    peers.counters["decoded_blocks"] += len(lossy)
+    return _answers(peers, snapshot, blocks, landing, found)
+
+
+def _answers(
+    peers: Peers,
+    snapshot: Snapshot,
+    blocks: Sequence[PinnedBlock],
+    landing: Landing,
+    found: list[MissReason | None],
+) -> tuple[list[VerifiedBlock | BlockMiss], list[PinnedBlock]]:
+    came = landing.payload_nbytes != NOTHING
     answers: list[VerifiedBlock | BlockMiss] = [
         VerifiedBlock(row, payload, *identity)
         for row, (payload, identity) in enumerate(
@@ -94,7 +109,8 @@ def _judged(
         answers[row] = BlockMiss(row, blocks[row].key, reason)
     good = len(blocks) - len(missed)
     peers.counters["verified_blocks"] += good
-    peers.counters["read_bytes"] += good * (HEADER_NBYTES + layout.block_nbytes)
+    read_nbytes = int(landing.payload_nbytes.sum() - landing.payload_nbytes[missed].sum())
+    peers.counters["read_bytes"] += good * HEADER_NBYTES + read_nbytes
     return answers, refused
 
 

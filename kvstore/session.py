@@ -11,10 +11,12 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Final, TypeVar
 
+import numpy as np
 import structlog
 
 from kvstore.answers import BlockMiss, Match, PublishBlock, Published, VerifiedBlock
 from kvstore.by_tokens import ByTokens
+from kvstore.codecs.frames import decode_payload, why_unreadable
 from kvstore.deadline import Deadline
 from kvstore.errors import (
     CorruptBlock,
@@ -24,7 +26,7 @@ from kvstore.errors import (
     NotFound,
     Unavailable,
 )
-from kvstore.frame import LOSSLESS_CODEC, decode_frame, verify_identity
+from kvstore.frame import LOSSLESS_CODEC, Frame, decode_frame, verify_identity
 from kvstore.matching import Answer, all_of, match_over, parts_of, place
 from kvstore.nouns import (
     BlockKey,
@@ -44,6 +46,7 @@ from kvstore.nouns import (
 from kvstore.peers import ERRAND_TIMEOUT_S, Peers, miss_of, refusal_of
 from kvstore.publication import Publication
 from kvstore.reading import read_into
+from kvstore.tiers.copying import beside_the_loop
 from kvstore.transport.base import ReadItem, ShardTransport
 
 log = structlog.get_logger(__name__)
@@ -130,7 +133,7 @@ class StoreSession(ByTokens):
                     if isinstance(item, MissReason):
                         broken[shard] = item
                     else:
-                        yield self._verify(i, block, item)
+                        yield await self._verified(i, block, item)
                         continue
                 yield self._missed(i, block, broken[shard])
         finally:
@@ -294,18 +297,17 @@ class StoreSession(ByTokens):
         except Exception as error:  # nor may it make the reader wait for what never comes
             await queue.put(miss_of(self._unexpected(shard, error)))
 
-    def _verify(self, i: int, block: PinnedBlock, item: ReadItem) -> VerifiedBlock | BlockMiss:
+    async def _verified(self, i: int, block: PinnedBlock, item: ReadItem) -> VerifiedBlock | BlockMiss:
         if item.frame is None:
             return self._missed(i, block, item.miss or MissReason.ABSENT)
         try:
             frame, payload = decode_frame(item.frame)
             reason = verify_identity(frame, self._snapshot, block.key, self.layout.fingerprint)
+            reason = reason or why_unreadable(frame, self.layout)
+            if reason is None and frame.codec != LOSSLESS_CODEC:
+                payload = await self._decoded(frame, payload)
         except CorruptBlock as error:
             reason = error.reason
-        if reason is None and frame.codec != LOSSLESS_CODEC:
-            reason = MissReason.BAD_HEADER  # encoded by what this client has no decoder for
-        if reason is None and payload.nbytes != self.layout.block_nbytes:
-            reason = MissReason.OTHER_LAYOUT
         if reason is not None:
             self._peers.counters[f"rejected:{reason.value}"] += 1
             self._report(block.ref)
@@ -313,6 +315,13 @@ class StoreSession(ByTokens):
         self._peers.counters["verified_blocks"] += 1
         self._peers.counters["read_bytes"] += item.frame.nbytes
         return VerifiedBlock(i, payload, frame.meta.epoch, frame.meta.quality)
+
+    async def _decoded(self, frame: Frame, payload: memoryview) -> memoryview:
+        """In memory of its own. Raises CorruptBlock."""
+        out = np.empty(self.layout.block_nbytes, dtype=np.uint8).data
+        await beside_the_loop(out.nbytes, lambda: decode_payload(frame, payload, self.layout, out))
+        self._peers.counters["decoded_blocks"] += 1
+        return out
 
     def _report(self, ref: BlockRef) -> None:
         """A block of the shard's failed verification: let it check its own copy."""

@@ -74,6 +74,7 @@ class RayLauncher:
             token=self._token,
             store_tls=self._config.store.client_tls(),
             epoch_number=self._config.epoch,
+            min_quality=self._config.store.min_quality,
             limits=role.limits,
         )
 

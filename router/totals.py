@@ -30,6 +30,8 @@ _SHARD_GAUGES: Final = {
     "versions": "store_versions",
     "leases": "store_leases",
     "oldest_pin_s": "store_oldest_pin_seconds",
+    "nvme_nbytes": "store_nvme_bytes",
+    "nvme_capacity_nbytes": "store_nvme_capacity_bytes",
 }
 
 

@@ -7,8 +7,8 @@ for 64 MiB against 0.4 ms). Below `INLINE_NBYTES_MAX` a thread costs more than i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Final, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
@@ -67,3 +67,22 @@ async def to_its_end(nbytes: int, work: Callable[[], Result], abandoned: Callabl
 async def beside_the_loop(nbytes: int, work: Callable[[], Result]) -> Result:
     """`work` over `nbytes` bytes: at once if they are few, else in a thread."""
     return work() if nbytes <= INLINE_NBYTES_MAX else await asyncio.to_thread(work)
+
+
+async def all_done(working: Sequence[asyncio.Future[Any]]) -> None:
+    """Wait for threads that work on the caller's memory: however often he is cancelled, and whatever one of
+    them raises, until none works any more. Then raises what he, or the first of them, met."""
+    cancelled: asyncio.CancelledError | None = None
+    pending = set(working)
+    while pending:
+        try:
+            _, pending = await asyncio.wait(pending)
+        except asyncio.CancelledError as error:
+            cancelled = error
+            pending = {one for one in pending if not one.done()}
+    failures = [done.exception() for done in working]  # asked of all: none is reported as forgotten
+    if cancelled is not None:
+        raise cancelled
+    for failure in failures:
+        if failure is not None:
+            raise failure

@@ -1,14 +1,15 @@
 """Where a read into the caller's own memory lands: columns, one row a block, filled by a transport.
 
-A transport copies headers into `headers`, payloads into the caller's buffers, and notes the xxh3 of what it
-copied *after* copying it: of the destination, never of the source. It judges nothing: `frame_columns.py`
-does, over all rows at once. Rows may be filled by several threads, each its own.
+A transport copies headers into `headers`, payloads into the caller's buffers (encoded ones, which are decoded
+from there, into memory of the landing), and notes the xxh3 of what it copied *after* copying it: of the
+destination, never of the source. It judges nothing: `frame_columns.py` does, over all rows at once. Rows may
+be filled by several threads, each its own.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final
 
 import numpy as np
@@ -25,15 +26,18 @@ LOCKED_NBYTES_MAX: Final = 128 << 10  # up to here letting go of the interpreter
 
 
 class Landing:
-    __slots__ = ("checksums", "headers", "misses", "payload_nbytes", "payloads")
+    __slots__ = ("checksums", "encoded", "encoded_sizes", "headers", "misses", "payload_nbytes", "payloads")
 
-    def __init__(self, payloads: Sequence[memoryview]) -> None:
-        """`payloads[i]`: writable flat bytes, of the size a payload is expected to have."""
+    def __init__(self, payloads: Sequence[memoryview], encoded_sizes: Collection[int] = ()) -> None:
+        """`payloads[i]`: writable flat bytes, of the size a lossless payload has. `encoded_sizes`: those that
+        an encoded one may have, all smaller."""
         n = len(payloads)
         self.payloads = payloads
         self.headers = np.zeros((n, HEADER_NBYTES), dtype=np.uint8)
         self.payload_nbytes = np.full(n, NOTHING, dtype=np.int64)  # of the frame that came
-        self.checksums = np.zeros(n, dtype=np.uint64)  # xxh3 of payloads[i]
+        self.checksums = np.zeros(n, dtype=np.uint64)  # xxh3 of payloads[i], or of encoded[i]
+        self.encoded_sizes = encoded_sizes
+        self.encoded: dict[int, memoryview] = {}  # by row, where an encoded payload came
         self.misses: list[MissReason | None] = [None] * n  # why nothing came, where that is known
 
     def land(self, row: int, frame: memoryview) -> None:
@@ -41,8 +45,19 @@ class Landing:
         self.headers[row] = np.frombuffer(frame[:HEADER_NBYTES], dtype=np.uint8)
         payload = frame[HEADER_NBYTES:]
         self.payload_nbytes[row] = payload.nbytes
-        if payload.nbytes == self.payloads[row].nbytes:
-            self.checksums[row] = copy_and_hash(self.payloads[row], payload)
+        room = self.room(row, payload.nbytes)
+        if room is not None:
+            self.checksums[row] = copy_and_hash(room, payload)
+
+    def room(self, row: int, nbytes: int) -> memoryview | None:
+        """Where a payload of this size of the row goes: the caller's buffer, or memory that is decoded from
+        later. None: no payload of the row has that size, only its header is of interest."""
+        if nbytes == self.payloads[row].nbytes:
+            return self.payloads[row]
+        if nbytes not in self.encoded_sizes:
+            return None
+        room = self.encoded[row] = np.empty(nbytes, dtype=np.uint8).data
+        return room
 
     def void(self, row: int, reason: MissReason) -> None:
         """Whatever lies in the row's buffer is not to be used."""

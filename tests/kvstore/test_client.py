@@ -262,7 +262,7 @@ async def test_a_block_in_a_codec_the_reader_has_no_decoder_for_is_a_miss(
     held = memoryview(encode_header(meta, body, codec=7) + body)
     ref = BlockRef(shards[0].driver.shard, shards[0].driver.config.incarnation, 0, 1)
     block = PinnedBlock(made.keys[0], ref, E1, Quality.LOSSLESS, Tier.HOST)
-    answer = session._verify(0, block, ReadItem(0, held, None))
+    answer = await session._verified(0, block, ReadItem(0, held, None))
     assert isinstance(answer, BlockMiss)
     assert answer.reason is MissReason.BAD_HEADER
 

@@ -10,6 +10,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvstore.codecs.frames import why_unreadable
 from kvstore.errors import CorruptBlock
 from kvstore.frame import HEADER_NBYTES, LOSSLESS_CODEC, decode_frame, encode_header, verify_identity
 from kvstore.frame_columns import identities, verdicts
@@ -65,13 +66,11 @@ def frames(draw: st.DrawFn) -> bytes:
 def one_by_one(frame: bytes, key: BlockKey) -> MissReason | None:
     """What a session does with a frame that came over a stream."""
     try:
-        decoded, payload = decode_frame(frame)
+        decoded, _ = decode_frame(frame)
         reason = verify_identity(decoded, SNAPSHOT, key, LAYOUT.fingerprint)
     except CorruptBlock as error:
         return error.reason
-    if reason is None and decoded.codec != LOSSLESS_CODEC:
-        return MissReason.BAD_HEADER
-    return MissReason.OTHER_LAYOUT if reason is None and payload.nbytes != LAYOUT.block_nbytes else reason
+    return reason or why_unreadable(decoded, LAYOUT)
 
 
 def judged(some: list[bytes], keys: list[BlockKey]) -> list[MissReason | None]:

@@ -117,7 +117,7 @@ class _Arriving:
         self._row = row
         self._frame_nbytes = frame_nbytes
         self._filled = 0
-        self._fits = landing.payloads[row].nbytes == frame_nbytes - HEADER_NBYTES
+        self._room = landing.room(row, frame_nbytes - HEADER_NBYTES)
         self._digest = xxhash.xxh3_64()
 
     def take(self, data: memoryview) -> bool:
@@ -130,9 +130,9 @@ class _Arriving:
             row = self._landing.headers[self._row]
             row[start : start + head.nbytes] = np.frombuffer(head, dtype=np.uint8)
             data, start = data[head.nbytes :], start + head.nbytes
-        if self._fits and data.nbytes:
+        if self._room is not None and data.nbytes:
             at = start - HEADER_NBYTES
-            target = self._landing.payloads[self._row][at : at + data.nbytes]
+            target = self._room[at : at + data.nbytes]
             copy(target, data)
             self._digest.update(target)
         self._filled = end

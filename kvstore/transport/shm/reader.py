@@ -56,11 +56,10 @@ class ArenaReader:
         ends = offsets + seen[found, slot_table.NBYTES].astype(np.int64)
         starts = offsets + HEADER_NBYTES
         landing.headers[into] = self._pages[offsets // PAGE_NBYTES, :HEADER_NBYTES]
-        arena, targets, checksums = self._arena, landing.payloads, []
+        arena, checksums = self._arena, []
         for row, start, end in zip(into.tolist(), starts.tolist(), ends.tolist(), strict=True):
-            target = targets[row]
-            fits = target.nbytes == end - start
-            checksums.append(copy_and_hash(target, arena[start:end]) if fits else 0)
+            room = landing.room(row, end - start)
+            checksums.append(0 if room is None else copy_and_hash(room, arena[start:end]))
         landing.checksums[into] = checksums
         landing.payload_nbytes[into] = ends - starts
         late = self._rows[slots[found], slot_table.GENERATION] != generations[found]

@@ -21,7 +21,7 @@ from kvstore.deadline import Deadline
 from kvstore.errors import Unavailable
 from kvstore.frame import HEADER_NBYTES
 from kvstore.nouns import BlockRef, MissReason, NamespaceId, Refusal, ShardId, TxnId
-from kvstore.tiers.copying import INLINE_NBYTES_MAX, beside_the_loop
+from kvstore.tiers.copying import INLINE_NBYTES_MAX, all_done, beside_the_loop
 from kvstore.transport.base import ReadItem, ShardHello
 from kvstore.transport.grpc.client import GrpcTransport
 from kvstore.transport.landing import LOCKED_NBYTES_MAX, Landing
@@ -181,24 +181,6 @@ async def _read_into(
         loop.run_in_executor(None, reader.read_into, refs[start:end], landing, rows[start:end])
         for start, end in itertools.pairwise(bounds)
     ]
-    await _all_done(working)
+    await all_done(working)
     asked = [done.result() for done in working]
     return [start + i for start, some in zip(bounds, asked, strict=False) for i in some]
-
-
-async def _all_done(working: Sequence[asyncio.Future[list[int]]]) -> None:
-    """However often the caller is cancelled, and whatever one of them raises: until none works any more."""
-    cancelled: asyncio.CancelledError | None = None
-    pending = set(working)
-    while pending:
-        try:
-            _, pending = await asyncio.wait(pending)
-        except asyncio.CancelledError as error:
-            cancelled = error
-            pending = {one for one in pending if not one.done()}
-    failures = [done.exception() for done in working]  # asked of all: none is reported as forgotten
-    if cancelled is not None:
-        raise cancelled
-    for failure in failures:
-        if failure is not None:
-            raise failure
