@@ -43,7 +43,7 @@ _ENTRY_MAGIC: Final = b"KVSN"
 _NUMBER: Final = struct.Struct("<Q")
 _CHECK: Final = struct.Struct("<Q")
 _HEADER_NBYTES: Final = _HEADER.size + _CHECK.size
-_GROWTH_NBYTES: Final = 256 << 10
+GROWTH_NBYTES: Final = 256 << 10
 _JOURNAL_NBYTES_MAX: Final = 1 << 30
 
 
@@ -160,7 +160,7 @@ class Journal:
         batch, self._waiting = self._waiting, []
         try:
             # Replayed in this order, so the state is what a rewrite in the middle of a batch would keep.
-            if self._handle is None or self._nbytes > 2 * self._rewritten_nbytes + _GROWTH_NBYTES:
+            if self._handle is None or self._nbytes > 2 * self._rewritten_nbytes + GROWTH_NBYTES:
                 await self._rewrite()
             await self._write([encode_note(note, before) for note, before, _ in batch])
         except BaseException as error:

@@ -17,7 +17,7 @@ import errno
 import secrets
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
 from kvstore import failpoints
@@ -51,15 +51,14 @@ class NvmeTier:
         self,
         config: NvmeConfig,
         files: Files | None = None,
-        executor: Executor | None = None,
+        threads: Threads | None = None,
         draw: Callable[[int], int] = secrets.randbits,
     ) -> None:
-        """`files`, `executor` and `draw` (random bits) are given by tests."""
+        """`files`, `threads` and `draw` (random bits) are given by tests."""
         self.config = config
         self.files = files or DiskFiles()
         self.counters: Counter[str] = Counter()
-        self._executor = executor or ThreadPoolExecutor(config.io_threads, "nvme")
-        self._threads = Threads(self._executor)
+        self._threads = threads or Threads(ThreadPoolExecutor(config.io_threads, "nvme"))
         self._draw = draw
         self._opened: Opened | None = None
         self._found: Found | None = None  # until the first write

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-import numpy as np
-
 from kvstore.frame import decode_frame, encode_header
 from kvstore.nouns import (
     ROOT_KEY,
@@ -46,8 +44,7 @@ class Block:
     def payload(self) -> bytes:
         """A function of the whole identity: an oracle."""
         name = f"{self.namespace}/{self.key}/{self.epoch}/{self.quality}/{self.nbytes}"
-        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-        return np.random.default_rng(seed).bytes(self.nbytes)
+        return hashlib.shake_128(name.encode()).digest(self.nbytes)
 
     def frame(self) -> memoryview:
         payload = self.payload()

@@ -1,0 +1,79 @@
+"""Promise 4: what reached NVMe survives power loss at any write or sync, and what was deleted stays deleted.
+
+A history runs once over a file system in memory that logs every operation; then the machine is stopped
+before each of them, and each time several of the disks that may be left are drawn and recovered from.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from kvstore.tiers.nvme import journal
+from kvstore.tiers.nvme.tier import NvmeTier
+from tests.kvstore.tiers.nvme.blocks import Block
+from tests.kvstore.tiers.nvme.crash_files import CrashFiles, Inline, World
+from tests.kvstore.tiers.nvme.history import History, Oracle, adopt_all, blocks_of, small
+
+SURVIVORS = 1
+"""Disks drawn for each operation a machine is stopped before."""
+
+
+@pytest.fixture(autouse=True)
+def _journals_are_rewritten_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "GROWTH_NBYTES", 1_000)
+
+
+async def lived(seed: int, directories: int = 1) -> tuple[CrashFiles, Oracle, NvmeTier]:
+    """Two lives: one that was closed, one that was not."""
+    rng = random.Random(seed)
+    files, oracle = CrashFiles(), Oracle()
+    first = History(files, small(directories), rng, oracle)
+    await first.open()
+    await first.run(130 * directories)
+    await first.tier.close()
+    second = History(files, small(directories), rng, oracle)
+    await second.open()
+    await second.run(70)
+    await second.sync()
+    return files, oracle, second.tier
+
+
+async def recovered(world: World, directories: int, oracle: Oracle, at: int) -> set[Block]:
+    """Which blocks a start over these disks finds; all of them were read."""
+    tier = NvmeTier(small(directories), CrashFiles(world), Inline(), random.Random(at).getrandbits)
+    found = await tier.recover()
+    oracle.check(found, at)
+    await adopt_all(tier, found)
+    await tier.close()
+    return set(blocks_of(found))
+
+
+@pytest.mark.parametrize(("seed", "directories"), [(1, 1), (2, 2)])
+async def test_power_may_fail_at_every_operation(seed: int, directories: int) -> None:
+    files, oracle, tier = await lived(seed, directories)
+    assert tier.counters["copied_nbytes"] > 0, "nothing was reclaimed"
+    assert {operation.kind for operation in files.log} >= {"unlink", "rename", "size"}
+    world = World()
+    for at in range(len(files.log) + 1):
+        for draw in range(SURVIVORS):
+            rng = random.Random(f"{seed}/{at}/{draw}")
+            await recovered(world.survivor(rng), directories, oracle, at)
+        if at < len(files.log):
+            world.apply(files.log[at])
+    await tier.close()
+
+
+async def test_a_killed_process_loses_power_next() -> None:
+    """What a restart found in the page cache is durable before it is handed out."""
+    files, oracle, tier = await lived(3)
+    world = World()
+    for at in range(0, len(files.log)):
+        world.apply(files.log[at])
+        if at % 5:
+            continue
+        left = world.as_it_is()
+        found = await recovered(left, 1, oracle, at + 1)
+        assert found <= await recovered(left.survivor(random.Random(at)), 1, oracle, at + 1)
+    await tier.close()
