@@ -11,6 +11,7 @@ evicts by a byte budget, the arena is `slack` larger, and a frame that finds no 
 - *steady*: the same in steady state, victims leaving until the frame that came has room. Mean over the
   second half of a history that writes eight arenas full.
 - *internal*: bytes taken and not of a frame. *external*: bytes not taken.
+- *ratio*: steady, over that of the extents.
 - *ns*: of one take and its give, mean over the history.
 - *elsewhere*: bytes of frames that lie outside the arena, over bytes held; mean and worst of the history's
   second half. *moved*: bytes that compaction copied, over bytes written.
@@ -332,12 +333,18 @@ def rivals(n_pages: int, seeds: int) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for mix in MIXES:
         for lifetimes in ("lru", "uniform"):
+            ours = 0.0
             for name, make in ALLOCATORS.items():
                 found = medians([steady(make, mix, lifetimes, n_pages, seed) for seed in range(seeds)])
                 filled = [first_failure(make, mix, n_pages, seed) for seed in range(seeds)]
-                figures = {"first_failure": statistics.median(filled), **found}
+                ours = ours or found["steady"]  # the first is the one the arena uses
+                figures = {
+                    "first_failure": statistics.median(filled),
+                    **found,
+                    "ratio": found["steady"] / ours,
+                }
                 rows.append({"mix": mix, "lifetimes": lifetimes, "allocator": name, **figures})
-                print(row_text(rows[-1]), flush=True)
+                show(rows)
     return rows
 
 
@@ -352,8 +359,15 @@ def slacks(n_pages: int, seeds: int) -> list[dict[str, object]]:
                     ]
                     what = {"mix": mix, "lifetimes": lifetimes, "slack": slack, "compacting": compacting}
                     rows.append({**what, **medians(runs)})
-                    print(row_text(rows[-1]), flush=True)
+                    show(rows)
     return rows
+
+
+def show(rows: list[dict[str, object]]) -> None:
+    """The last of them, under the names of its columns if it is the first."""
+    if len(rows) == 1:
+        print(" | ".join(rows[0]))
+    print(row_text(rows[-1]), flush=True)
 
 
 def row_text(row: dict[str, object]) -> str:
@@ -366,8 +380,8 @@ def row_text(row: dict[str, object]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--arena-mib", type=int, default=1024)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--arena-mib", type=int, default=256)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     n_pages = arguments.arena_mib * MIB // PAGE_NBYTES

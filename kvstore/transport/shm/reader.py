@@ -46,6 +46,11 @@ class ArenaReader:
         self._rows = slot_table.rows_of(memoryview(mapped), geometry.slots)
         self._data_offset = table_nbytes
 
+    @property
+    def memory(self) -> memoryview:
+        """All of the map."""
+        return self._arena
+
     def read_into(self, refs: Sequence[BlockRef], landing: Landing, rows: Sequence[int]) -> list[int]:
         """Fill the rows; positions in `refs` of those whose frames the arena does not hold: ask the shard.
 

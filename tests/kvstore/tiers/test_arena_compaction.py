@@ -69,14 +69,14 @@ class Filled:
                 assert self.mapped[offset : offset + nbytes] == content(generation, nbytes)
 
 
-async def comb(pages: int = 60, tooth: int = 2) -> Filled:
+async def comb(pages: int = 60, tooth: int = 2, long: int = 3) -> Filled:
     """Every second extent free, and one frame elsewhere that is longer than any gap."""
     filled = Filled(pages)
     for slot in range(filled.pages // tooth + filled.pages % tooth):
         await filled.put(slot, tooth)
     for slot in list(filled.stored)[::2]:
         filled.drop(slot)
-    await filled.put(200, 3 * tooth)
+    await filled.put(200, long * tooth)
     assert filled.elsewhere == 1
     return filled
 
@@ -114,6 +114,48 @@ async def test_no_more_is_copied_than_was_asked_for() -> None:
     assert await filled.arena.compact(6 * PAGE_NBYTES) == 0, "making room costs more than what is left for it"
     assert filled.elsewhere == 1
     assert filled.arena._free.n_taken == before
+    await filled.check()
+
+
+async def test_what_was_just_made_free_is_kept_for_whom_it_was_made_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    filled = await comb(long=5)
+    arrived: list[memoryview] = []
+
+    def fill_while_others_arrive(room: memoryview, *pieces: bytes | memoryview) -> None:
+        if not arrived or room.nbytes == arrived[0].nbytes:
+            arrived.append(filled.arena.allocate(2 * PAGE_NBYTES))  # the last freed place of this size
+        fill(room, *pieces)
+
+    monkeypatch.setattr(arena_module, "fill", fill_while_others_arrive)
+    await filled.arena.compact(ALL)
+    assert len(arrived) == 2, "two frames were to be moved"
+    assert filled.elsewhere == 0, "somebody else got a part of the room"
+    await filled.check()
+
+
+async def test_a_frame_that_was_discarded_before_its_turn_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    filled = await comb(long=5)
+    arena, lent = filled.arena, list[memoryview]()
+
+    def fill_while_another_is_lent_and_discarded(room: memoryview, *pieces: bytes | memoryview) -> None:
+        if not lent:
+            slots = [arena._extents[offset].slot for offset in arena._vacating]
+            slot = next(slot for slot in slots if arena._frames[slot].frame is not pieces[0])
+            lent.append(arena._frames[slot].frame)
+            arena._extents[arena._frames[slot].offset].borrowers += 1
+            filled.drop(slot)
+        fill(room, *pieces)
+
+    monkeypatch.setattr(arena_module, "fill", fill_while_another_is_lent_and_discarded)
+    await arena.compact(ALL)
+    await filled.check()
+    arena.give_back(lent[0])
+    await arena.compact(ALL)
+    assert filled.elsewhere == 0
     await filled.check()
 
 

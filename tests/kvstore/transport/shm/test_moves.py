@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kvstore.answers import BlockMiss, VerifiedBlock
@@ -20,7 +21,7 @@ from kvstore.nouns import MissReason
 from kvstore.tiers.arena import ArenaTier, Stored
 from kvstore.tiers.base import Place
 from kvstore.tiers.extents import PAGE_NBYTES
-from kvstore.tiers.slot_table import CHECK
+from kvstore.tiers.slot_table import CHECK, GENERATION
 from kvstore.transport import landing
 from kvstore.transport.shm import reader as reader_module
 from tests.kvstore.oracle import TIMEOUT
@@ -66,7 +67,7 @@ class Mover:
 class Hooked:
     """`act(look)` before or after the bytes of each look are copied."""
 
-    def __init__(self, moment: str, act: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, moment: str, act: Callable[[int], object], monkeypatch: pytest.MonkeyPatch) -> None:
         self.looks = 0
         self._moment, self._act = moment, act
         for name in ("copy_and_hash", "copy"):
@@ -107,7 +108,12 @@ async def test_a_frame_that_moved_once_is_read_at_its_new_place(
     near: Near, how: str, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mover = Mover(near)
-    hooked = Hooked(moment, lambda look: mover.away() and None if look == 1 else None, monkeypatch)
+
+    def once(look: int) -> None:
+        if look == 1:
+            mover.away()
+
+    hooked = Hooked(moment, once, monkeypatch)
     assert await read(near, how) == near.expected(0)
     assert hooked.looks == 2
     assert not near.client.counters["shm:asked_shard"]
@@ -118,7 +124,7 @@ async def test_a_frame_that_moves_at_every_look_is_left_to_the_shard(
     near: Near, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mover = Mover(near)
-    hooked = Hooked("before the copy", lambda _: mover.away() and None, monkeypatch)
+    hooked = Hooked("before the copy", lambda _: mover.away(), monkeypatch)
     assert await read(near, how) == near.expected(0)
     assert hooked.looks == 2
     assert near.client.counters["shm:asked_shard"] == 1
@@ -129,7 +135,8 @@ async def test_a_frame_that_was_away_and_is_back_is_not_what_was_copied(
     near: Near, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A-B-A: generation, offset and size are what they were; the bytes that were copied are another's."""
-    mover, places = Mover(near), []
+    mover = Mover(near)
+    places: list[int] = []
 
     def copied(target: memoryview, source: memoryview) -> Any:
         if not places:
@@ -189,6 +196,22 @@ async def test_a_frame_that_was_brought_in_is_read_without_asking(near: Near) ->
     assert arena.counters["arena:brought_in"] == 1, "the shard's upkeep did not see to it"
     assert await read(near, "into") == near.expected(0)
     assert near.client.counters["shm:asked_shard"] == 1
+
+
+async def test_a_frame_is_at_no_moment_out_of_sight_while_it_moves(near: Near) -> None:
+    mover, table = Mover(near), near.arena._rows
+    generations: list[int] = []
+
+    class Watched(np.ndarray):
+        def __setitem__(self, at: Any, value: Any) -> None:
+            super().__setitem__(at, value)
+            generations.append(int(table[mover.slot, GENERATION]))
+
+    near.arena._rows = table.view(Watched)
+    mover.away()
+    near.arena._rows = table
+    assert generations
+    assert set(generations) == {near.blocks[0].ref.generation}
 
 
 async def test_another_process_that_reads_all_the_while_never_misses_and_never_errs() -> None:
