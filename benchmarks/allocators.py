@@ -384,6 +384,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    if arguments.arena_mib < 64:
+        parser.error("at least 64 MiB: a slab is 22")
     n_pages = arguments.arena_mib * MIB // PAGE_NBYTES
     found = {"rivals": rivals(n_pages, arguments.seeds), "slacks": slacks(n_pages, arguments.seeds)}
     if arguments.json:

@@ -107,12 +107,10 @@ class ArenaReader:
             offset, nbytes = int(seen[0, slot_table.OFFSET]), int(slot_table.nbytes_of(seen)[0])
             copied = np.empty(nbytes, dtype=np.uint8)
             copy(copied.data, self._arena[offset : offset + nbytes])
-            again = self._rows[slots]
-            if not slot_table.are_of(again, generations)[0]:
-                return MissReason.STALE_REFERENCE
-            if np.array_equal(again, seen):
+            if self._rows[slots].tobytes() == seen.tobytes():
                 return copied
-        return None
+        past = not slot_table.are_of(self._rows[slots], generations)[0]
+        return MissReason.STALE_REFERENCE if past else None
 
     def _columns(self, refs: Sequence[BlockRef]) -> tuple[Columns, Columns, npt.NDArray[np.bool_]]:
         """Slots, generations, and whose row this table does not have (their slot reads 0 here)."""
