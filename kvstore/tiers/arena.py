@@ -1,26 +1,24 @@
 """Host memory in one arena that processes of this host may map: a slot table, then page-aligned frames.
 
-The arena is a memfd. The shard maps it writable once, then seals it: nobody, the shard included, can ever
-map or write it again, nor change its size, so that what a shard verified stays what it verified. It has no
-name in any file system and is gone with its last holder, kill -9 included. Where the kernel cannot seal so
-(FUTURE_WRITE, Linux 5.1), or has no memfd, the arena is private memory and `share` answers None.
+The arena is a sealed memfd (sealed.py), so that what a shard verified stays what it verified. Where that is
+not to be had `share` answers None.
 
 Ownership of an extent:
 
     allocate -> arriving -> write -> stored under a place -> discard -> free
-                   |                       \\-- borrowed: free when the last borrower gives it back
+                   |                   |                      \\-- borrowed: free when the last borrower
+                   |                   |                           gives it back
+                   |                   +-- moved: stored elsewhere, this one as after a discard
                    +-- give_up -> free
 
-A frame that finds no extent (fragmentation; the arena is a quarter larger than the core's budget) lies in
-a buffer of its own, which readers get through the shard; `counters` tells how many. Costs no copy on write
-and one on read. Memory the arena has touched it keeps.
+A frame that finds no extent lies in a buffer of its own, which readers get through the shard, until `compact`
+brings it in. The arena is an eighth larger than the core's budget: measured in docs/benchmarks.md, why in
+docs/design.md 11.8. Costs no copy on write and one on read. Memory the arena has touched it keeps.
 """
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
-import mmap
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -32,14 +30,16 @@ from kvstore import failpoints
 from kvstore.nouns import Tier
 from kvstore.tiers import slot_table
 from kvstore.tiers.base import Place
+from kvstore.tiers.compaction import Move, Zones
 from kvstore.tiers.copying import beside_the_loop, corrupted, fill, join, to_its_end
 from kvstore.tiers.extents import PAGE_NBYTES, Extents
+from kvstore.tiers.sealed import Descriptor, sealed_memory
 from kvstore.tiers.slot_table import GENERATION
 
 SLOTS_MAX: Final = 1 << 20  # of the table: 32 MiB at most, touched as slots are used
-SLACK: Final = 0.25  # of the budget, against fragmentation and page ends
-_F_SEAL_FUTURE_WRITE: Final = 0x10  # Python names it from 3.13 on
-_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
+SLACK: Final = 0.125  # of the budget, against fragmentation and page ends
+ARRIVING: Final = -1  # the slot of an extent whose frame is not stored yet
+LOOKS_MAX: Final = 1024  # at frames that lie elsewhere, in one call of `compact`
 
 
 class Geometry(NamedTuple):
@@ -58,6 +58,7 @@ class Stored(NamedTuple):
 @dataclass(slots=True)
 class Extent:
     pages: int
+    slot: int = ARRIVING
     borrowers: int = 0
     dropped: bool = False  # nobody's any more but its borrowers'
 
@@ -71,15 +72,19 @@ class ArenaTier:
         pages = table + _pages(int(capacity_nbytes * (1 + SLACK))) + 1
         self.geometry = Geometry(pages * PAGE_NBYTES, slots)
         self.counters: Counter[str] = Counter()
-        self._file: _File | None
-        self._file, self._map = _sealed_memory(self.geometry.nbytes)
+        self._file: Descriptor | None
+        self._file, self._map = sealed_memory(self.geometry.nbytes)
         self._arena = memoryview(self._map)
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._rows = slot_table.rows_of(self._arena, slots)
         self._data_offset = table * PAGE_NBYTES
         self._free = Extents(pages - table)
+        self._zones = Zones(self._free)
         self._extents: dict[int, Extent] = {}  # by offset: all that is not free
         self._frames: dict[int, Stored] = {}  # by slot
+        self._elsewhere: dict[int, None] = {}  # slots whose frames are not in the arena
+        self._vacating: set[int] = set()  # offsets of extents that `compact` moves out of a window
+        self._withheld: list[tuple[int, int]] = []  # free runs of that window
         self._nbytes = 0
 
     def share(self) -> int | None:
@@ -94,13 +99,8 @@ class ArenaTier:
     # -- writing -----------------------------------------------------------------------------------
 
     def allocate(self, nbytes: int) -> memoryview:
-        pages = _pages(nbytes)
-        first = self._free.take(pages)
-        if first is None:
-            return np.empty(nbytes, dtype=np.uint8).data
-        offset = self._data_offset + first * PAGE_NBYTES
-        self._extents[offset] = Extent(pages)
-        return self._arena[offset : offset + nbytes]
+        room = self._extent(nbytes)
+        return np.empty(nbytes, dtype=np.uint8).data if room is None else room
 
     def give_up(self, frame: memoryview) -> None:
         offset = self._offset_of(frame)
@@ -167,20 +167,48 @@ class ArenaTier:
             slot_table.withdraw(self._rows, place.slot)  # it had left, and lives nowhere now
 
     def leave(self, place: Place) -> None:
-        self.discard(place)
-        if place.slot < self.geometry.slots and place.slot not in self._frames:
-            slot_table.publish(self._rows, place.slot, place.generation, 0, 0)
+        self._tell(place, 0, 0)
+        if self._find(place) is not None:
+            self._forget(place.slot)
 
     def discard_slot(self, slot: int) -> None:
         """Forget whatever the slot holds. Readers are told before the bytes can change."""
-        stored = self._frames.pop(slot, None)
-        if stored is None:
-            return
-        if slot < self.geometry.slots:
-            slot_table.withdraw(self._rows, slot)
-        self._nbytes -= stored.frame.nbytes
-        if stored.offset:
-            self._drop(stored.offset)
+        if slot in self._frames:
+            if slot < self.geometry.slots:
+                slot_table.withdraw(self._rows, slot)
+            self._forget(slot)
+
+    async def compact(self, nbytes_max: int) -> int:
+        """Bring frames in that lie elsewhere, and move others together where that makes room for them.
+
+        Copies at most `nbytes_max`, one frame at a time; how many it was. What is borrowed stays where it is.
+        Not to be called again before it has returned.
+        """
+        copied = 0
+        hopeless = self._free.n_pages + 1  # from so many pages on no room was found
+        for _ in range(min(LOOKS_MAX, len(self._elsewhere))):
+            slot = next(iter(self._elsewhere), None)
+            if slot is None:  # discarded meanwhile
+                break
+            self._elsewhere[slot] = self._elsewhere.pop(slot)  # others have their turn first next time
+            nbytes = self._frames[slot].frame.nbytes
+            if nbytes > nbytes_max - copied:
+                break
+            if _pages(nbytes) >= hopeless:
+                continue
+            room = self._extent(nbytes)
+            if room is None:
+                copied += await self._make_room(_pages(nbytes), nbytes_max - copied - nbytes)
+                room = self._extent(nbytes)
+            stored = self._frames.get(slot)  # another one by now, or none
+            if room is None:
+                hopeless = _pages(nbytes)
+            elif stored is None or stored.offset or stored.frame.nbytes != nbytes:
+                self.give_up(room)
+            else:
+                copied += await self._relocate(slot, stored, room)
+                self.counters["arena:brought_in"] += 1
+        return copied
 
     async def sync(self) -> None:
         """Host memory promises nothing across a crash: there is nothing to wait for."""
@@ -196,12 +224,15 @@ class ArenaTier:
 
     def check_integrity(self) -> None:
         """Independent walk: every page is free or of one extent; every stored frame has an extent."""
-        taken = [((o - self._data_offset) // PAGE_NBYTES, e.pages) for o, e in self._extents.items()]
+        taken = [(self._page_at(offset), extent.pages) for offset, extent in self._extents.items()]
+        self._zones.check_integrity(taken)
         at = 0
-        for first, pages in sorted(taken + self._free.free_runs()):
+        for first, pages in sorted(taken + self._withheld + self._free.free_runs()):
             assert first == at, f"page {at} has no owner or two"
             at += pages
         assert at == self._free.n_pages, "pages were lost at the arena's end"
+        assert all(self._extents[f.offset].slot == slot for slot, f in self._frames.items() if f.offset)
+        assert sorted(self._elsewhere) == sorted(s for s, f in self._frames.items() if not f.offset)
         kept = [self._extents[frame.offset] for frame in self._frames.values() if frame.offset]
         assert not any(extent.dropped for extent in kept), "the extent of a stored frame was dropped"
         assert len(set(map(id, kept))) == len(kept), "two slots share an extent"
@@ -221,9 +252,29 @@ class ArenaTier:
         offset = self._offset_of(frame)
         self._frames[place.slot] = Stored(place.generation, frame, offset)
         self._nbytes += frame.nbytes
-        self.counters["arena:elsewhere"] += not offset
+        if offset:
+            self._extents[offset].slot = place.slot
+        else:
+            self._elsewhere[place.slot] = None
+            self.counters["arena:elsewhere"] += 1
+        self._tell(place, offset, frame.nbytes)
+
+    def _forget(self, slot: int) -> None:
+        stored = self._frames.pop(slot)
+        self._nbytes -= stored.frame.nbytes
+        self._elsewhere.pop(slot, None)
+        if stored.offset:
+            self._drop(stored.offset)
+
+    def _tell(self, place: Place, offset: int, nbytes: int) -> None:
+        """Readers find the place's frame at `offset` from here on; at 0 they are to ask the shard. Whoever
+        reads it this moment sees that it moved, not that it went."""
         if place.slot < self.geometry.slots:
-            slot_table.publish(self._rows, place.slot, place.generation, offset, frame.nbytes)
+            moved = self._rows[place.slot, GENERATION] == place.generation
+            if moved:
+                slot_table.move(self._rows, place.slot, offset, nbytes)
+            else:
+                slot_table.publish(self._rows, place.slot, place.generation, offset, nbytes)
 
     def _find(self, place: Place) -> Stored | None:
         stored = self._frames.get(place.slot)
@@ -243,37 +294,96 @@ class ArenaTier:
             self._free_extent(offset)
 
     def _free_extent(self, offset: int) -> None:
-        extent = self._extents.pop(offset)
-        self._free.give((offset - self._data_offset) // PAGE_NBYTES, extent.pages)
+        pages = self._extents.pop(offset).pages
+        first = self._page_at(offset)
+        self._zones.remove(first)
+        if offset in self._vacating:
+            self._withheld.append((first, pages))
+        else:
+            self._free.give(first, pages)
+
+    def _extent(self, nbytes: int) -> memoryview | None:
+        """Room in the arena for a frame."""
+        first = self._free.take(_pages(nbytes))
+        return None if first is None else self._claim(first, nbytes)
+
+    def _claim(self, first: int, nbytes: int) -> memoryview:
+        """The room that begins at a page which was taken."""
+        pages = _pages(nbytes)
+        offset = self._offset_at(first)
+        self._extents[offset] = Extent(pages)
+        self._zones.add(first, pages)
+        return self._arena[offset : offset + nbytes]
+
+    def _offset_at(self, page: int) -> int:
+        return self._data_offset + page * PAGE_NBYTES
+
+    def _page_at(self, offset: int) -> int:
+        return (offset - self._data_offset) // PAGE_NBYTES
+
+    # -- compaction --------------------------------------------------------------------------------
+
+    async def _make_room(self, pages: int, nbytes_max: int) -> int:
+        """Move stored frames out of the way so that `pages` free pages may come together; bytes copied."""
+        plan = self._zones.plan(pages, self._stays, nbytes_max // PAGE_NBYTES)
+        if plan is None:
+            return 0
+        rooms = [self._claim(move.to, self._stored_at(move).frame.nbytes) for move in plan.moves]
+        self._withheld = plan.gaps
+        self._vacating = {self._offset_at(move.first) for move in plan.moves}
+        copied = 0
+        try:
+            for offset in [self._offset_at(move.first) for move in plan.moves]:
+                room = rooms.pop(0)
+                extent = self._extents.get(offset)
+                if extent is None or extent.dropped:
+                    self.give_up(room)  # its frame was discarded since we planned
+                else:
+                    copied += await self._relocate(extent.slot, self._frames[extent.slot], room)
+        finally:
+            for room in rooms:
+                self.give_up(room)
+            for run in self._withheld:
+                self._free.give(*run)
+            self._withheld, self._vacating = [], set()
+        self.counters["arena:moved_bytes"] += copied
+        return copied
+
+    def _stays(self, first: int) -> bool:
+        extent = self._extents[self._offset_at(first)]
+        return extent.slot == ARRIVING or extent.borrowers > 0 or extent.dropped
+
+    def _stored_at(self, move: Move) -> Stored:
+        return self._frames[self._extents[self._offset_at(move.first)].slot]
+
+    async def _relocate(self, slot: int, stored: Stored, room: memoryview) -> int:
+        """Copy a stored frame into `room`, and have it lie there if it is the slot's still; bytes copied.
+
+        Its old extent is ours until then, as a borrower's: nobody gets it while we, or whoever borrowed it
+        meanwhile, read from it.
+        """
+        if stored.offset:
+            self._extents[stored.offset].borrowers += 1
+
+        def abandoned() -> None:
+            self.give_up(room)
+            self.give_back(stored.frame)
+
+        await to_its_end(room.nbytes, lambda: fill(room, stored.frame), abandoned)
+        if self._frames.get(slot) is stored:
+            offset = self._offset_of(room)
+            self._frames[slot] = Stored(stored.generation, room, offset)
+            self._extents[offset].slot = slot
+            self._elsewhere.pop(slot, None)
+            if slot < self.geometry.slots:
+                slot_table.move(self._rows, slot, offset, room.nbytes)
+            if stored.offset:
+                self._drop(stored.offset)
+        else:
+            self.give_up(room)
+        self.give_back(stored.frame)
+        return room.nbytes
 
 
 def _pages(nbytes: int) -> int:
     return -(-nbytes // PAGE_NBYTES)
-
-
-def _sealed_memory(nbytes: int) -> tuple[None, mmap.mmap] | tuple[_File, mmap.mmap]:
-    """Memory, and its file if no other process can ever write it."""
-    try:
-        file = _File(os.memfd_create("kvstrata-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
-    except (AttributeError, OSError):
-        return None, mmap.mmap(-1, nbytes)
-    try:
-        os.ftruncate(file.fileno(), nbytes)
-        mapped = mmap.mmap(file.fileno(), nbytes, flags=mmap.MAP_SHARED)
-        fcntl.fcntl(file.fileno(), fcntl.F_ADD_SEALS, _SEALS)
-    except OSError:  # no such seal here: without it a reader could write
-        return None, mmap.mmap(-1, nbytes)
-    return file, mapped
-
-
-class _File:
-    """A descriptor that is closed with its last holder."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def fileno(self) -> int:
-        return self._descriptor
-
-    def __del__(self) -> None:
-        os.close(self._descriptor)

@@ -78,3 +78,12 @@ class Breakable(Protocol):
     def flip_byte(self, place: Place, offset: int) -> bool:
         """Flip one bit of the byte at `offset` of the stored frame. False when the place holds nothing."""
         ...
+
+
+@runtime_checkable
+class Compactable(Protocol):
+    """What a tier may offer besides: to be tidied up in the gaps."""
+
+    async def compact(self, nbytes_max: int) -> int:
+        """Move stored frames to where they are read fastest, at most so many bytes; how many it was."""
+        ...

@@ -19,6 +19,7 @@ Never raises for want of room: the answer is None, and the caller has somewhere 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 from typing import Final
 
 PAGE_NBYTES: Final = 4096
@@ -67,6 +68,18 @@ class Extents:
             else:
                 merged.append((first, pages))
         return merged
+
+    def withhold_around(self, extents: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """The free runs beside these neighbouring extents, taken, each to be given back: so that whoever
+        empties this part of the arena does not move anything into it."""
+        self._merge()
+        first_pages = [extents[0][0], *(first + pages for first, pages in extents)]
+        before = self._first_of.get(first_pages[0])
+        if before is not None:
+            first_pages[0] = before
+        gaps = [(first, self._remove_run(first)) for first in first_pages if first in self._runs]
+        self.n_taken += sum(pages for _, pages in gaps)
+        return gaps
 
     def _reuse(self, pages: int) -> int | None:
         waiting = self._waiting.get(pages)

@@ -22,6 +22,7 @@ from kvstore.frame import HEADER_NBYTES
 from kvstore.nouns import Incarnation, Refusal, TxnId
 from kvstore.tiers.arena import Geometry
 from kvstore.tiers.copying import beside_the_loop
+from kvstore.tiers.pinned import pin
 from kvstore.transport.shm import packets
 from kvstore.transport.shm.memory import Unsafe, map_readonly, new_window
 from kvstore.transport.shm.packets import BadPacket, Closed
@@ -42,7 +43,7 @@ class NotHere(Exception):
 
 
 class Attachment:
-    """One shard's arena, as long as its socket lives. Belongs to one event loop."""
+    """One shard's arena, as long as its socket lives, pinned where CUDA is. Belongs to one event loop."""
 
     def __init__(self, connected: socket.socket, reader: ArenaReader) -> None:
         self._socket = connected
@@ -50,6 +51,7 @@ class Attachment:
         self._answers: asyncio.Queue[Any] = asyncio.Queue(1)
         self._writing = asyncio.Lock()
         self._window: np.ndarray[Any, np.dtype[np.uint8]] | None = None
+        self._pinning = pin(reader.memory, read_only=True)
         asyncio.get_running_loop().add_reader(connected.fileno(), self._heard)
 
     @property
@@ -62,6 +64,8 @@ class Attachment:
         if self._reader is None:
             return
         self._reader, self._window = None, None
+        if self._pinning is not None:
+            self._pinning.close()
         asyncio.get_running_loop().remove_reader(self._socket.fileno())
         self._socket.close()
         if self._answers.empty():

@@ -38,7 +38,7 @@ from kvstore.transport.shm.packets import BadPacket, Closed
 
 log = structlog.get_logger(__name__)
 
-VERSION: Final = 1
+VERSION: Final = 2  # 2: a row of the slot table counts its turns
 CONNECTIONS_MAX: Final = 64
 GREETING_S: Final = 2.0
 WINDOW_NBYTES_MAX: Final = 1 << 30

@@ -36,7 +36,7 @@ class Talk:
     @classmethod
     async def with_(cls, near: Near, token: str = TOKEN) -> Talk:
         talk = cls(await packets.connect(near.server.name))
-        await packets.send(talk.socket, {"v": 1, "token": token})
+        await packets.send(talk.socket, {"v": server.VERSION, "token": token})
         return talk
 
     async def hear(self) -> Any:
@@ -74,7 +74,7 @@ async def test_another_user_is_refused_by_both_sides(near: Near, monkeypatch: py
     plain = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     plain.connect(near.server.name)
     plain.setblocking(False)
-    await packets.send(plain, {"v": 1, "token": TOKEN})
+    await packets.send(plain, {"v": server.VERSION, "token": TOKEN})
     await refused(Talk(plain))
 
 
@@ -216,7 +216,7 @@ async def _fuzzed(data: bytes, greeted: bool) -> None:
     listening.start()
     connected = await packets.connect(listening.name)
     if greeted:
-        await packets.send(connected, {"v": 1, "token": ""})
+        await packets.send(connected, {"v": server.VERSION, "token": ""})
         _, descriptors = await packets.receive(connected)
         packets.close_all(descriptors)
     connected.send(data)
