@@ -134,6 +134,9 @@ class StoreConfig(BaseModel):
     capacity_nbytes: int = Field(1 << 30, ge=1 << 20, description="Host memory for frames, a shard")
     policy: str = Field("lru", description="Replacement policy, by name")
     nvme: NvmeSection | None = Field(None, description="The tier below host memory. None: there is none")
+    secret: SecretStr | None = Field(
+        None, min_length=16, description="What keys namespace ids, where it comes from the environment"
+    )
     secret_file: Path | None = Field(
         None,
         description="File with the secret that keys namespace ids; made if it is not there. Blocks on disk "
@@ -227,6 +230,8 @@ class StoreConfig(BaseModel):
 
         Raises ConfigError for a file that cannot be read or made.
         """
+        if self.secret is not None:
+            return self.secret.get_secret_value().encode()
         path = self.secret_file
         if path is None and self.nvme is not None:
             path = self.nvme.directories[0] / "secret"

@@ -167,7 +167,7 @@ class ShardProcesses:
 
 def _plain(store: StoreConfig) -> dict[str, Any]:
     """As JSON, tenants' tokens included: it goes to the shard's standard input and nowhere else."""
-    document = store.model_dump(mode="json")
+    document = store.model_dump(mode="json", exclude={"secret"})  # which is handed over by itself
     for name, tenant in store.tenants.items():
         if tenant.token is not None:
             document["tenants"][name]["token"] = tenant.token.get_secret_value()

@@ -57,6 +57,24 @@ def test_every_pod_is_confined_and_gets_what_it_asks_for() -> None:
             assert container["resources"]["requests"] == container["resources"]["limits"], role
 
 
+def test_a_disk_is_mounted_into_the_shards_and_nobody_else() -> None:
+    disk = {"mountPath": "/nvme0", "source": {"hostPath": {"path": "/mnt/nvme0", "type": "Directory"}}}
+    for role, template in pod_templates(render({"store": {"disks": [disk]}})).items():
+        spec = template["spec"]
+        volumes = {volume["name"]: volume for volume in spec["volumes"]}
+        mounts = [mount for mount in spec["containers"][0]["volumeMounts"] if mount["mountPath"] == "/nvme0"]
+        assert len(mounts) == (role == "store"), role
+        if mounts:
+            assert volumes[mounts[0]["name"]]["hostPath"] == disk["source"]["hostPath"]
+
+
+def test_the_stores_secret_reaches_the_head_alone() -> None:
+    values = {"store": {"secret": {"name": "kvstrata-store", "key": "secret"}}}
+    for role, template in pod_templates(render(values)).items():
+        env = {e["name"]: e for e in template["spec"]["containers"][0].get("env", [])}
+        assert ("KVSTRATA_STORE__SECRET" in env) == (role == "head"), role
+
+
 def test_a_group_holds_one_worker_a_pod_and_gpus_only_where_asked() -> None:
     values = {"prefill": {"replicas": 3, "gpus": 1}, "decode": {"replicas": 2}, "store": {"replicas": 4}}
     groups = {g["groupName"]: g for g in render(values)["RayCluster"]["spec"]["workerGroupSpecs"]}

@@ -71,8 +71,16 @@ spec:
           containerPort: {{ $root.Values.router.port }}
       {{- end }}
       {{- $key := and (eq .role "head") $root.Values.router.apiKeySecret.name }}
-      {{- if or .group.env $key }}
+      {{- $secret := and (eq .role "head") $root.Values.store.secret.name }}
+      {{- if or .group.env $key $secret }}
       env:
+        {{- if $secret }}
+        - name: KVSTRATA_STORE__SECRET
+          valueFrom:
+            secretKeyRef:
+              name: {{ $root.Values.store.secret.name }}
+              key: {{ $root.Values.store.secret.key }}
+        {{- end }}
         {{- if $key }}
         - name: KVSTRATA_ROUTER__API_KEY
           valueFrom:
@@ -96,6 +104,10 @@ spec:
           mountPath: /tmp
         - name: home
           mountPath: /home/kvstrata
+        {{- range $i, $disk := .group.disks }}
+        - name: disk-{{ $i }}
+          mountPath: {{ $disk.mountPath }}
+        {{- end }}
   {{- with .group.nodeSelector }}
   nodeSelector:
     {{- toYaml . | nindent 4 }}
@@ -116,4 +128,8 @@ spec:
       emptyDir: {}
     - name: home
       emptyDir: {}
+    {{- range $i, $disk := .group.disks }}
+    - name: disk-{{ $i }}
+      {{- toYaml $disk.source | nindent 6 }}
+    {{- end }}
 {{- end -}}
