@@ -34,7 +34,7 @@ async def recover(core: ShardCore, tiers: Tiers, notes: Notes) -> None:
             tiers.durable.adopt(block.record, place)
             tiers.host.leave(place)
     core.counters.update({f"recovery:{name}": count for name, count in found.items()})
-    if found:
+    if found := +found:  # without what was not found
         log.info("recovered", shard=core.config.shard, **found)
 
 
