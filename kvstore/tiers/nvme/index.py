@@ -39,6 +39,9 @@ class Index:
             return None
         return segment, row
 
+    def holds(self, place: Place) -> bool:
+        return self.queued(place) is not None or self.find(place) is not None
+
     def generation(self, slot: int) -> int:
         """Of the frame the slot holds; -1 for none."""
         if (pending := self._pending.get(slot)) is not None:

@@ -123,8 +123,10 @@ def encode_segment_header(store: bytes, segment: int) -> bytes:
 
 def check_segment_header(data: memoryview, store: bytes, segment: int, name: str) -> bool:
     """False for a damaged header. Raises ConfigError for a file of another store, version or program."""
+    if data.nbytes < _SEGMENT.size + _CHECK.size:
+        return False  # cut off
     body = bytes(data[: _SEGMENT.size])
-    if len(body) < _SEGMENT.size or body[:8] != _SEGMENT_MAGIC:
+    if body[:8] != _SEGMENT_MAGIC:
         raise ConfigError(f"{name} is no segment of ours: give the nvme tier a directory of its own")
     _, version, _, owner, number = _SEGMENT.unpack(body)
     if version not in READABLE_VERSIONS:

@@ -71,6 +71,7 @@ class NvmeTier:
         self._reads = ByteGate(config.read_nbytes_max)
         self._drained = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._unconfirmed: dict[int, Place] = {}  # by sequence number: no sync has told that it is kept
         self._losses = 0
         self._losses_told = 0
         self._error: OSError | None = None  # the last one that lost something
@@ -148,6 +149,7 @@ class NvmeTier:
             scope = meta.namespace, meta.epoch.number
             pending = Pending(record, frame.nbytes, sequence, scope, place.slot, place.generation)
             self._index.queue(pending)
+            self._unconfirmed[sequence] = place
             appender = min(self._fresh, key=lambda appender: appender.queued_nbytes)
             appender.put(pending)
         finally:
@@ -186,7 +188,7 @@ class NvmeTier:
         self.discard(place)
 
     async def sync(self) -> None:
-        told = self._losses_told
+        told, before = self._losses_told, self._sequence
         syncs = [appender.sync() for appender in self._fresh]
         done = await self._to_its_end(asyncio.gather(*syncs, return_exceptions=True))
         for error in done:
@@ -196,7 +198,11 @@ class NvmeTier:
                 raise error
         if self._losses > told:
             self._losses_told = self._losses
+            if self._forget() >= before:
+                self._losses += 1  # written since: their own sync is yet to come, and raises
             raise self._error or OSError(errno.EIO, "frames were lost before they were kept")
+        for sequence in [sequence for sequence in self._unconfirmed if sequence < before]:
+            del self._unconfirmed[sequence]
 
     def nbytes(self) -> int:
         return self._index.nbytes
@@ -287,13 +293,19 @@ class NvmeTier:
     def _lose(self, failed: Appender) -> None:
         """Forget what is not kept, on every disk: a sync that raises has kept nothing it had not before."""
         self._losses += 1
-        for appender in self._fresh:
-            for pending in appender.unkept():
-                if pending.alive:
-                    self.counters["frames_lost"] += 1
-                self.discard(Place(pending.slot, pending.generation))
-                pending.alive = False
+        self._forget()
         self._drained.set()
+
+    def _forget(self) -> int:
+        """Drop whatever no sync has confirmed. The last sequence number among it; -1 for none."""
+        last = -1
+        for sequence, place in self._unconfirmed.items():
+            if self._index.holds(place):
+                self.counters["frames_lost"] += 1
+                self.discard(place)
+                last = max(last, sequence)
+        self._unconfirmed.clear()
+        return last
 
     def _lose_copies(self, failed: Appender) -> None:
         """What they are copies of is where it was."""
