@@ -32,6 +32,8 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
 from kvstore.codecs.exact import (
     bytes_of,
     load_short,
@@ -86,8 +88,8 @@ def encode(x: Tensor, layout: KVLayout, into: memoryview) -> None:
     packed.copy_(low | (high << 4))
 
 
-def decode(layout: KVLayout, encoded: memoryview, name: str) -> Tensor:
-    """Float32 keys [layer, token, kv_head, head_dim]. Raises CorruptBlock."""
+def decode(layout: KVLayout, encoded: memoryview, values: Tensor, name: str) -> None:
+    """Fill float32 keys [layer, token, kv_head, head_dim]. Raises CorruptBlock."""
     torch = the_torch()
     bounds, stored_a, stored_b, packed = _split(encoded, layout)
     base, step, unit = load_short(bounds, name, signed=True).chunk(3, dim=-1)
@@ -98,18 +100,19 @@ def decode(layout: KVLayout, encoded: memoryview, name: str) -> Tensor:
     fifth = torch.zeros_like(packed)
     fifth.scatter_(-1, borrowers, packed.gather(-1, lenders) & _TOP_BITS)
     packed = packed & own
-    values = torch.empty(layout.layers, layout.block_tokens, layout.kv_heads, layout.head_dim)
     low, high = values.chunk(2, dim=1)
     low.copy_((packed & 0x0F) | ((fifth & 0x08) << 1))
     high.copy_((packed >> 4) | ((fifth & 0x80) >> 3))
-    decoded: Tensor = values.mul_(scale).add_(minimum)
-    return decoded
+    values.mul_(scale).add_(minimum)
 
 
 def _ranking(b: Tensor) -> Tensor:
     """Channels [layer, kv_head, head_dim], the greatest range first, of equal ones the lesser channel."""
-    ranking: Tensor = b.to(the_torch().int16).sort(dim=-1, descending=True, stable=True)[1]
-    return ranking
+    d = b.shape[-1]
+    # Keys that are all different: numpy sorts 90 heads of 64 in 10 us, torch's stable sort takes 100.
+    key = b.numpy().astype(np.int32) * d + np.arange(d - 1, -1, -1, dtype=np.int32)
+    ranking: Tensor = the_torch().from_numpy(d - 1 - np.sort(key, axis=-1)[..., ::-1] % d)
+    return ranking.long()
 
 
 def _grids(

@@ -115,8 +115,20 @@ def load_short(stored: Tensor, name: str, *, signed: bool = False) -> Tensor:
     return loaded
 
 
-def store_values(values: Tensor, into: Tensor) -> None:
-    """Round decoded float32 to the layout's dtype. What is beyond float16's greatest becomes its greatest."""
-    if into.dtype is the_torch().float16:
-        values = values.clamp(-_FLOAT16_MAX, _FLOAT16_MAX)
-    into.copy_(values)
+def float32_room(target: Tensor) -> Tensor:
+    """Where float32 is worked out before it is rounded to `target`'s dtype: in place, if that is float32
+    (a copy less, of two)."""
+    torch = the_torch()
+    if target.dtype is torch.float32:
+        return target
+    room: Tensor = torch.empty(target.shape)
+    return room
+
+
+def settle(values: Tensor, target: Tensor) -> None:
+    """Round what was worked out in `float32_room`. Beyond float16's greatest becomes its greatest."""
+    if values is target:
+        return
+    if target.dtype is the_torch().float16:
+        values.clamp_(-_FLOAT16_MAX, _FLOAT16_MAX)
+    target.copy_(values)

@@ -18,17 +18,18 @@ from typing import ClassVar, Final
 
 from kvstore.codecs.base import Codec, elements
 from kvstore.codecs.exact import (
+    float32_room,
     is_encodable,
     kv_of,
     load_short,
     new_bytes,
     reciprocals,
     scales,
+    settle,
     store_short,
-    store_values,
     the_torch,
 )
-from kvstore.codecs.scaled import PIECE_ELEMENTS, rows_of, split
+from kvstore.codecs.scaled import rows_of, split
 from kvstore.errors import CorruptBlock
 from kvstore.nouns import KVLayout, MissReason, Quality
 
@@ -67,12 +68,9 @@ class Fp8(Codec):
         stored, codes = split(encoded, layout)
         scale = load_short(stored, self.name) * _HALF_OF_VALUE
         target = kv_of(out, layout).view(-1, layout.head_dim)
-        step = max(1, PIECE_ELEMENTS // layout.head_dim)
-        for start in range(0, len(codes), step):
-            piece = slice(start, start + step)
-            code = codes[piece]
-            if int((code & _NAN).max()) == _NAN:
-                raise CorruptBlock(MissReason.BAD_HEADER, f"{self.name}: a code that is no number")
-            bits = code.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(_NOT_BIT_14)
-            values = bits.view(torch.float16).to(torch.float32).mul_(scale[piece])
-            store_values(values, target[piece])
+        if int((codes & _NAN).max()) == _NAN:
+            raise CorruptBlock(MissReason.BAD_HEADER, f"{self.name}: a code that is no number")
+        bits = codes.view(torch.int8).to(torch.int16).mul_(1 << 7).bitwise_and_(_NOT_BIT_14)
+        values = float32_room(target)
+        values.copy_(bits.view(torch.float16)).mul_(scale)
+        settle(values, target)

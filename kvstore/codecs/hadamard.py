@@ -36,10 +36,10 @@ def rotated(rows: Tensor) -> Tensor:
     return turned
 
 
-def rotated_codes(codes: Tensor) -> Tensor:
-    """H q of integers in float32 [row, head_dim], |q| below 2**19: exact, unnormalised."""
-    product: Tensor = the_torch().mm(codes.view(-1, SIZE), _matrix())
-    return product.view(codes.shape)
+def rotated_codes(codes: Tensor, out: Tensor) -> None:
+    """H q into `out`, unnormalised and exact: both contiguous float32 [row, head_dim], q integers, |q| below
+    2**19."""
+    the_torch().mm(codes.view(-1, SIZE), _matrix(), out=out.view(-1, SIZE))
 
 
 @functools.cache

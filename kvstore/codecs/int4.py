@@ -20,18 +20,19 @@ from typing import TYPE_CHECKING, ClassVar, Final
 from kvstore.codecs.base import Codec, elements
 from kvstore.codecs.exact import (
     bytes_of,
+    float32_room,
     is_encodable,
     kv_of,
     load_short,
     new_bytes,
     reciprocals,
     scales,
+    settle,
     short_below,
     store_short,
-    store_values,
     the_torch,
 )
-from kvstore.codecs.scaled import PIECE_ELEMENTS, rows_of
+from kvstore.codecs.scaled import rows_of
 from kvstore.nouns import KVLayout, Quality
 
 if TYPE_CHECKING:
@@ -76,26 +77,23 @@ class Int4(Codec):
         scale = load_short(stored_scale, self.name)
         minimum = load_short(stored_minimum, self.name, signed=True)
         target = kv_of(out, layout).view(-1, layout.head_dim)
-        codes = the_torch().empty(_rows_at_once(layout), layout.head_dim)
-        for start in range(0, len(packed), len(codes)):
-            piece = slice(start, start + len(codes))
-            some = codes[: len(packed[piece])]
-            low, high = some.chunk(2, dim=1)
-            low.copy_(packed[piece] & CODE_MAX)
-            high.copy_(packed[piece] >> 4)
-            store_values(self._back(some, scale[piece], minimum[piece]), target[piece])
+        codes = self._room_of_codes(target)
+        low, high = codes.chunk(2, dim=1)
+        low.copy_(packed & CODE_MAX)
+        high.copy_(packed >> 4)
+        settle(self._back(codes, scale, minimum, target), target)
 
     def _forward(self, x: Tensor) -> Tensor:
         """What is quantised of float32 [row, head_dim]."""
         return x
 
-    def _back(self, codes: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
-        """Decoded values of codes in float32 [row, head_dim], which may be overwritten."""
+    def _room_of_codes(self, target: Tensor) -> Tensor:
+        """Float32 of the target's shape, for `_back`."""
+        return float32_room(target)
+
+    def _back(self, codes: Tensor, scale: Tensor, minimum: Tensor, target: Tensor) -> Tensor:
+        """What is to be settled in the target, of codes in float32 [row, head_dim], which may be lost."""
         return codes.mul_(scale).add_(minimum)
-
-
-def _rows_at_once(layout: KVLayout) -> int:
-    return max(1, min(rows_of(layout), PIECE_ELEMENTS // layout.head_dim))
 
 
 def _split(encoded: memoryview, layout: KVLayout) -> tuple[Tensor, Tensor, Tensor]:

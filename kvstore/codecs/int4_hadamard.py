@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from kvstore.codecs import hadamard
+from kvstore.codecs.exact import float32_room, the_torch
 from kvstore.codecs.int4 import Int4
 from kvstore.nouns import KVLayout, Quality
 
@@ -33,7 +34,13 @@ class Int4Hadamard(Int4):
     def _forward(self, x: Tensor) -> Tensor:
         return hadamard.rotated(x)
 
-    def _back(self, codes: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
-        values = hadamard.rotated_codes(codes).mul_(scale * (1 / hadamard.SIZE))
-        values[:, :: hadamard.SIZE] += minimum
+    def _room_of_codes(self, target: Tensor) -> Tensor:
+        room: Tensor = the_torch().empty(target.shape)
+        return room
+
+    def _back(self, codes: Tensor, scale: Tensor, minimum: Tensor, target: Tensor) -> Tensor:
+        values = float32_room(target)
+        hadamard.rotated_codes(codes, values)
+        values.mul_(scale * (1 / hadamard.SIZE))
+        values[:, :: hadamard.SIZE].add_(minimum)
         return values

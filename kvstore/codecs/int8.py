@@ -18,17 +18,18 @@ from typing import ClassVar, Final
 
 from kvstore.codecs.base import Codec, elements
 from kvstore.codecs.exact import (
+    float32_room,
     is_encodable,
     kv_of,
     load_short,
     new_bytes,
     reciprocals,
     scales,
+    settle,
     store_short,
-    store_values,
     the_torch,
 )
-from kvstore.codecs.scaled import PIECE_ELEMENTS, rows_of, split
+from kvstore.codecs.scaled import rows_of, split
 from kvstore.nouns import KVLayout, Quality
 
 CODE_MAX: Final = 127
@@ -62,8 +63,6 @@ class Int8(Codec):
         stored, codes = split(encoded, layout)
         scale = load_short(stored, self.name)
         target = kv_of(out, layout).view(-1, layout.head_dim)
-        step = max(1, PIECE_ELEMENTS // layout.head_dim)
-        for start in range(0, len(codes), step):
-            piece = slice(start, start + step)
-            values = codes[piece].view(torch.int8).to(torch.float32).mul_(scale[piece])
-            store_values(values, target[piece])
+        values = float32_room(target)
+        values.copy_(codes.view(torch.int8)).mul_(scale)
+        settle(values, target)

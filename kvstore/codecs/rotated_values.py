@@ -132,7 +132,10 @@ def decode(layout: KVLayout, levels: Levels, encoded: memoryview, name: str) -> 
             part.bitwise_or_(((plane >> (i * bits)) & ((1 << bits) - 1)) << first)
     odd = codes.to(torch.int16).mul_(2).sub_((1 << levels.bits) - 1)
     level = (odd * odd).add_(levels.alpha).mul_(odd).to(torch.float32)
-    return hadamard.rotated_codes(level).mul_(scale)
+    values = torch.empty(level.shape)
+    hadamard.rotated_codes(level, values)
+    decoded: Tensor = values.mul_(scale)
+    return decoded
 
 
 def _nearest(magnitude: Tensor, targets: list[int]) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ encoded   scales  u16 [row]                upper halves of float32
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from kvstore.codecs.base import elements
 from kvstore.codecs.exact import bytes_of, the_torch
@@ -14,8 +14,6 @@ from kvstore.nouns import KVLayout
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-PIECE_ELEMENTS: Final = 1 << 16  # worked on at once: stays in the second-level cache
 
 
 def rows_of(layout: KVLayout) -> int:
