@@ -151,6 +151,8 @@ class DecodeRole:
         if run.task is not None and run.task is not asyncio.current_task():
             run.task.cancel()
         self._worker.loop.release(run.request_id, run.attempt)
+        if run.local is not None:
+            run.local.abandon()
         self._give_back_leases(run)
         self._gone.set()
 

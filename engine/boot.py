@@ -20,7 +20,9 @@ from typing import Final
 import structlog
 
 from engine.background import Background
+from engine.edge import EdgeShard
 from engine.engine import Engine
+from engine.local_run import LocalRun
 from engine.onboard import Onboarding
 from engine.publisher import Publisher, PublishLimits
 from engine.registry import resolve_model
@@ -31,7 +33,9 @@ from engine.worker_config import RoleLimits, WorkerConfig
 from kvstore.client import StoreClient
 from kvstore.clock import Clock, MonotonicClock
 from kvstore.errors import OverLimit
+from kvstore.hashing import KeyChain
 from kvstore.nouns import Epoch, NamespaceSpec
+from kvstore.session import StoreSession
 
 __all__ = ["Worker", "assemble", "boot"]
 
@@ -53,6 +57,7 @@ class Worker:
     onboarding: Onboarding
     publisher: Publisher
     loading: asyncio.Semaphore
+    edge: EdgeShard | None = None  # None: the pool keeps nothing when a sequence ends
     role_counters: Counter[str] = field(default_factory=Counter)
 
     @asynccontextmanager
@@ -69,6 +74,15 @@ class Worker:
         finally:
             self.loading.release()
 
+    def lend(
+        self, session: StoreSession | None, tenant: str, chain: KeyChain, blocks_max: int, owner: str
+    ) -> LocalRun | None:
+        """What of a sequence's chain lies in this worker's pool, and its way to leave blocks there. None
+        without an edge shard, and while the store is away: it makes the namespace that keys are of."""
+        if self.edge is None or session is None:
+            return None
+        return self.edge.lend(session.namespace, tenant, chain, blocks_max, owner)
+
     def counters(self) -> dict[str, float]:
         """Counters of engine, role and store client, merged; "gauge:..." are as they stand now."""
         parts = (
@@ -78,6 +92,7 @@ class Worker:
             self.store.counters,
             self.store.client_counters,
             self.role_counters,
+            self.edge.counters if self.edge is not None else Counter[str](),
         )
         merged: Counter[str] = Counter()
         for part in parts:
@@ -88,6 +103,7 @@ class Worker:
             "gauge:held": self.loop.held,
             "gauge:publishing_nbytes": self.publisher.inflight_nbytes,
             "gauge:background_tasks": len(self.background),
+            **(self.edge.gauges() if self.edge is not None else {}),
         }
         return {name: float(value) for name, value in {**merged, **gauges}.items()}
 
@@ -95,6 +111,8 @@ class Worker:
         """Finish what runs in the background within `timeout_s`, then end engine and store connections."""
         await self.background.close(timeout_s)
         await self.loop.close()
+        if self.edge is not None:
+            await self.edge.close()
         await self.store.close()
 
 
@@ -146,11 +164,13 @@ def assemble(
         node_id=node_id,
     )
     background = Background()
+    spec = NamespaceSpec(info.model_id, engine.layout, engine.tokenizer.digest)
+    epoch = Epoch(config.epoch_number, engine.weights_digest)
     store = StoreLink(
         connect,
         config.topology,
-        NamespaceSpec(info.model_id, engine.layout, engine.tokenizer.digest),
-        Epoch(config.epoch_number, engine.weights_digest),
+        spec,
+        epoch,
         background,
         clock,
         min_quality=config.min_quality,
@@ -160,7 +180,13 @@ def assemble(
     publish_limits = PublishLimits(
         inflight_nbytes_max=limits.publish_inflight_nbytes_max, timeout_s=limits.publish_timeout_s
     )
-    loop = WorkerLoop(engine, thread, waiting_max=limits.requests_max)
+    edge = None
+    if config.engine.local_cache:
+        edge = EdgeShard(
+            config.worker_id, spec, epoch, engine.pool, engine.slots, clock, min_quality=config.min_quality
+        )
+        edge.start()
+    loop = WorkerLoop(engine, thread, waiting_max=limits.requests_max, edge=edge)
     loop.start()
     return Worker(
         info=info,
@@ -172,4 +198,5 @@ def assemble(
         onboarding=Onboarding(store, background),
         publisher=Publisher(store, background, publish_limits),
         loading=asyncio.Semaphore(limits.loading_max),
+        edge=edge,
     )

@@ -179,6 +179,8 @@ class PrefillRole:
             run.task.cancel()
         run.drawn.cancel()
         self._worker.loop.release(run.request.request_id, run.request.attempt)
+        if run.local is not None:
+            run.local.abandon()
         if run.publication is not None:
             run.publication.close()
         if run.session is not None:
