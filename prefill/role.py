@@ -96,6 +96,10 @@ class PrefillRole:
     async def set_topology(self, topology: Topology) -> None:
         await self._worker.store.set_topology(topology)
 
+    async def forget_local(self) -> int:
+        """Drop the blocks kept in the engine's pool; how many. What runs goes on with those it was lent."""
+        return 0 if self._worker.edge is None else await self._worker.edge.forget()
+
     async def drain(self, timeout_s: float) -> bool:
         """Take no more work; wait for what runs or is parked. False: time was up, and the rest was ended."""
         self._draining = True

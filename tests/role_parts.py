@@ -171,7 +171,8 @@ class Pair:
 
 
 def check_pool(worker: Worker, engine: Engine) -> int:
-    """Conservation: free, private and kept slots are all there are, each with its owner. How many are kept."""
+    """Conservation: free, private and kept slots are all there are, each with its owner. How many are
+    kept."""
     edge = worker.edge
     if edge is None:
         engine.check_integrity()
