@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -21,6 +21,7 @@ import structlog
 
 from engine.background import Background
 from engine.edge import EdgeShard
+from engine.edge_move import Pulled, pull
 from engine.engine import Engine
 from engine.local_run import LocalRun
 from engine.onboard import Onboarding
@@ -32,14 +33,21 @@ from engine.worker import EngineThread, WorkerLoop
 from engine.worker_config import RoleLimits, WorkerConfig
 from kvstore.client import StoreClient
 from kvstore.clock import Clock, MonotonicClock
-from kvstore.errors import OverLimit
+from kvstore.errors import ConfigError, OverLimit, Unavailable
 from kvstore.hashing import KeyChain
-from kvstore.nouns import Epoch, NamespaceSpec
+from kvstore.nouns import BlockKey, Epoch, NamespaceSpec
+from kvstore.server import ServerConfig, ShardServer
 from kvstore.session import StoreSession
+from kvstore.topology import ShardEntry
+from kvstore.transport.base import ShardTransport
+from kvstore.transport.grpc.client import GrpcTransport
 
 __all__ = ["Worker", "assemble", "boot"]
 
+Reach = Callable[[ShardEntry], ShardTransport]
+"""How another worker's edge shard is spoken to."""
 _WARM_UP_TOKENS: Final = 64
+_EDGE_GRACE_S: Final = 1.0
 
 log = structlog.get_logger(__name__)
 
@@ -57,7 +65,9 @@ class Worker:
     onboarding: Onboarding
     publisher: Publisher
     loading: asyncio.Semaphore
+    reach: Reach
     edge: EdgeShard | None = None  # None: the pool keeps nothing when a sequence ends
+    edge_server: ShardServer | None = None
     role_counters: Counter[str] = field(default_factory=Counter)
 
     @asynccontextmanager
@@ -82,6 +92,32 @@ class Worker:
         if self.edge is None or session is None:
             return None
         return self.edge.lend(session.namespace, tenant, chain, blocks_max, owner)
+
+    async def pull(
+        self, tenant: str, keys: Sequence[BlockKey], source: ShardEntry, timeout_s: float
+    ) -> Pulled:
+        """`keys`, a chain from its first block on, out of another worker's pool into this one. Raises
+        Unavailable without a local cache, or while the store is away."""
+        session = await self.store.session(tenant)
+        if self.edge is None or session is None:
+            raise Unavailable(
+                f"worker {self.info.worker_id} cannot take blocks: set engine.local_cache = true, and see "
+                "that the store can be reached"
+            )
+        transport = self.reach(source)
+        try:
+            return await pull(self.edge, transport, session.namespace, tenant, keys, timeout_s=timeout_s)
+        finally:
+            await transport.close()
+
+    async def serve_edge(self, host: str, token: str | None) -> None:
+        """Let other workers read the pool, from here on at `info.edge_address`. Raises ConfigError."""
+        if self.edge is None:
+            raise ConfigError(
+                "edge_host serves the local cache: set engine.local_cache = true, or leave it out"
+            )
+        self.edge_server = ShardServer(self.edge.driver, ServerConfig(host, token=token))
+        self.info = replace(self.info, edge_address=await self.edge_server.start())
 
     def counters(self) -> dict[str, float]:
         """Counters of engine, role and store client, merged; "gauge:..." are as they stand now."""
@@ -109,6 +145,8 @@ class Worker:
 
     async def close(self, timeout_s: float = 5.0) -> None:
         """Finish what runs in the background within `timeout_s`, then end engine and store connections."""
+        if self.edge_server is not None:
+            await self.edge_server.stop(_EDGE_GRACE_S)
         await self.background.close(timeout_s)
         await self.loop.close()
         if self.edge is not None:
@@ -128,6 +166,12 @@ async def boot(config: WorkerConfig, *, node_id: str = "", clock: Clock | None =
         raise
     connect: Connect = partial(StoreClient.connect, token=config.token, tls=config.store_tls)
     worker = assemble(config, engine, thread, connect, node_id=node_id, clock=clock)
+    if config.edge_host is not None:
+        try:
+            await worker.serve_edge(config.edge_host, config.token)
+        except BaseException:
+            await worker.close()
+            raise
     log.info("worker ready", worker=config.worker_id, model=worker.info.model_id, pid=worker.info.pid)
     return worker
 
@@ -151,8 +195,10 @@ def assemble(
     *,
     node_id: str = "",
     clock: Clock | None = None,
+    reach: Reach | None = None,
 ) -> Worker:
-    """The parts around a loaded engine, the loop started. `connect` makes the store's client."""
+    """The parts around a loaded engine, the loop started. `connect` makes the store's client, `reach` the
+    transport to another worker's pool (None: gRPC)."""
     limits, clock = config.limits, clock or MonotonicClock()
     info = WorkerInfo(
         worker_id=config.worker_id,
@@ -198,5 +244,11 @@ def assemble(
         onboarding=Onboarding(store, background),
         publisher=Publisher(store, background, publish_limits),
         loading=asyncio.Semaphore(limits.loading_max),
+        reach=reach or _over_grpc(config),
         edge=edge,
     )
+
+
+def _over_grpc(config: WorkerConfig) -> Reach:
+    credentials = config.store_tls.channel_credentials() if config.store_tls else None
+    return lambda entry: GrpcTransport(entry.shard, entry.address, config.token, credentials)

@@ -49,6 +49,7 @@ from kvstore.nouns import (
     ShardId,
     Snapshot,
     Tier,
+    TxnId,
 )
 from kvstore.tiers.base import Place
 from kvstore.tiers.device import DeviceTier, PagedPool
@@ -205,6 +206,20 @@ class EdgeShard:
         self.counters["edge:evicted"] += evicted
         return evicted > 0
 
+    def spare(self, n: int) -> int:
+        """How many of `n` slots a block from elsewhere may have, after idle ones went for it."""
+        lacking = n - self.slots.n_free
+        if lacking > 0:
+            self.counters["edge:evicted"] += evict_idle(self.driver.core, lacking)
+            self.driver.reap()
+        return min(n, self.slots.n_free)
+
+    def lies_here(self, txn_id: TxnId) -> None:
+        """What the transaction stages lies in the pool."""
+        txn = self.driver.core.txn(txn_id, self._clock.now())
+        for i in txn.staged:
+            self.driver.core.index.versions.tiers[txn.slots[i]] = Tier.DEVICE
+
     def _recallable(self, waiting: Sequence[LocalRun]) -> int:
         """Blocks that nobody but these hold."""
         pins = self.driver.core.index.versions.pins
@@ -267,10 +282,10 @@ class EdgeShard:
             if not indexes:
                 return None
             txn = self._begin(run, indexes, quality)
+        self.lies_here(txn.id)
         for i, (index, slot) in enumerate(zip(indexes, slots, strict=True)):
             version = core.granted(txn, i)
             assert version is not None, "nothing happens between two calls of the core"
-            core.index.versions.tiers[version.ref.slot] = Tier.DEVICE
             meta = run.describe(index, self.epoch, quality)
             self.tier.keep(Place(version.ref.slot, version.ref.generation), slot, meta)
             core.written(txn, i, None, now)
