@@ -11,7 +11,7 @@ import numpy.typing as npt
 import kvstore.polling  # noqa: F401 - before anything that imports grpc
 from engine.edge import EdgeShard
 from engine.pool import KVPool
-from kvstore.clock import MonotonicClock
+from kvstore.clock import Clock, MonotonicClock
 from kvstore.hashing import KeyChain
 from kvstore.lineage import Lineage
 from kvstore.nouns import (
@@ -34,9 +34,11 @@ TOKEN = "a token"
 BLOCKS = 20
 
 
-def edge_of(name: str, n_slots: int, epoch: Epoch = EPOCH) -> tuple[EdgeShard, KVPool]:
+def edge_of(
+    name: str, n_slots: int, epoch: Epoch = EPOCH, clock: Clock | None = None
+) -> tuple[EdgeShard, KVPool]:
     pool = KVPool(LAYOUT, n_slots)
-    edge = EdgeShard(name, SPEC, epoch, pool, PoolSlots(n_slots), MonotonicClock())
+    edge = EdgeShard(name, SPEC, epoch, pool, PoolSlots(n_slots), clock or MonotonicClock())
     edge.open(NAMESPACE, "default")
     return edge, pool
 
