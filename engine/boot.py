@@ -22,6 +22,7 @@ import structlog
 from engine.background import Background
 from engine.edge import EdgeShard
 from engine.edge_move import Pulled, pull
+from engine.edge_watch import EdgeWatch
 from engine.engine import Engine
 from engine.local_run import LocalRun
 from engine.onboard import Onboarding
@@ -67,6 +68,7 @@ class Worker:
     loading: asyncio.Semaphore
     reach: Reach
     edge: EdgeShard | None = None  # None: the pool keeps nothing when a sequence ends
+    edge_watch: EdgeWatch | None = None
     edge_server: ShardServer | None = None
     role_counters: Counter[str] = field(default_factory=Counter)
 
@@ -147,6 +149,8 @@ class Worker:
         """Finish what runs in the background within `timeout_s`, then end engine and store connections."""
         if self.edge_server is not None:
             await self.edge_server.stop(_EDGE_GRACE_S)
+        if self.edge_watch is not None:
+            await self.edge_watch.close()
         await self.background.close(timeout_s)
         await self.loop.close()
         if self.edge is not None:
@@ -226,12 +230,14 @@ def assemble(
     publish_limits = PublishLimits(
         inflight_nbytes_max=limits.publish_inflight_nbytes_max, timeout_s=limits.publish_timeout_s
     )
-    edge = None
+    edge = edge_watch = None
     if config.engine.local_cache:
         edge = EdgeShard(
             config.worker_id, spec, epoch, engine.pool, engine.slots, clock, min_quality=config.min_quality
         )
         edge.start()
+        edge_watch = EdgeWatch(edge, store)
+        edge_watch.start()
     loop = WorkerLoop(engine, thread, waiting_max=limits.requests_max, edge=edge)
     loop.start()
     return Worker(
@@ -246,6 +252,7 @@ def assemble(
         loading=asyncio.Semaphore(limits.loading_max),
         reach=reach or _over_grpc(config),
         edge=edge,
+        edge_watch=edge_watch,
     )
 
 

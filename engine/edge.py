@@ -37,10 +37,12 @@ from kvstore.errors import KVStrataError
 from kvstore.frame import HEADER_NBYTES
 from kvstore.hashing import KeyChain
 from kvstore.nouns import (
+    DROP,
     OFFERS_MAX,
     BlockMeta,
     BlockRef,
     Epoch,
+    EpochsOfModel,
     LeaseId,
     NamespaceId,
     NamespaceSpec,
@@ -50,6 +52,7 @@ from kvstore.nouns import (
     Snapshot,
     Tier,
     TxnId,
+    allow_stale,
 )
 from kvstore.tiers.base import Place
 from kvstore.tiers.device import DeviceTier, PagedPool
@@ -82,6 +85,7 @@ class EdgeShard:
         min_quality: Quality = Quality.LOSSLESS,
     ) -> None:
         self.counters: Counter[str] = Counter()
+        self.opened = asyncio.Event()  # set when a namespace is opened that was not
         self.spec = spec
         self.epoch = epoch
         self.min_quality = min_quality
@@ -152,7 +156,27 @@ class EdgeShard:
     def open(self, namespace: NamespaceId, tenant: str) -> None:
         """Under the id that the store made: keys are the same here and there. Idempotent. Raises OverLimit,
         ConfigError."""
+        known = len(self.driver.core.index.spaces)
         self.driver.core.open_namespace(namespace, Namespace(self.spec.model_id, self.spec.layout, tenant))
+        if len(self.driver.core.index.spaces) > known:
+            self.opened.set()
+
+    def namespaces(self) -> list[NamespaceId]:
+        return list(self.driver.core.index.spaces)
+
+    def follow(self, known: EpochsOfModel) -> None:
+        """Be told what a shard of the store knows of our model's epochs: what is dropped there is dropped
+        here, and nothing more of it is lent or kept. Raises EpochConflict if a number has other weights
+        there."""
+        core, model_id = self.driver.core, self.spec.model_id
+        numbers = {epoch.number for epoch in known.registered}
+        for epoch in known.registered:
+            core.register_epoch(model_id, epoch)
+        if known.oldest in numbers:
+            core.advance_epoch(model_id, known.oldest, DROP)
+        if known.current in numbers:
+            core.advance_epoch(model_id, known.current, allow_stale(known.stale_lag_max))
+        self.driver.reap()
 
     def keep(self, run: LocalRun, indexes: Sequence[int], slots: Sequence[int], quality: Quality) -> None:
         """Commit full blocks of a running sequence under the slots they lie in. What is here already, as good
@@ -229,8 +253,7 @@ class EdgeShard:
     async def forget(self, namespace: NamespaceId | None = None, epoch: int | None = None) -> int:
         """Drop what is kept here, of one namespace or all: it was deleted elsewhere, or is to be read anew.
         What runs goes on with what it was lent. How many blocks went."""
-        known = [namespace] if namespace is not None else list(self.driver.core.index.spaces)
-        opened = [space for space in known if space in self.driver.core.index.spaces]
+        opened = [space for space in self.namespaces() if namespace in (None, space)]
         purged = [
             await self.driver.purge(Purge(space, None, epoch), timeout_s=PURGE_TIMEOUT_S) for space in opened
         ]

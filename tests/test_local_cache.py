@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine.boot import Worker
 from engine.engine import Engine
 from engine.monolithic import generate
 from engine.types import GenerationRequest
@@ -22,6 +22,7 @@ from kvstore.core.versions import State
 from kvstore.errors import OverLimit
 from kvstore.hashing import KeyChain
 from kvstore.nouns import DROP, Epoch, Quality, Tier, WeightsDigest, allow_stale
+from kvstore.transport.base import Purge
 from tests.role_parts import (
     BLOCK_TOKENS,
     CACHING,
@@ -48,10 +49,10 @@ def kept_of(pair: Pair, worker: int) -> list[tuple[int, Epoch, Quality]]:
     return sorted((v.chain_index, v.epoch, v.quality) for v in rows)
 
 
-async def waits(worker: Worker, requests: int) -> None:
-    """Until so many stand in the engine's queue."""
+async def until(said: Callable[[], bool]) -> None:
+    """Turns of the event loop until it is so: what nobody tells of."""
     async with asyncio.timeout(WAIT_S):
-        while worker.loop.waiting < requests:  # noqa: ASYNC110 - nobody tells of it
+        while not said():  # noqa: ASYNC110
             await asyncio.sleep(0)
 
 
@@ -205,10 +206,10 @@ async def test_a_recalled_prefix_is_computed(folder: Path, alone: Alone) -> None
         await pair.prefill.prefill(held)  # parked: 8 of 24 slots
         worker = pair.workers[0]
         big = asyncio.create_task(pair.prefill.prefill(request(prompt(150, 1), name="big", max_tokens=3)))
-        await waits(worker, 1)
+        await until(lambda: worker.loop.waiting == 1)
         late = request(shared + prompt(20, 3), name="late", max_tokens=4)
         waiting = asyncio.create_task(pair.prefill.prefill(late))
-        await waits(worker, 2)
+        await until(lambda: worker.loop.waiting == 2)
         await pair.prefill.abort("held", 1)
         assert (await big).event.finish is None
         await pair.prefill.abort("big", 1)
@@ -286,7 +287,9 @@ async def test_a_dropped_epoch_is_not_served_from_the_pool(folder: Path) -> None
 
 
 @pytest.mark.parametrize("seed", range(2))
-async def test_churn_with_aborts_keeps_every_slot_and_every_token(folder: Path, seed: int) -> None:
+async def test_churn_with_aborts_keeps_every_slot_and_every_token(
+    folder: Path, alone: Alone, seed: int
+) -> None:
     """Random requests over few prefixes in a pool much too small, some given up at any moment."""
     draw = random.Random(seed)
     async with pair_over(folder, [shard()], engine=SMALL, admit_timeout_s=60.0) as pair:
@@ -336,3 +339,55 @@ async def test_room_that_even_an_empty_pool_lacks_is_refused_and_nothing_evicted
         assert kept_of(pair, 0) == kept
         await pair.prefill.abort("held", 1)
         await pair.assert_nothing_held()
+
+
+@pytest.mark.parametrize("epoch", [None, 1])
+async def test_what_is_purged_from_the_store_goes_from_the_pools(folder: Path, epoch: int | None) -> None:
+    """Promise: what was deleted stays deleted, also where a worker had it near."""
+    drivers = [shard("s0"), shard("s1")]
+    async with pair_over(folder, drivers, engine=CACHING) as pair:
+        await pair.generate(request(prompt(64), name="a"))
+        await settle(pair)
+        assert kept_of(pair, 0)
+        assert kept_of(pair, 1)
+        for driver in drivers:
+            for space in list(driver.core.index.spaces):
+                await driver.purge(Purge(space, None, epoch), timeout_s=5.0)
+        await until(lambda: kept_of(pair, 0) == kept_of(pair, 1) == [])
+        first = await pair.prefill.prefill(request(prompt(64), name="b"))
+        assert first.stats.cached_tokens == 0
+
+
+async def test_an_epoch_dropped_in_the_store_is_dropped_in_the_pools(folder: Path) -> None:
+    """Promise 3: also for decode, which asks the store for nothing that lies near."""
+    driver = shard()
+    async with pair_over(folder, [driver], engine=CACHING) as pair:
+        await pair.generate(request(prompt(64), name="a"))
+        await settle(pair)
+        await driver.register_epoch("tiny", Epoch(9, WeightsDigest(b"weights of later")), timeout_s=5.0)
+        await driver.advance_epoch("tiny", 9, DROP, timeout_s=5.0)
+        for worker in pair.workers:
+            assert worker.edge is not None
+            epochs = worker.edge.driver.core.epochs
+            await until(partial(lambda known: known.of("tiny").oldest == 9, epochs))
+            session = await worker.store.session("default")
+            assert session is not None
+            chain = KeyChain(session.namespace, BLOCK_TOKENS)
+            chain.extend(prompt(64))
+            local = worker.lend(session, "default", chain, 8, "late")
+            assert local is not None
+            assert local.blocks == ()
+            local.abandon()
+
+
+async def test_a_shard_that_restarts_may_have_forgotten_a_purge_and_the_pools_forget(folder: Path) -> None:
+    async with pair_over(folder, [shard()], engine=CACHING) as pair:
+        await pair.generate(request(prompt(64), name="a"))
+        await settle(pair)
+        worker = pair.workers[0]
+        assert worker.edge_watch is not None
+        assert kept_of(pair, 0)
+        await worker.edge_watch._resync()
+        assert kept_of(pair, 0) == []
+        assert worker.edge is not None
+        assert worker.edge.counters["edge:resynced"] == 8
