@@ -119,5 +119,5 @@ class LocalRun:
             placement=chain.placement(index),
             epoch=epoch,
             quality=quality,
-            fingerprint=self._edge.spec.layout.fingerprint,
+            fingerprint=self._edge.fingerprint,
         )
