@@ -130,6 +130,8 @@ def test_two_that_compute_the_same_keep_one_and_the_other_copy_goes(make_engine:
     for name, local in zip("ab", runs, strict=True):
         engine.release(name)
         local.end()
+        idle = edge.driver.core.index.idle_versions
+        assert idle == 5, "the copy that lost must not hold the one that won: two slots for one block"
     check(edge, engine)
     assert len(edge.tier.kept_slots()) == 5
     assert engine.free_blocks == 64 - 5
