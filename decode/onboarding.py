@@ -1,8 +1,9 @@
 """What the decode role does with a handoff: take over the KV that prefill left, recompute what is missing.
 
-The pinned blocks are read by reference, no look-up needed; the tail comes with the handoff. A block that is
-gone, corrupt or late ends the usable prefix; the engine computes everything behind it from the tokens. May be
-cancelled at any wait: what it took stands in the `Decoding`, and the role gives it back.
+What lies in the worker's own pool is used there. The pinned blocks behind it are read by reference, no
+look-up needed; the tail comes with the handoff. A block that is gone, corrupt or late ends the usable prefix;
+the engine computes everything behind it from the tokens. May be cancelled at any wait: what it took stands in
+the `Decoding`, and the role gives it back.
 """
 
 from __future__ import annotations
@@ -46,28 +47,40 @@ async def onboard_and_admit(worker: Worker, run: Decoding) -> None:
     run.session = await worker.store.session(run.handoff.request.tenant)
     chain = KeyChain(run.session.namespace if run.session else _NO_NAMESPACE, worker.info.layout.block_tokens)
     chain.extend(run.tokens)
+    owner = f"{worker.info.worker_id}/{run.request_id}/{run.attempt}"
     async with worker.turn_to_load():
-        onboarded = await _read(worker, run)
+        full = run.handoff.next_position // chain.block_tokens
+        run.local = worker.lend(run.session, run.handoff.request.tenant, chain, full, owner)
+        held = 0
+        if run.local is not None:
+            held, run.lineage = len(run.local.blocks), run.local.over(run.lineage)
+        onboarded = await _read(worker, run, held)
         run.chain, run.lineage = chain, onboarded.lineage
+        if run.local is not None:
+            run.local.will_keep(run.lineage, onboarded.origins)
         run.publication = worker.publisher.open(
             run.session,
             chain,
             run.lineage,
-            owner=f"{worker.info.worker_id}/{run.request_id}/{run.attempt}",
+            owner=owner,
             pin_for_s=None,
         )
-        tail = _usable_tail(run.handoff, len(onboarded.payloads), worker.info.layout, worker.role_counters)
+        tail = _usable_tail(
+            run.handoff, held + len(onboarded.payloads), worker.info.layout, worker.role_counters
+        )
         await worker.loop.admit(
             run.handoff.request,
             run,
+            local=run.local,
             blocks=onboarded.payloads,
             tail=tail,
             timeout_s=worker.limits.admit_timeout_s,
         )
 
 
-async def _read(worker: Worker, run: Decoding) -> Onboarded:
-    """The blocks that prefill pinned, as far as they arrive; what does not is counted by reason."""
+async def _read(worker: Worker, run: Decoding, held: int) -> Onboarded:
+    """The blocks that prefill pinned behind those `held` here, as far as they arrive; what does not is
+    counted by reason."""
     handoff, counters = run.handoff, worker.role_counters
     if run.session is None:
         onboarded = Onboarded(run.lineage, miss=MissReason.SHARD_UNAVAILABLE)
@@ -75,11 +88,13 @@ async def _read(worker: Worker, run: Decoding) -> Onboarded:
         onboarded = Onboarded(run.lineage, miss=MissReason.OTHER_NAMESPACE)
     else:
         onboarded = await worker.onboarding.read(
-            run.session, handoff.blocks, run.lineage, timeout_s=worker.limits.read_timeout_s
+            run.session, handoff.blocks[held:], run.lineage, timeout_s=worker.limits.read_timeout_s
         )
-    asked, used = handoff.next_position // worker.info.layout.block_tokens, len(onboarded.payloads)
-    counters["decode:onboarded_blocks"] += used
-    for reason, blocks in misses_of(asked, len(handoff.blocks), used, None, onboarded.miss).items():
+    asked, used = handoff.next_position // worker.info.layout.block_tokens, held + len(onboarded.payloads)
+    counters["decode:local_blocks"] += held
+    counters["decode:onboarded_blocks"] += len(onboarded.payloads)
+    there = max(held, len(handoff.blocks))
+    for reason, blocks in misses_of(asked, there, used, None, onboarded.miss).items():
         counters[f"decode:recomputed_{reason}"] += blocks
     return onboarded
 

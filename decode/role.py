@@ -10,6 +10,7 @@ go on says so in its last event (finish ERROR); the others go on. Who owns what:
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import structlog
 
@@ -20,7 +21,8 @@ from engine.aborted import AbortedAttempts
 from engine.boot import Worker
 from engine.types import Handoff, PollResult, TokenEvent, WorkerInfo
 from kvstore.errors import KVStrataError, OverLimit, Unavailable
-from kvstore.topology import Topology
+from kvstore.nouns import BlockKey
+from kvstore.topology import ShardEntry, Topology
 
 __all__ = ["DecodeRole"]
 
@@ -90,6 +92,18 @@ class DecodeRole:
     async def set_topology(self, topology: Topology) -> None:
         await self._worker.store.set_topology(topology)
 
+    async def pull(self, tenant: str, keys: Sequence[BlockKey], source: ShardEntry, timeout_s: float) -> int:
+        """Move blocks of a chain from another worker's pool into this one's; how many of `keys` lie here
+        then. What did not come is in the counters, and costs what it costs to compute."""
+        pulled = await self._worker.pull(tenant, keys, source, timeout_s)
+        for reason, blocks in pulled.misses.items():
+            self._counters[f"edge:not_pulled_{reason}"] += blocks
+        return pulled.held + pulled.blocks
+
+    async def forget_local(self) -> int:
+        """Drop the blocks kept in the engine's pool; how many. What runs goes on with those it was lent."""
+        return 0 if self._worker.edge is None else await self._worker.edge.forget()
+
     async def drain(self, timeout_s: float) -> bool:
         """Take no more work; wait for what runs. False: time was up, and what was left ended in an error."""
         self._draining = True
@@ -151,6 +165,8 @@ class DecodeRole:
         if run.task is not None and run.task is not asyncio.current_task():
             run.task.cancel()
         self._worker.loop.release(run.request_id, run.attempt)
+        if run.local is not None:
+            run.local.abandon()
         self._give_back_leases(run)
         self._gone.set()
 

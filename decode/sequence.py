@@ -13,6 +13,7 @@ from typing import Any
 
 import structlog
 
+from engine.local_run import LocalRun
 from engine.publisher import Publication
 from engine.store_link import Leases
 from engine.types import CompletedBlock, FinishReason, Handoff, TokenEvent
@@ -36,6 +37,7 @@ class Decoding:
     task: asyncio.Task[None] | None = None  # onboards and admits
     session: StoreSession | None = None
     chain: KeyChain | None = None
+    local: LocalRun | None = None  # its share of the worker's own pool
     publication: Publication | None = None
     ended: bool = False
 

@@ -37,6 +37,8 @@ class Role(Protocol):
 
     async def set_topology(self, topology: Topology) -> None: ...
 
+    async def forget_local(self) -> int: ...
+
     async def drain(self, timeout_s: float) -> bool: ...
 
     async def close(self) -> None: ...
@@ -68,6 +70,9 @@ class WorkerActor(ABC, Generic[R]):
 
     async def set_topology(self, topology: Topology) -> None:
         await (await self._role()).set_topology(topology)
+
+    async def forget_local(self) -> int:
+        return await (await self._role()).forget_local()
 
     async def drain(self, timeout_s: float) -> bool:
         """Finish what runs, then end the engine and the store's connections: it may be killed after."""

@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -20,7 +20,11 @@ from typing import Final
 import structlog
 
 from engine.background import Background
+from engine.edge import EdgeShard
+from engine.edge_move import Pulled, pull
+from engine.edge_watch import EdgeWatch
 from engine.engine import Engine
+from engine.local_run import LocalRun
 from engine.onboard import Onboarding
 from engine.publisher import Publisher, PublishLimits
 from engine.registry import resolve_model
@@ -30,12 +34,21 @@ from engine.worker import EngineThread, WorkerLoop
 from engine.worker_config import RoleLimits, WorkerConfig
 from kvstore.client import StoreClient
 from kvstore.clock import Clock, MonotonicClock
-from kvstore.errors import OverLimit
-from kvstore.nouns import Epoch, NamespaceSpec
+from kvstore.errors import ConfigError, OverLimit, Unavailable
+from kvstore.hashing import KeyChain
+from kvstore.nouns import BlockKey, Epoch, NamespaceSpec
+from kvstore.server import ServerConfig, ShardServer
+from kvstore.session import StoreSession
+from kvstore.topology import ShardEntry
+from kvstore.transport.base import ShardTransport
+from kvstore.transport.grpc.client import GrpcTransport
 
 __all__ = ["Worker", "assemble", "boot"]
 
+Reach = Callable[[ShardEntry], ShardTransport]
+"""How another worker's edge shard is spoken to."""
 _WARM_UP_TOKENS: Final = 64
+_EDGE_GRACE_S: Final = 1.0
 
 log = structlog.get_logger(__name__)
 
@@ -53,6 +66,10 @@ class Worker:
     onboarding: Onboarding
     publisher: Publisher
     loading: asyncio.Semaphore
+    reach: Reach
+    edge: EdgeShard | None = None  # None: the pool keeps nothing when a sequence ends
+    edge_watch: EdgeWatch | None = None
+    edge_server: ShardServer | None = None
     role_counters: Counter[str] = field(default_factory=Counter)
 
     @asynccontextmanager
@@ -69,6 +86,41 @@ class Worker:
         finally:
             self.loading.release()
 
+    def lend(
+        self, session: StoreSession | None, tenant: str, chain: KeyChain, blocks_max: int, owner: str
+    ) -> LocalRun | None:
+        """What of a sequence's chain lies in this worker's pool, and its way to leave blocks there. None
+        without an edge shard, and while the store is away: it makes the namespace that keys are of."""
+        if self.edge is None or session is None:
+            return None
+        return self.edge.lend(session.namespace, tenant, chain, blocks_max, owner)
+
+    async def pull(
+        self, tenant: str, keys: Sequence[BlockKey], source: ShardEntry, timeout_s: float
+    ) -> Pulled:
+        """`keys`, a chain from its first block on, out of another worker's pool into this one. Raises
+        Unavailable without a local cache, or while the store is away."""
+        session = await self.store.session(tenant)
+        if self.edge is None or session is None:
+            raise Unavailable(
+                f"worker {self.info.worker_id} cannot take blocks: set engine.local_cache = true, and see "
+                "that the store can be reached"
+            )
+        transport = self.reach(source)
+        try:
+            return await pull(self.edge, transport, session.namespace, tenant, keys, timeout_s=timeout_s)
+        finally:
+            await transport.close()
+
+    async def serve_edge(self, host: str, token: str | None) -> None:
+        """Let other workers read the pool, from here on at `info.edge_address`. Raises ConfigError."""
+        if self.edge is None:
+            raise ConfigError(
+                "edge_host serves the local cache: set engine.local_cache = true, or leave it out"
+            )
+        self.edge_server = ShardServer(self.edge.driver, ServerConfig(host, token=token))
+        self.info = replace(self.info, edge_address=await self.edge_server.start())
+
     def counters(self) -> dict[str, float]:
         """Counters of engine, role and store client, merged; "gauge:..." are as they stand now."""
         parts = (
@@ -78,6 +130,7 @@ class Worker:
             self.store.counters,
             self.store.client_counters,
             self.role_counters,
+            self.edge.counters if self.edge is not None else Counter[str](),
         )
         merged: Counter[str] = Counter()
         for part in parts:
@@ -88,13 +141,20 @@ class Worker:
             "gauge:held": self.loop.held,
             "gauge:publishing_nbytes": self.publisher.inflight_nbytes,
             "gauge:background_tasks": len(self.background),
+            **(self.edge.gauges() if self.edge is not None else {}),
         }
         return {name: float(value) for name, value in {**merged, **gauges}.items()}
 
     async def close(self, timeout_s: float = 5.0) -> None:
         """Finish what runs in the background within `timeout_s`, then end engine and store connections."""
+        if self.edge_server is not None:
+            await self.edge_server.stop(_EDGE_GRACE_S)
+        if self.edge_watch is not None:
+            await self.edge_watch.close()
         await self.background.close(timeout_s)
         await self.loop.close()
+        if self.edge is not None:
+            await self.edge.close()
         await self.store.close()
 
 
@@ -110,6 +170,12 @@ async def boot(config: WorkerConfig, *, node_id: str = "", clock: Clock | None =
         raise
     connect: Connect = partial(StoreClient.connect, token=config.token, tls=config.store_tls)
     worker = assemble(config, engine, thread, connect, node_id=node_id, clock=clock)
+    if config.edge_host is not None:
+        try:
+            await worker.serve_edge(config.edge_host, config.token)
+        except BaseException:
+            await worker.close()
+            raise
     log.info("worker ready", worker=config.worker_id, model=worker.info.model_id, pid=worker.info.pid)
     return worker
 
@@ -133,8 +199,10 @@ def assemble(
     *,
     node_id: str = "",
     clock: Clock | None = None,
+    reach: Reach | None = None,
 ) -> Worker:
-    """The parts around a loaded engine, the loop started. `connect` makes the store's client."""
+    """The parts around a loaded engine, the loop started. `connect` makes the store's client, `reach` the
+    transport to another worker's pool (None: gRPC)."""
     limits, clock = config.limits, clock or MonotonicClock()
     info = WorkerInfo(
         worker_id=config.worker_id,
@@ -146,11 +214,13 @@ def assemble(
         node_id=node_id,
     )
     background = Background()
+    spec = NamespaceSpec(info.model_id, engine.layout, engine.tokenizer.digest)
+    epoch = Epoch(config.epoch_number, engine.weights_digest)
     store = StoreLink(
         connect,
         config.topology,
-        NamespaceSpec(info.model_id, engine.layout, engine.tokenizer.digest),
-        Epoch(config.epoch_number, engine.weights_digest),
+        spec,
+        epoch,
         background,
         clock,
         min_quality=config.min_quality,
@@ -160,7 +230,15 @@ def assemble(
     publish_limits = PublishLimits(
         inflight_nbytes_max=limits.publish_inflight_nbytes_max, timeout_s=limits.publish_timeout_s
     )
-    loop = WorkerLoop(engine, thread, waiting_max=limits.requests_max)
+    edge = edge_watch = None
+    if config.engine.local_cache:
+        edge = EdgeShard(
+            config.worker_id, spec, epoch, engine.pool, engine.slots, clock, min_quality=config.min_quality
+        )
+        edge.start()
+        edge_watch = EdgeWatch(edge, store)
+        edge_watch.start()
+    loop = WorkerLoop(engine, thread, waiting_max=limits.requests_max, edge=edge)
     loop.start()
     return Worker(
         info=info,
@@ -172,4 +250,12 @@ def assemble(
         onboarding=Onboarding(store, background),
         publisher=Publisher(store, background, publish_limits),
         loading=asyncio.Semaphore(limits.loading_max),
+        reach=reach or _over_grpc(config),
+        edge=edge,
+        edge_watch=edge_watch,
     )
+
+
+def _over_grpc(config: WorkerConfig) -> Reach:
+    credentials = config.store_tls.channel_credentials() if config.store_tls else None
+    return lambda entry: GrpcTransport(entry.shard, entry.address, config.token, credentials)

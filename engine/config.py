@@ -47,6 +47,11 @@ class EngineConfig(BaseModel):
     pool_blocks: int | None = Field(
         None, ge=1, description="Memory for KV, in blocks. When given, pool_nbytes is not used"
     )
+    local_cache: bool = Field(
+        True,
+        description="Full blocks stay in the pool when their sequence ends, and later ones with the same "
+        "prefix use them in place, until their slots are needed. Costs no memory: the pool is the pool",
+    )
     step_tokens_max: int = Field(
         512,
         ge=1,

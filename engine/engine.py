@@ -1,6 +1,7 @@
 """The engine: sequences in, tokens and full blocks out, one step at a time. It knows nothing of stores.
 
-    admit(request, blocks, tail)   take all slots the request can ever need; copy in what others computed
+    admit(request, lent, ...)      take all slots the request can ever need, but for those it is lent; copy in
+                                   what others computed
     step()                         one forward pass: a row of every decoding sequence, then chunks of
                                    prompts within the token budget; draw tokens; copy out what became full
     take_tail(id), release(id)     what a handoff takes along; give the slots back
@@ -14,6 +15,8 @@ Synchronous and owned by one thread. What a step costs: docs/benchmarks.md.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Self
@@ -39,10 +42,10 @@ from engine.sequence import Sequence
 from engine.tokenizer import Tokenizer
 from engine.types import CompletedBlock, GenerationRequest, StepResult, TailKV, TokenEvent
 from engine.weights import DTYPES, Weights, load_weights
-from kvstore.core.slots import SlotTable
 from kvstore.errors import ConfigError, CorruptBlock, OverLimit
 from kvstore.frame import payload_checksum
 from kvstore.nouns import KVLayout, MissReason
+from kvstore.tiers.pool_slots import PoolSlots
 
 __all__ = ["Engine"]
 
@@ -77,8 +80,8 @@ class Engine:
         self._attention: AttentionBackend = (
             FixedSplitAttention(model_config.heads) if config.batch_invariant else SdpaAttention()
         )
-        self._pool = KVPool(self.layout, n_slots)
-        self._slots = SlotTable(n_slots)
+        self.pool = KVPool(self.layout, n_slots)
+        self.slots = PoolSlots(n_slots)
         self._sequences: dict[str, Sequence] = {}  # in the order of admission
 
     @classmethod
@@ -92,7 +95,8 @@ class Engine:
 
     @property
     def free_blocks(self) -> int:
-        return self._slots.n_free
+        """Slots that are nobody's. Those of idle blocks of the edge shard are not among them."""
+        return self.slots.n_free
 
     @property
     def running(self) -> int:
@@ -107,44 +111,51 @@ class Engine:
         """Would it fit an empty engine? If not, waiting does not help."""
         return len(request.prompt_ids) + len(request.output_ids) < self.max_model_len
 
-    def can_admit(self, request: GenerationRequest, *, hold: bool = False) -> bool:
-        """Does it fit now? `admit` with the same arguments then does not raise OverLimit."""
+    def can_admit(self, request: GenerationRequest, *, hold: bool = False, lent: int = 0) -> bool:
+        """Does it fit now, if so many slots are lent to it? `admit` with the same then does not raise
+        OverLimit."""
         return (
             self.can_ever_admit(request)
             and self.running < self.config.running_max
-            and self._slots.can_allocate(self._blocks_needed(request, hold))
+            and self.slots.can_allocate(self.blocks_needed(request, hold=hold) - lent)
         )
 
     def admit(
         self,
         request: GenerationRequest,
         *,
+        lent: Seq[int] = (),
         blocks: Seq[Payload] = (),
         tail: TailKV | None = None,
         hold: bool = False,
-    ) -> None:
-        """Take a request in. Its prompt, and the output it may already have, are computed by the next steps
-        but for what is onboarded: `blocks` are verified payloads of chain index 0 and on, `tail` the KV
-        right behind them. With `hold` the sequence parks after its next token until `release`.
+        keep: bool = False,
+    ) -> tuple[int, ...]:
+        """Take a request in; the slots of its chain. Its prompt, and the output it may already have, are
+        computed by the next steps but for what is there: `lent` are slots of full blocks of chain index 0 and
+        on, read in place and the caller's to take back after `release`; `blocks` are verified payloads of
+        those behind them, `tail` the KV right behind these. With `hold` the sequence parks after its next
+        token until `release`; with `keep` it holds its slots until then when it has ended, too.
 
         Raises OverLimit if it does not fit (nothing is taken), CorruptBlock for a tail that does not match
         its checksum, ValueError for what no correct caller passes.
         """
-        self._check_request(request, blocks, tail)
-        if not self.can_admit(request, hold=hold):
+        self._check_request(request, lent, blocks, tail)
+        if not self.can_admit(request, hold=hold, lent=len(lent)):
             raise self._over_limit(request, hold)
-        slots = self._slots.allocate(self._blocks_needed(request, hold), request.request_id)
+        needed = self.blocks_needed(request, hold=hold) - len(lent)
+        own = self.slots.allocate(needed, request.request_id, after=lent[-1] if lent else None)
         try:
-            sequence = self._new_sequence(request, tuple(slots), hold)
+            sequence = self._new_sequence(request, (*lent, *own), len(lent), hold, keep)
             self._onboard(sequence, blocks, tail)
         except BaseException:
-            self._slots.free(slots)
+            self.slots.give_back(own)
             raise
         self._sequences[request.request_id] = sequence
+        return sequence.slots
 
     def step(self) -> StepResult:
         """Compute one batch. Empty if there is no work. A sequence that ended has left the engine when its
-        last event is returned, unless it was admitted with `hold`."""
+        last event is returned, unless it was admitted with `hold` or `keep`."""
         chunks = self._schedule()
         if not chunks:
             return StepResult()
@@ -160,33 +171,35 @@ class Engine:
         if sequence is None or sequence.computed % self.config.block_tokens == 0:
             return None
         block, tokens = divmod(sequence.computed, self.config.block_tokens)
-        payload = self._pool.read_tail(sequence.slots[block], tokens)
+        payload = self.pool.read_tail(sequence.slots[block], tokens)
         return TailKV(tokens, payload, payload_checksum(payload.data))
 
     def release(self, request_id: str) -> None:
-        """Forget a sequence and free its slots, wherever it stands. Does nothing if it is not there."""
+        """Forget a sequence and give back its own slots, wherever it stands: free, unless they are kept by
+        the edge shard. Does nothing if it is not there."""
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
-            self._slots.free(sequence.slots)
+            self.slots.give_back(sequence.own_slots)
 
-    def check_integrity(self) -> None:
-        """Independent walk: every slot is free or held by exactly the sequence that names it."""
-        self._slots.check_integrity()
-        for request_id, sequence in self._sequences.items():
-            assert self._slots.owned_by(request_id) == sorted(sequence.slots), request_id
-        held = sum(len(sequence.slots) for sequence in self._sequences.values())
-        assert self._slots.n_free + held == len(self._slots), "a slot has an owner that is not here"
+    def check_integrity(self, lent: Seq[int] = (), kept: Collection[int] = ()) -> None:
+        """Independent walk: every slot is free, or used by exactly the sequences that name it, those that
+        were `lent` counted where they were, or kept by the edge shard."""
+        own = (slot for sequence in self._sequences.values() for slot in sequence.own_slots)
+        self.slots.check_integrity(Counter(own) + Counter(lent), kept)
 
     # Admission
 
-    def _blocks_needed(self, request: GenerationRequest, hold: bool) -> int:
-        """The worst case. The last token of all is drawn but never computed."""
+    def blocks_needed(self, request: GenerationRequest, *, hold: bool = False) -> int:
+        """Slots in the worst case, lent ones included. The last token of all is drawn but never computed.
+        From any thread."""
         known = len(request.prompt_ids) + len(request.output_ids)
         final = min(len(request.prompt_ids) + request.sampling.max_tokens, self.max_model_len)
         tokens = known if hold else max(known, final - 1)
         return -(-tokens // self.config.block_tokens)
 
-    def _check_request(self, request: GenerationRequest, blocks: Seq[Payload], tail: TailKV | None) -> None:
+    def _check_request(
+        self, request: GenerationRequest, lent: Seq[int], blocks: Seq[Payload], tail: TailKV | None
+    ) -> None:
         name, known = request.request_id, len(request.prompt_ids) + len(request.output_ids)
         if name in self._sequences:
             raise ValueError(f"request {name} is in this engine already: release it first")
@@ -198,41 +211,49 @@ class Engine:
         lowest = min(*request.prompt_ids, *request.output_ids, 0)
         if lowest < 0 or highest >= self.model_config.vocab_size:
             raise ValueError(f"request {name} has token ids outside 0..{self.model_config.vocab_size - 1}")
-        onboarded = len(blocks) * self.config.block_tokens + (tail.tokens if tail else 0)
+        size = self.config.block_tokens
+        if len(lent) * size >= known:
+            raise ValueError(f"request {name} of {known} tokens would write into the last block lent to it")
+        onboarded = (len(lent) + len(blocks)) * size + (tail.tokens if tail else 0)
         if onboarded > known or (tail and not 0 < tail.tokens < self.config.block_tokens):
             raise ValueError(f"request {name} has {known} tokens, KV of {onboarded} was given")
 
     def _over_limit(self, request: GenerationRequest, hold: bool) -> OverLimit:
-        known, needed = len(request.prompt_ids) + len(request.output_ids), self._blocks_needed(request, hold)
+        known = len(request.prompt_ids) + len(request.output_ids)
+        needed = self.blocks_needed(request, hold=hold)
         what = f"request {request.request_id} of {known} tokens"
         if known >= self.max_model_len:
             return OverLimit(f"{what} leaves no room for output: this engine takes {self.max_model_len}")
         return OverLimit(
-            f"{what} needs {needed} KV blocks of {self._slots.n_free} free and a place among "
+            f"{what} needs {needed} KV blocks of {self.slots.n_free} free and a place among "
             f"{self.config.running_max} running sequences ({self.running} taken): wait for others to end"
         )
 
-    def _new_sequence(self, request: GenerationRequest, slots: tuple[int, ...], hold: bool) -> Sequence:
+    def _new_sequence(
+        self, request: GenerationRequest, slots: tuple[int, ...], lent: int, hold: bool, keep: bool
+    ) -> Sequence:
         sampling = request.sampling
         return Sequence(
             request,
             slots=slots,
+            lent=lent,
             hold=hold,
+            keep=keep,
             tokens_max=min(len(request.prompt_ids) + sampling.max_tokens, self.max_model_len),
             eos_token_ids=self.model_config.eos_token_ids,
             detokenizer=IncrementalDetokenizer(self.tokenizer, sampling.stop) if sampling.stop else None,
         )
 
     def _onboard(self, sequence: Sequence, blocks: Seq[Payload], tail: TailKV | None) -> None:
-        for slot, payload in zip(sequence.slots, blocks, strict=False):
-            self._pool.write_block(slot, payload)
+        for slot, payload in zip(sequence.own_slots, blocks, strict=False):
+            self.pool.write_block(slot, payload)
         if tail is not None:
             if payload_checksum(tail.payload.data) != tail.checksum:
                 name = sequence.request.request_id
                 raise CorruptBlock(MissReason.CHECKSUM, f"the tail of request {name} does not match")
-            self._pool.write_tail(sequence.slots[len(blocks)], tail.payload, tail.tokens)
-        tokens = len(blocks) * self.config.block_tokens + (tail.tokens if tail else 0)
-        sequence.onboard(len(blocks), tokens)
+            self.pool.write_tail(sequence.own_slots[len(blocks)], tail.payload, tail.tokens)
+        full = sequence.lent + len(blocks)
+        sequence.onboard(full, full * self.config.block_tokens + (tail.tokens if tail else 0))
 
     # One step
 
@@ -255,8 +276,8 @@ class Engine:
         for sequence, rows in chunks:
             segments.append(Segment(row, rows, sequence.computed, sequence.slots))
             row += rows
-        plan = self._attention.plan(segments, self._pool)
-        hidden = self._model.forward(self._step_input(chunks, row), self._pool, plan)
+        plan = self._attention.plan(segments, self.pool)
+        hidden = self._model.forward(self._step_input(chunks, row), self.pool, plan)
         drawing = [
             (sequence, segment.row + segment.rows - 1)
             for (sequence, rows), segment in zip(chunks, segments, strict=True)
@@ -290,7 +311,7 @@ class Engine:
         request = sequence.request
         return [
             CompletedBlock(
-                request.request_id, request.attempt, index, self._pool.read_block(sequence.slots[index])
+                request.request_id, request.attempt, index, self.pool.read_block(sequence.slots[index])
             )
             for index in sequence.advance(rows, self.config.block_tokens)
         ]
@@ -302,7 +323,7 @@ class Engine:
             )
         else:
             event = sequence.append(token_id)
-        if sequence.hold:
+        if sequence.hold or (sequence.keep and event.finish is not None):
             sequence.parked = True
         elif event.finish is not None:
             self.release(sequence.request.request_id)

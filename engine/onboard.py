@@ -22,7 +22,7 @@ from engine.store_link import StoreLink
 from kvstore.answers import BlockMiss, Match, VerifiedBlock
 from kvstore.errors import KVStrataError
 from kvstore.lineage import Lineage
-from kvstore.nouns import BlockKey, MissReason, PinnedBlock
+from kvstore.nouns import BlockKey, Epoch, MissReason, PinnedBlock, Quality
 from kvstore.session import StoreSession
 
 __all__ = ["Onboarded", "Onboarding", "misses_of"]
@@ -32,15 +32,18 @@ log = structlog.get_logger(__name__)
 
 @dataclass(slots=True)
 class Onboarded:
-    """`payloads[i]` is chain block i, verified. `lineage` has absorbed every one of them."""
+    """`payloads[i]` is the i-th block that was asked for, verified, `origins[i]` what it was read as.
+    `lineage` has absorbed every one of them."""
 
     lineage: Lineage
     payloads: list[memoryview] = field(default_factory=list)
+    origins: list[tuple[Epoch, Quality]] = field(default_factory=list)
     epochs: set[int] = field(default_factory=set)
     miss: MissReason | None = None  # why it is not all that was asked for
 
     def take(self, block: VerifiedBlock) -> None:
         self.payloads.append(block.payload)
+        self.origins.append((block.epoch, block.quality))
         self.epochs.add(block.epoch.number)
         self.lineage = self.lineage.absorb(block.epoch, block.quality)
 

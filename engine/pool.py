@@ -4,9 +4,9 @@
     block  [layer][k, v]      [token][kv_head][head_dim]     the same bytes outside: the frame's payload
 
 Layer first, so that a layer's keys of adjacent slots are one piece of memory that attention reads in place.
-The last axes are those of a frame: a block leaves or enters by one strided copy (1.5 MB: about 0.3 ms) and
-no bit changes on the way. Who owns a slot is the SlotTable's matter, the same one the store's tiers use:
-an allocation yields (slot, generation) and freeing with an old generation is an error of ours, at once.
+The last axes are those of a frame: a block leaves or enters by one strided copy (1.5 MB: about 0.3 ms) and no
+bit changes on the way. Who owns a slot is the matter of kvstore/tiers/pool_slots.py: a sequence's alone, or a
+full block's of the edge shard, which any number of sequences read and nobody writes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class KVPool:
-    """KV of `n_slots` blocks. One thread's; slots are handed out by the engine."""
+    """KV of `n_slots` blocks. The engine thread computes in it; a full block that is kept may be copied out
+    by any thread, and a slot of nobody else's be filled by any."""
 
     def __init__(self, layout: KVLayout, n_slots: int) -> None:
         self.layout = layout
@@ -57,9 +58,18 @@ class KVPool:
         rows = torch.tensor(taken).unsqueeze(1) * size + torch.arange(size)
         return rows.flatten()[skip : skip + count]
 
+    @property
+    def block_nbytes(self) -> int:
+        return self.layout.block_nbytes
+
     def read_block(self, slot: int) -> Bytes:
         """A copy of one block in the frame's layout: uint8 [block_nbytes]."""
         return self.read_tail(slot, self.layout.block_tokens)
+
+    def copy_out(self, slot: int, out: Bytes) -> None:
+        """The same into memory of the caller's."""
+        source = self._bytes[:, :, slot]
+        out.reshape(source.shape)[...] = source
 
     def write_block(self, slot: int, payload: memoryview | Bytes) -> None:
         """Fill a slot from a verified payload. ValueError unless it has exactly block_nbytes."""

@@ -1,7 +1,7 @@
 """One request on its way through the engine: its tokens, how far their KV is computed, when it ends.
 
     tokens    [ prompt .......................... | output .... ]
-    computed  [ onboarded blocks and tail | chunks ..... ]        KV is in the pool for these
+    computed  [ lent | onboarded blocks, tail | chunks . ]        KV is in the pool for these
     pending                                               [ ... ]  one: decode; more: prefill
 
 A sequence whose tokens are all computed has its next token drawn in that same step, so at least one token
@@ -19,7 +19,9 @@ __all__ = ["Sequence"]
 
 
 class Sequence:
-    """Mutable, the engine's own. `slots[i]` holds block i of the chain."""
+    """Mutable, the engine's own. `slots[i]` holds block i of the chain; the first `lent` of them are full
+    blocks of the edge shard's, shared and never written. With `keep` it stays, ended, until it is
+    released."""
 
     __slots__ = (
         "_detokenizer",
@@ -27,6 +29,8 @@ class Sequence:
         "_tokens_max",
         "computed",
         "hold",
+        "keep",
+        "lent",
         "onboarded_blocks",
         "parked",
         "request",
@@ -39,7 +43,9 @@ class Sequence:
         request: GenerationRequest,
         *,
         slots: tuple[int, ...],
+        lent: int,
         hold: bool,
+        keep: bool,
         tokens_max: int,
         eos_token_ids: Iterable[int],
         detokenizer: IncrementalDetokenizer | None,
@@ -47,7 +53,9 @@ class Sequence:
         self.request = request
         self.tokens = [*request.prompt_ids, *request.output_ids]
         self.slots = slots
+        self.lent = lent
         self.hold = hold
+        self.keep = keep
         self.parked = False
         self.computed = 0
         self.onboarded_blocks = 0
@@ -60,6 +68,11 @@ class Sequence:
         if detokenizer is not None:
             for token_id in request.output_ids:
                 detokenizer.push(token_id)
+
+    @property
+    def own_slots(self) -> tuple[int, ...]:
+        """Those that it gives back when it goes; the others are whose who lent them."""
+        return self.slots[self.lent :]
 
     @property
     def pending(self) -> int:

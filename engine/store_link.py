@@ -9,15 +9,25 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import structlog
 
 from engine.background import Background
 from kvstore.client import StoreClient
 from kvstore.clock import Clock
-from kvstore.errors import KVStrataError
-from kvstore.nouns import Epoch, LeaseId, NamespaceSpec, Quality, ShardId
+from kvstore.errors import KVStrataError, Unavailable
+from kvstore.merged_watch import Watch
+from kvstore.nouns import (
+    Epoch,
+    EpochsOfModel,
+    LeaseId,
+    NamespaceId,
+    NamespaceSpec,
+    Quality,
+    Revision,
+    ShardId,
+)
 from kvstore.session import StoreSession
 from kvstore.topology import Topology
 
@@ -89,6 +99,18 @@ class StoreLink:
             self._not_before, self._delay_s = self._clock.now(), self._retry_s
         if self._client is not None:
             await self._client.update_topology(topology)
+
+    def watch(self, namespaces: Sequence[NamespaceId], after: Mapping[ShardId, Revision]) -> Watch | None:
+        """Changes of these on all shards, resumed after what was seen. None: nothing is open yet."""
+        if self._client is None or not namespaces:
+            return None
+        return self._client.watch(namespaces, after=after or None)
+
+    async def epochs(self) -> dict[ShardId, EpochsOfModel]:
+        """What each shard knows of our model's. Raises Incomplete, or Unavailable before anything is open."""
+        if self._client is None:
+            raise Unavailable("the store was not reached yet: ask after a session is open")
+        return await self._client.epochs(self.spec.model_id)
 
     @property
     def _failing(self) -> bool:

@@ -147,6 +147,7 @@ class WorkerInfo:
     max_model_len: int
     pid: int
     node_id: str  # of the cluster's node it runs on; empty outside a cluster
+    edge_address: str = ""  # where other workers read its pool; empty: nowhere
 
 
 @dataclass(frozen=True, slots=True)

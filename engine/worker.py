@@ -7,6 +7,10 @@
 Every call of the engine runs in one thread of its own, so the engine needs no lock and the event loop goes
 on with store I/O while a step computes. A step in progress delays an admission or a release by at most that
 step. A step that raises fails the sequences that were running, each through its own sink; the loop goes on.
+
+With an edge shard (engine/edge.py) idle cached blocks make room for an admission, before it is asked whether
+it fits; a sequence's full blocks are told to its `LocalRun`, and its slots go back in the order engine, then
+edge.
 """
 
 from __future__ import annotations
@@ -18,13 +22,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import ParamSpec, Protocol, TypeVar
+from typing import Final, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import structlog
 
-from engine.types import CompletedBlock, GenerationRequest, StepResult, TailKV, TokenEvent
+from engine.edge import EdgeShard
+from engine.local_run import LocalRun
+from engine.types import CompletedBlock, FinishReason, GenerationRequest, StepResult, TailKV, TokenEvent
 from kvstore.errors import ConfigError, OverLimit
 
 __all__ = ["EngineThread", "SequenceSink", "SyncEngine", "WorkerLoop"]
@@ -33,24 +39,34 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Payload = memoryview | npt.NDArray[np.uint8]
 
+PEERS_LEASE_LOOK_S: Final = 0.25
+"""Between two looks for room while blocks of the pool may be pinned by other workers: nobody tells when they
+end."""
+
 log = structlog.get_logger(__name__)
 
 
 class SyncEngine(Protocol):
-    """What the loop asks of `engine.Engine`, always from the engine thread."""
+    """What the loop asks of `engine.Engine`, from the engine thread unless it says otherwise."""
 
     def can_ever_admit(self, request: GenerationRequest) -> bool: ...
 
-    def can_admit(self, request: GenerationRequest, *, hold: bool = False) -> bool: ...
+    def can_admit(self, request: GenerationRequest, *, hold: bool = False, lent: int = 0) -> bool: ...
+
+    def blocks_needed(self, request: GenerationRequest, *, hold: bool = False) -> int:
+        """From any thread."""
+        ...
 
     def admit(
         self,
         request: GenerationRequest,
         *,
+        lent: Sequence[int] = (),
         blocks: Sequence[Payload] = (),
         tail: TailKV | None = None,
         hold: bool = False,
-    ) -> None: ...
+        keep: bool = False,
+    ) -> tuple[int, ...]: ...
 
     def step(self) -> StepResult: ...
 
@@ -95,18 +111,23 @@ class _Admitted:
     attempt: int
     sink: SequenceSink
     hold: bool
+    local: LocalRun | None
     running: bool = False  # steps compute it: in the engine, and neither ended nor parked
 
 
 class WorkerLoop:
     """Lives on one event loop. `counters` are labelled "engine:..."."""
 
-    def __init__(self, engine: SyncEngine, thread: EngineThread, *, waiting_max: int) -> None:
+    def __init__(
+        self, engine: SyncEngine, thread: EngineThread, *, waiting_max: int, edge: EdgeShard | None = None
+    ) -> None:
         self.counters: Counter[str] = Counter()
         self.waiting = 0
         self._engine = engine
         self._thread = thread
         self._waiting_max = waiting_max
+        self._edge = edge
+        self._releasing = 0  # releases that the engine has not come to yet: their slots will be free
         self._admitted: dict[str, _Admitted] = {}
         self._turn = asyncio.Lock()  # admissions go in the order they came
         self._work = asyncio.Event()
@@ -140,24 +161,45 @@ class WorkerLoop:
         request: GenerationRequest,
         sink: SequenceSink,
         *,
+        local: LocalRun | None = None,
         blocks: Sequence[Payload] = (),
         tail: TailKV | None = None,
         hold: bool = False,
         timeout_s: float,
     ) -> None:
-        """Wait for room, then take the request in; from then on `sink` is told what it yields.
+        """Wait for room, then take the request in; from then on `sink` is told what it yields. `local` is the
+        loop's from here on, however this ends; if it was recalled meanwhile, `blocks` and `tail`, which stand
+        behind it, are not used either.
 
         Raises OverLimit when too many wait already or there is no room within `timeout_s`, ConfigError when
         it would not fit an empty engine either, and what Engine.admit raises. Then, and when cancelled,
         nothing is held.
         """
+        try:
+            await self._admit(request, sink, local, blocks, tail, hold, timeout_s)
+        except BaseException:
+            # Unless the engine was asked: then `local` ends behind what the engine does (`_released`).
+            if local is not None:
+                local.abandon()
+            raise
+
+    async def _admit(
+        self,
+        request: GenerationRequest,
+        sink: SequenceSink,
+        local: LocalRun | None,
+        blocks: Sequence[Payload],
+        tail: TailKV | None,
+        hold: bool,
+        timeout_s: float,
+    ) -> None:
         if self.waiting >= self._waiting_max:
             raise OverLimit(f"{self.waiting} requests wait for this engine already: try another, or later")
         self.waiting += 1
         try:
             async with asyncio.timeout(timeout_s), self._turn:
-                await self._wait_for_room(request, hold)
-                await self._take_in(request, sink, blocks, tail, hold)
+                await self._wait_for_room(request, local, hold)
+                await self._take_in(request, sink, local, blocks, tail, hold)
         except TimeoutError:
             raise OverLimit(
                 f"request {request.request_id} found no room in this engine within {timeout_s:.1f} s"
@@ -170,7 +212,9 @@ class WorkerLoop:
         admitted = self._admitted.get(request_id)
         if admitted is not None and admitted.attempt == attempt:
             del self._admitted[request_id]
-            self._thread.submit(self._engine.release, request_id).add_done_callback(self._released)
+            self._releasing += 1
+            released = self._thread.submit(self._engine.release, request_id)
+            released.add_done_callback(partial(self._released, admitted.local))
 
     async def settled(self) -> None:
         """Everything asked of the engine before this call, releases included, is done."""
@@ -181,7 +225,7 @@ class WorkerLoop:
 
     # -- admission ---------------------------------------------------------------------------------
 
-    async def _wait_for_room(self, request: GenerationRequest, hold: bool) -> None:
+    async def _wait_for_room(self, request: GenerationRequest, local: LocalRun | None, hold: bool) -> None:
         if not await self._thread.submit(self._engine.can_ever_admit, request):
             raise ConfigError(
                 f"request {request.request_id} of {len(request.prompt_ids)} prompt tokens and max_tokens "
@@ -190,14 +234,34 @@ class WorkerLoop:
             )
         while True:
             self._freed.clear()  # before asking: what is freed meanwhile must not be missed
-            if await self._thread.submit(self._engine.can_admit, request, hold=hold):
+            if not self._releasing:
+                self._make_room(request, local, hold)
+            lent = 0 if local is None else len(local.slots)
+            if await self._thread.submit(self._engine.can_admit, request, hold=hold, lent=lent):
                 return
+            if self._releasing or not self._make_room(request, local, hold):
+                await self._some_room()
+
+    def _make_room(self, request: GenerationRequest, local: LocalRun | None, hold: bool) -> bool:
+        """Idle blocks of the cache go, as many as are needed and if they are enough. Did anything change?"""
+        if self._edge is None:
+            return False
+        lent = 0 if local is None else len(local.slots)
+        return self._edge.make_room(self._engine.blocks_needed(request, hold=hold) - lent, local)
+
+    async def _some_room(self) -> None:
+        if self._edge is None:
             await self._freed.wait()
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PEERS_LEASE_LOOK_S):
+                await self._freed.wait()
 
     async def _take_in(
         self,
         request: GenerationRequest,
         sink: SequenceSink,
+        local: LocalRun | None,
         blocks: Sequence[Payload],
         tail: TailKV | None,
         hold: bool,
@@ -205,17 +269,36 @@ class WorkerLoop:
         earlier = self._admitted.get(request.request_id)
         if earlier is not None:
             self.release(request.request_id, earlier.attempt)
-        admitted = self._admitted[request.request_id] = _Admitted(request.attempt, sink, hold)
+        lent: Sequence[int] = ()
+        if local is not None:
+            local.handed_over = True
+            lent = tuple(local.slots)
+            if local.recalled:
+                blocks, tail = (), None
+        admitted = self._admitted[request.request_id] = _Admitted(request.attempt, sink, hold, local)
         try:
-            await self._thread.submit(self._engine.admit, request, blocks=blocks, tail=tail, hold=hold)
+            slots = await self._thread.submit(
+                self._engine.admit,
+                request,
+                lent=lent,
+                blocks=blocks,
+                tail=tail,
+                hold=hold,
+                keep=local is not None,
+            )
         except BaseException:
             # Cancelled while the thread was in admit: the release queued here runs after it.
             self.release(request.request_id, request.attempt)
             raise
+        if local is not None:
+            local.admitted(slots)
         admitted.running = True
         self._work.set()
 
-    def _released(self, future: asyncio.Future[None]) -> None:
+    def _released(self, local: LocalRun | None, future: asyncio.Future[None]) -> None:
+        self._releasing -= 1
+        if local is not None:
+            local.end()
         self._freed.set()
         if not future.cancelled() and (error := future.exception()) is not None:
             self.counters["engine:failed_releases"] += 1
@@ -244,8 +327,11 @@ class WorkerLoop:
         """Blocks before tokens: a sequence's last event finds all its blocks already handed over."""
         self.counters["engine:steps"] += 1
         self.counters["engine:tokens_computed"] += result.tokens_computed
+        damaged = {event.request_id for event in result.events if event.finish is FinishReason.ERROR}
         for block in result.blocks:
             if (admitted := self._current(block)) is not None:
+                if admitted.local is not None and block.request_id not in damaged:
+                    admitted.local.filled(block.chain_index)
                 self._tell(block.request_id, admitted, partial(admitted.sink.on_block, block))
         for event in result.events:
             if (admitted := self._current(event)) is None:
@@ -253,9 +339,15 @@ class WorkerLoop:
             if event.finish is not None or admitted.hold:
                 admitted.running = False
             if event.finish is not None and not admitted.hold:
-                del self._admitted[event.request_id]  # the engine has released it
-                self._freed.set()
+                self._ended(event.request_id, admitted)
             self._tell(event.request_id, admitted, partial(admitted.sink.on_token, event))
+
+    def _ended(self, request_id: str, admitted: _Admitted) -> None:
+        if admitted.local is not None:
+            self.release(request_id, admitted.attempt)  # the engine has kept its slots for that
+        else:
+            del self._admitted[request_id]  # the engine has released it
+            self._freed.set()
 
     def _tell(self, request_id: str, admitted: _Admitted, tell: Callable[[], None]) -> None:
         """A sink that raises is its own sequence's end, and nobody else's."""

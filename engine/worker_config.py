@@ -72,6 +72,11 @@ class WorkerConfig(BaseModel):
     topology: Topology = Field(description="The store's shards. Newer ones come by set_topology")
     token: str | None = Field(None, repr=False, description="What the shards ask a client for")
     store_tls: ClientTls | None = Field(None, description="PEM files to reach the shards with. None: no TLS")
+    edge_host: str | None = Field(
+        None,
+        description="Loopback address on which other workers of this host may read the pool (Worker.pull). "
+        "None: none may",
+    )
     epoch_number: int = Field(0, ge=0, description="Orders this set of weights among the model's others")
     min_quality: Quality = Field(
         Quality.LOSSLESS,

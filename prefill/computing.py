@@ -7,16 +7,17 @@ and the role gives it back.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
 from engine.boot import Worker
 from engine.onboard import Onboarded, misses_of
-from engine.types import FirstToken, Handoff, PrefillStats, TokenEvent
+from engine.types import CompletedBlock, FirstToken, Handoff, PrefillStats, TokenEvent
 from kvstore.answers import Match
 from kvstore.errors import DeadlineExceeded
 from kvstore.hashing import KeyChain
-from kvstore.nouns import MissReason, NamespaceId, PinnedBlock
+from kvstore.nouns import MissReason, NamespaceId, PinnedBlock, Tier
 from prefill.sequence import Prefilling
 
 __all__ = ["assemble_handoff", "compute_first_token"]
@@ -24,48 +25,91 @@ __all__ = ["assemble_handoff", "compute_first_token"]
 _NO_NAMESPACE: Final = NamespaceId(bytes(16))
 """Of a chain that was made while the store was away: none of its blocks leaves this process."""
 
+_EVICTED_THERE: Final = frozenset({MissReason.ABSENT, MissReason.OTHER_EPOCH, MissReason.LOW_QUALITY})
+"""Why the store's run may end before ours: it would take the blocks again. Any other reason it would not."""
+
 
 async def compute_first_token(worker: Worker, run: Prefilling) -> FirstToken:
-    """Onboard, admit, wait for the token. The time in the engine's queue counts as compute."""
+    """Look at home and in the store, onboard, admit, wait for the token. The time in the engine's queue
+    counts as compute."""
     run.session = await worker.store.session(run.request.tenant)
     chain = KeyChain(run.session.namespace if run.session else _NO_NAMESPACE, worker.info.layout.block_tokens)
     chain.extend(run.tokens)
     async with worker.turn_to_load():
-        stats = await _onboard_and_admit(worker, run, chain)
+        match, stats = await _onboard_and_admit(worker, run, chain)
     admitted = worker.clock.now()
+    await _publish_again(worker, run, match)
     event = await _drawn(worker, run)
     return FirstToken(event, replace(stats, compute_s=stats.compute_s + worker.clock.now() - admitted))
 
 
-async def _onboard_and_admit(worker: Worker, run: Prefilling, chain: KeyChain) -> PrefillStats:
-    """match -> read -> admit. The stats are whole but for the computing that begins now."""
+async def _onboard_and_admit(worker: Worker, run: Prefilling, chain: KeyChain) -> tuple[Match, PrefillStats]:
+    """What lies here -> match -> read the rest -> admit. The stats are whole but for the computing that
+    begins now. All is matched, also what lies here: decode may be elsewhere, and goes on from what is
+    pinned."""
     clock, limits = worker.clock, worker.limits
     started = clock.now()
+    usable = _usable_blocks(run, chain)
+    run.local = worker.lend(run.session, run.request.tenant, chain, usable, _owner(worker, run))
     match = await _match(worker, run, chain)
+    await _obey(worker, run, match)
+    held = 0 if run.local is None else len(run.local.blocks)
+    if run.local is not None:
+        run.lineage = run.local.over(run.lineage)
     matched = clock.now()
     onboarded = Onboarded(run.lineage)
     if run.session is not None:
         onboarded = await worker.onboarding.read(
-            run.session, match.blocks, run.lineage, timeout_s=limits.read_timeout_s
+            run.session, match.blocks[held:], run.lineage, timeout_s=limits.read_timeout_s
         )
     loaded = clock.now()
-    run.onboarded, run.lineage = tuple(match.blocks[: len(onboarded.payloads)]), onboarded.lineage
+    run.lineage = onboarded.lineage
     run.publication = worker.publisher.open(
         run.session, chain, run.lineage, owner=_owner(worker, run), pin_for_s=limits.lease_s
     )
+    if run.local is not None:
+        run.local.will_keep(run.lineage, onboarded.origins)
     await worker.loop.admit(
-        run.request, run, blocks=onboarded.payloads, hold=True, timeout_s=limits.admit_timeout_s
+        run.request,
+        run,
+        local=run.local,
+        blocks=onboarded.payloads,
+        hold=True,
+        timeout_s=limits.admit_timeout_s,
     )
-    return PrefillStats(
+    read = len(onboarded.payloads)
+    if run.local is not None and run.local.recalled:
+        held = read = 0
+    run.onboarded = tuple(match.blocks[: held + read])
+    by_tier = _by_tier(match.blocks[held : held + read], held, chain.block_tokens)
+    return match, PrefillStats(
         prompt_tokens=len(run.tokens),
-        cached_tokens=len(run.onboarded) * chain.block_tokens,
-        cached_by_tier=_by_tier(run.onboarded, chain.block_tokens),
-        misses=_misses(run, chain, match, onboarded),
+        cached_tokens=sum(by_tier.values()),
+        cached_by_tier=by_tier,
+        misses=dict(misses_of(usable, max(held, len(match.blocks)), held + read, match.miss, onboarded.miss)),
         epochs=tuple(sorted({worker.store.epoch.number, *onboarded.epochs})),
         lookup_s=matched - started,
         load_s=loaded - matched,
         compute_s=clock.now() - loaded,
     )
+
+
+async def _obey(worker: Worker, run: Prefilling, match: Match) -> None:
+    """A dropped epoch is dropped here too: nothing more of it is served."""
+    if match.miss is MissReason.DROPPED_EPOCH and worker.edge is not None and run.local is not None:
+        run.local.give_up()
+        await worker.edge.forget(run.local.namespace, worker.store.epoch.number)
+
+
+async def _publish_again(worker: Worker, run: Prefilling, match: Match) -> None:
+    """Blocks that lie here and the store has lost: decode reads them there. The engine computes meanwhile."""
+    local, edge = run.local, worker.edge
+    if local is None or edge is None or run.publication is None or match.miss not in _EVICTED_THERE:
+        return
+    request = run.request
+    for index in range(len(match.blocks), len(local.blocks)):
+        payload = await edge.copy_block(local.slots[index])
+        run.publication.offer(CompletedBlock(request.request_id, request.attempt, index, payload))
 
 
 async def _drawn(worker: Worker, run: Prefilling) -> TokenEvent:
@@ -137,14 +181,9 @@ def _usable_blocks(run: Prefilling, chain: KeyChain) -> int:
     return (len(run.tokens) - 1) // chain.block_tokens
 
 
-def _misses(run: Prefilling, chain: KeyChain, match: Match, onboarded: Onboarded) -> dict[str, int]:
-    asked, used = _usable_blocks(run, chain), len(run.onboarded)
-    return dict(misses_of(asked, len(match.blocks), used, match.miss, onboarded.miss))
-
-
-def _by_tier(blocks: tuple[PinnedBlock, ...], block_tokens: int) -> dict[str, int]:
-    tokens: dict[str, int] = {}
-    for block in blocks:
+def _by_tier(read: Sequence[PinnedBlock], held: int, block_tokens: int) -> dict[str, int]:
+    tokens = {Tier.DEVICE.name.lower(): held * block_tokens} if held else {}
+    for block in read:
         tier = block.tier.name.lower()
         tokens[tier] = tokens.get(tier, 0) + block_tokens
     return tokens

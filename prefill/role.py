@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
 import structlog
@@ -23,7 +23,8 @@ from engine.errors import RequestAborted
 from engine.types import FirstToken, GenerationRequest, Handoff, WorkerInfo
 from kvstore.errors import NotFound, OverLimit, Unavailable
 from kvstore.lineage import Lineage
-from kvstore.topology import Topology
+from kvstore.nouns import BlockKey
+from kvstore.topology import ShardEntry, Topology
 from prefill.computing import assemble_handoff, compute_first_token
 from prefill.sequence import Prefilling
 
@@ -95,6 +96,18 @@ class PrefillRole:
 
     async def set_topology(self, topology: Topology) -> None:
         await self._worker.store.set_topology(topology)
+
+    async def pull(self, tenant: str, keys: Sequence[BlockKey], source: ShardEntry, timeout_s: float) -> int:
+        """Move blocks of a chain from another worker's pool into this one's; how many of `keys` lie here
+        then. What did not come is in the counters, and costs what it costs to compute."""
+        pulled = await self._worker.pull(tenant, keys, source, timeout_s)
+        for reason, blocks in pulled.misses.items():
+            self._counters[f"edge:not_pulled_{reason}"] += blocks
+        return pulled.held + pulled.blocks
+
+    async def forget_local(self) -> int:
+        """Drop the blocks kept in the engine's pool; how many. What runs goes on with those it was lent."""
+        return 0 if self._worker.edge is None else await self._worker.edge.forget()
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no more work; wait for what runs or is parked. False: time was up, and the rest was ended."""
@@ -179,6 +192,8 @@ class PrefillRole:
             run.task.cancel()
         run.drawn.cancel()
         self._worker.loop.release(run.request.request_id, run.request.attempt)
+        if run.local is not None:
+            run.local.abandon()
         if run.publication is not None:
             run.publication.close()
         if run.session is not None:

@@ -1,6 +1,6 @@
 """One prompt in the prefill role: what it holds, and what it has been told so far. A value with a life.
 
-enlisted -> matched (leases) -> admitted (slots) -> parked (first token) -> fetched | expired
+enlisted -> matched (leases, lent slots) -> admitted (slots) -> parked (first token) -> fetched | expired
              any of them -> ended: nothing is held any more
 """
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import structlog
 
+from engine.local_run import LocalRun
 from engine.publisher import Publication
 from engine.store_link import Leases
 from engine.types import CompletedBlock, FirstToken, GenerationRequest, TokenEvent
@@ -34,7 +35,8 @@ class Prefilling:
     session: StoreSession | None = None
     leases: Leases = ()  # of the match; at the handoff, of the publications as well
     leased_at: float = 0.0
-    onboarded: tuple[PinnedBlock, ...] = ()  # the chain's first blocks, as the engine has them
+    local: LocalRun | None = None  # its share of the worker's own pool
+    onboarded: tuple[PinnedBlock, ...] = ()  # the chain's first blocks, in the engine and pinned in the store
     publication: Publication | None = None
     first: FirstToken | None = None
     parked_at: float = 0.0

@@ -61,6 +61,8 @@ class ShardProcess(Process, Protocol):
 class WorkerProcess(Process, Protocol):
     async def counters(self) -> Mapping[str, float]: ...
 
+    async def forget_local(self) -> int: ...
+
 
 class Launcher(Protocol):
     """Both raise what went wrong (and leave no process behind), or WorkerGone when it died meanwhile. Neither

@@ -141,6 +141,10 @@ class _RayWorker(_RayActor):
         counters: dict[str, float] = await _answer(self._actor.counters.remote())
         return counters
 
+    async def forget_local(self) -> int:
+        blocks: int = await _answer(self._actor.forget_local.remote())
+        return blocks
+
 
 class _RayPrefill(_RayWorker):
     async def prefill(self, request: GenerationRequest) -> FirstToken:

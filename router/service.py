@@ -24,7 +24,7 @@ from router.api.app import build_app
 from router.api.backend import Backend
 from router.attempts import AttemptLimits
 from router.config import RouterConfig, ServiceConfig, check_exposure, served_name
-from router.launcher import LaunchedShard, Launcher
+from router.launcher import LaunchedShard, LaunchedWorker, Launcher
 from router.listener import end_unread, listen
 from router.metrics import RouterMetrics
 from router.orchestrator import Orchestrator
@@ -169,7 +169,13 @@ class RouterService:
         }
 
     async def flip_stored_byte(self) -> str | None:
-        """Break one stored block, on the first shard that has one; its key. Needs store.faults."""
+        """Break one stored block, on the first shard that has one; its key. Needs store.faults.
+
+        The workers forget what lies in their own pools first: the next read is to meet what was broken.
+        """
+        for place in self._supervisor.places:
+            if isinstance(place.running, LaunchedWorker):
+                await place.running.process.forget_local()
         for place in self._supervisor.places:
             if isinstance(place.running, LaunchedShard):
                 key = await place.running.process.flip_stored_byte()

@@ -96,9 +96,9 @@ class GatedEngine(Engine):
         self.entered = threading.Event()
         self.opened = threading.Event()
 
-    def admit(self, *args: Any, **kwargs: Any) -> None:
+    def admit(self, *args: Any, **kwargs: Any) -> tuple[int, ...]:
         self._stand("admit")
-        super().admit(*args, **kwargs)
+        return super().admit(*args, **kwargs)
 
     def step(self) -> StepResult:
         self._stand("step")

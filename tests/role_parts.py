@@ -41,7 +41,9 @@ ENGINE = EngineConfig(
     step_tokens_max=48,
     running_max=16,
     max_model_len=512,
+    local_cache=False,  # these tests look at the way over the store; CACHING is for those of the pool
 )
+CACHING = ENGINE.model_copy(update={"local_cache": True})
 
 
 def shard(
@@ -157,11 +159,28 @@ class Pair:
         for worker, engine in zip(self.workers, self.engines, strict=True):
             assert await worker.background.settle(WAIT_S)
             await worker.loop.settled()
-            engine.check_integrity()
-            assert engine.free_blocks == engine.config.pool_blocks
+            kept = check_pool(worker, engine)
+            assert engine.free_blocks + kept == engine.config.pool_blocks
             assert worker.loop.held == 0
+            assert worker.edge is None or (worker.edge.lent_slots(), worker.edge.driver.core.leases) == (
+                [],
+                0,
+            )
             assert worker.publisher.inflight_nbytes == 0
         await assert_store_is_free(self.shards)
+
+
+def check_pool(worker: Worker, engine: Engine) -> int:
+    """Conservation: free, private and kept slots are all there are, each with its owner. How many are
+    kept."""
+    edge = worker.edge
+    if edge is None:
+        engine.check_integrity()
+        return 0
+    edge.check_integrity()
+    kept = edge.tier.kept_slots()
+    engine.check_integrity(edge.lent_slots(), kept)
+    return len(kept)
 
 
 def _output(handoff: Handoff, events: list[TokenEvent]) -> tuple[int, ...]:

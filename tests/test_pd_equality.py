@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.monolithic import generate
 from engine.types import GenerationRequest, Handoff
@@ -28,6 +29,7 @@ from kvstore.tiers.host import HostTier
 from kvstore.topology import ShardEntry, Topology
 from tests.role_parts import (
     BLOCK_TOKENS,
+    CACHING,
     ENGINE,
     Pair,
     expire_leases,
@@ -82,11 +84,13 @@ async def assert_equal(pair: Pair, reference: Reference, asked: Sequence[Generat
     return sum(first.stats.cached_tokens for first in firsts)
 
 
+@pytest.mark.parametrize("engine", [ENGINE, CACHING], ids=["store", "pool"])
 @pytest.mark.parametrize("temperature", [0.0, 0.9], ids=["greedy", "sampled"])
 async def test_equal_to_one_process_cold_and_warm(
-    folder: Path, reference: Reference, temperature: float
+    folder: Path, reference: Reference, temperature: float, engine: EngineConfig
 ) -> None:
-    async with pair_over(folder, [shard("s0"), shard("s1"), shard("s2")]) as pair:
+    """Also where all of it lies in the workers' own pools."""
+    async with pair_over(folder, [shard("s0"), shard("s1"), shard("s2")], engine=engine) as pair:
         assert await assert_equal(pair, reference, requests("a", temperature)) == 0
         assert await assert_equal(pair, reference, requests("b", temperature)) == USABLE_TOKENS
         await pair.assert_nothing_held()

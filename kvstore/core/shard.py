@@ -74,15 +74,15 @@ class ShardCore:
         self.changes = ChangeLog(limits.changes_max)
         self._holds = Holds(self._leases, self.index)
         self._txns = TxnTable(ids, limits.txns_max, limits.answers_max)
-        self._retiring = Retiring(self.index, self.epochs, self.changes, self.counters)
-        self._offers = Offers(self.index, self.epochs, self._holds, self._retiring, self.counters)
+        self.retiring = Retiring(self.index, self.epochs, self.changes, self.counters)
+        self._offers = Offers(self.index, self.epochs, self._holds, self.retiring, self.counters)
         self._purging = Purging(self.index, self.epochs, self.changes, self.counters)
         admission = None
         if make_predictor is not None:
             self.predictor = make_predictor(self.index.uses)
             self.index.before_use = self.predictor.observe
             admission = make_admission(self.index.uses, self.predictor) if make_admission else None
-        self.moves = Moves(self.index, self._holds, self._retiring, config.tiering, admission, self.counters)
+        self.moves = Moves(self.index, self._holds, self.retiring, config.tiering, admission, self.counters)
         self.past = Past(config, self.index, self.epochs, self.changes)
 
     @property
@@ -297,7 +297,7 @@ class ShardCore:
         slot = version.ref.slot
         if self.index.versions.is_current(slot, version.ref.generation) and self.index.is_live(slot):
             self.changes.advance()
-            self._retiring.tell(ChangeKind.RETIRED, slot)
+            self.retiring.tell(ChangeKind.RETIRED, slot)
             self.index.retire(slot, self.revision, into=State.GONE)
             self.counters["retired_corrupt"] += 1
 

@@ -36,7 +36,10 @@ class FakeEngine:
     def can_ever_admit(self, request: GenerationRequest) -> bool:
         return len(request.prompt_ids) < 100
 
-    def can_admit(self, request: GenerationRequest, *, hold: bool = False) -> bool:
+    def blocks_needed(self, request: GenerationRequest, *, hold: bool = False) -> int:
+        return 1
+
+    def can_admit(self, request: GenerationRequest, *, hold: bool = False, lent: int = 0) -> bool:
         self._called("can_admit")
         if len(self.sequences) < self.slots:
             return True
@@ -47,10 +50,12 @@ class FakeEngine:
         self,
         request: GenerationRequest,
         *,
+        lent: Sequence[int] = (),
         blocks: Sequence[Any] = (),
         tail: TailKV | None = None,
         hold: bool = False,
-    ) -> None:
+        keep: bool = False,
+    ) -> tuple[int, ...]:
         self._called(f"admit {request.request_id}/{request.attempt}")
         self.entered.set()
         assert self.open.wait(WAIT_S)
@@ -59,6 +64,7 @@ class FakeEngine:
         self.given[request.request_id] = 0
         if hold:
             self.hold.add(request.request_id)
+        return ()
 
     def step(self) -> StepResult:
         self._called("step")

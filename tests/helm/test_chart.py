@@ -58,14 +58,15 @@ def test_every_pod_is_confined_and_gets_what_it_asks_for() -> None:
 
 
 def test_a_disk_is_mounted_into_the_shards_and_nobody_else() -> None:
-    disk = {"mountPath": "/nvme0", "source": {"hostPath": {"path": "/mnt/nvme0", "type": "Directory"}}}
+    source = {"hostPath": {"path": "/mnt/nvme0", "type": "Directory"}}
+    disk = {"mountPath": "/nvme0", "source": source}
     for role, template in pod_templates(render({"store": {"disks": [disk]}})).items():
         spec = template["spec"]
         volumes = {volume["name"]: volume for volume in spec["volumes"]}
         mounts = [mount for mount in spec["containers"][0]["volumeMounts"] if mount["mountPath"] == "/nvme0"]
         assert len(mounts) == (role == "store"), role
         if mounts:
-            assert volumes[mounts[0]["name"]]["hostPath"] == disk["source"]["hostPath"]
+            assert volumes[mounts[0]["name"]]["hostPath"] == source["hostPath"]
 
 
 def test_the_stores_secret_reaches_the_head_alone() -> None:

@@ -65,6 +65,9 @@ class FakeProcess:
         await self._alive()
         return ShardStatus(ShardId(self.name), Incarnation(1), 1, 10, 5, 0, 0, 0, 1, 0, 0.0)
 
+    async def forget_local(self) -> int:
+        return 0
+
     async def flip_stored_byte(self) -> str | None:
         return None
 
