@@ -116,7 +116,7 @@ async def _serve(start: ProcessesStart, folder: StoreFolder, token_file: Path, j
     from kvstore.shard_processes import ShardProcesses
     from kvstore.store_file import StoreFile
 
-    tls = _client_tls(start.store)
+    tls = start.store.client_files()
 
     def changed(places: list[ShardPlace]) -> None:
         StoreFile(folder.path.name, tuple(places), str(token_file), tls).write(folder.file)
@@ -177,18 +177,6 @@ def _announce(running: Any, file: Path, settings: StoreConfig, json_out: bool) -
     print(f"  python   StoreClient.connect_running({at})   on this machine")
     print(f'           StoreClient.connect_to(["{running.shards[0].address}"], token=...)   from anywhere')
     print(f"  shell    kvstrata status --store {running.name}; kvstrata epoch show MODEL{flag}", flush=True)
-
-
-def _client_tls(settings: StoreConfig) -> dict[str, str] | None:
-    """The PEM files a client of this machine uses. A certificate without a root is taken to be its own."""
-    if settings.tls_cert is None:
-        return None
-    files = {
-        "ca": settings.client_ca or settings.tls_cert,
-        "cert": settings.client_cert,
-        "key": settings.client_key,
-    }
-    return {name: str(path.absolute()) for name, path in files.items() if path is not None}
 
 
 def _check_ports(settings: StoreConfig) -> None:

@@ -126,4 +126,5 @@ def _announce(url: str, model: str, config: ServiceConfig, json_out: bool) -> No
     body = f'{{"model":"{model}","messages":[{{"role":"user","content":"Hello!"}}]}}'
     print(f"\nserving {model} at {url}   ({', '.join(f'{n} {role}' for role, n in counts.items())})")
     print(f"  curl {url}/v1/chat/completions -H 'content-type: application/json'{key} -d '{body}'")
-    print("  kvstrata chat, kvstrata status", flush=True)
+    port = url.rpartition(":")[2]
+    print(f"  kvstrata chat, kvstrata status; kvstrata epoch show {model} --store up-{port}", flush=True)

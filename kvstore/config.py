@@ -219,6 +219,14 @@ class StoreConfig(BaseModel):
             return None
         return ClientTls(self.client_ca, self.client_cert, self.client_key)
 
+    def client_files(self) -> dict[str, str] | None:
+        """The PEM files a client of this machine uses; None without TLS. A certificate without a root is
+        taken to be its own."""
+        if self.tls_cert is None:
+            return None
+        files = {"ca": self.client_ca or self.tls_cert, "cert": self.client_cert, "key": self.client_key}
+        return {name: str(path.absolute()) for name, path in files.items() if path is not None}
+
     @property
     def min_quality(self) -> Quality:
         """The least a block may be for workers of this service: what its own tiers make of it."""

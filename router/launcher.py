@@ -43,6 +43,7 @@ class LaunchedShard:
     process: ShardProcess
     address: str
     pid: int
+    admin: str = ""  # where it takes admins' calls
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,10 @@ follows the start through `progress` and needs nothing else; detached, it is fou
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +18,8 @@ from typing import Any, Final
 from kvstore.errors import KVStrataError
 from kvstore.logs import log_plainly
 from router.config import ServiceConfig
+from router.launcher import LaunchedShard
+from router.published import PublishedStore
 from router.service import RouterService
 
 __all__ = ["RouterActor", "RouterStart", "StartProgress"]
@@ -52,6 +56,8 @@ class RouterActor:
         self._lines: list[str] = []
         self._news = asyncio.Event()
         self._service: RouterService | None = None
+        self._published: PublishedStore | None = None
+        self._ending = contextlib.ExitStack()
         self._bringing_up: asyncio.Task[None] | None = None
 
     async def open(self) -> str:
@@ -62,9 +68,16 @@ class RouterActor:
         secret = start.config.store.kept_secret() or start.cluster_secret
         launcher = RayLauncher(start.config, start.worker_model, secret, start.token)
         service = await asyncio.to_thread(
-            RouterService, start.config, start.folder, launcher, told=self._tell
+            RouterService,
+            start.config,
+            start.folder,
+            launcher,
+            told=self._tell,
+            shards_changed=self._publish,
         )
         url = await service.open()
+        port = int(url.rpartition(":")[2])
+        self._published = self._ending.enter_context(PublishedStore.at(port, start.config.store, start.token))
         self._service = service
         self._bringing_up = asyncio.create_task(service.bring_up(), name="bring up")
         self._bringing_up.add_done_callback(lambda _: self._news.set())
@@ -98,6 +111,11 @@ class RouterActor:
             await asyncio.gather(self._bringing_up, return_exceptions=True)
         if self._service is not None:
             await self._service.close(drain_s)
+        self._ending.close()
+
+    def _publish(self, shards: Mapping[str, LaunchedShard]) -> None:
+        if self._published is not None:
+            self._published.write(shards)
 
     def _running(self) -> RouterService:
         if self._service is None:

@@ -48,7 +48,8 @@ class RayLauncher:
         try:
             start = ShardStart(shard, self._config.store, self._cluster_secret, self._token)
             address = await _answer(actor.start.remote(start))
-            return LaunchedShard(process, address, await _answer(actor.pid.remote()))
+            pid, admin = actor.pid.remote(), actor.admin_address.remote()
+            return LaunchedShard(process, address, await _answer(pid), await _answer(admin))
         except BaseException:
             process.kill()
             raise

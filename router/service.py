@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -47,6 +47,7 @@ class RouterService:
         *,
         told: Callable[[str], None],
         clock: Clock | None = None,
+        shards_changed: Callable[[Mapping[str, LaunchedShard]], None] | None = None,
     ) -> None:
         check_exposure(config.router)
         self._config = config
@@ -64,7 +65,13 @@ class RouterService:
             gone=self._worker_gone,
         )
         self._supervisor = Supervisor(
-            _plan(config), launcher, self._orchestrator, self._metrics, told=self._say, clock=self._clock
+            _plan(config),
+            launcher,
+            self._orchestrator,
+            self._metrics,
+            told=self._say,
+            clock=self._clock,
+            shards_changed=shards_changed,
         )
         self._backend = Backend(
             served_name(config),

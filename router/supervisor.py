@@ -13,7 +13,7 @@ its keys are misses meanwhile, and no other shard's keys move.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -85,8 +85,11 @@ class Supervisor:
         *,
         told: Callable[[str], None],
         clock: Clock | None = None,
+        shards_changed: Callable[[Mapping[str, LaunchedShard]], None] | None = None,
     ) -> None:
+        """`shards_changed` hears where all shards are, by name, whenever one came up."""
         self.topology = Topology(1, ())
+        self._shards_changed = shards_changed
         self.places = [
             Place(kind, f"{kind.value}-{number}")
             for kind, count in (
@@ -270,6 +273,9 @@ class Supervisor:
         others = tuple(entry for entry in self.topology.shards if entry.shard != shard)
         entries = sorted((*others, ShardEntry(shard, launched.address)), key=lambda entry: entry.shard)
         self.topology = Topology(self.topology.version + 1, tuple(entries))
+        if self._shards_changed is not None:
+            running = {p.name: p.running for p in self._of(Kind.SHARD)}
+            self._shards_changed({n: r for n, r in running.items() if isinstance(r, LaunchedShard)})
         await asyncio.gather(*(self._tell_topology(place) for place in self.places))
 
     async def _launch_worker(self, place: Place) -> None:
