@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import signal
 import socket
 import subprocess
@@ -96,6 +97,12 @@ def test_it_serves_says_so_in_json_and_ends_without_a_trace(tiny: str) -> None:
         second = run("up", "--port", str(port))
         assert "is taken" in second.stderr
         assert run("status", "--url", up.url, "--json").returncode == 0
+        name = f"up-{up.url.rpartition(':')[2]}"
+        shards = json.loads(run("status", "--store", name, "--json").stdout)["shards"]
+        assert {shard["state"] for shard in shards} == {"running"}
+        purged = run("purge", "--store", name, "--model", "nobody", "--yes", "--json")
+        assert purged.returncode == 1, "the admin's port answered, and no such model is there"
+        assert "nobody" in purged.stderr
     assert [process for process in processes if process.is_running()] == []
     assert folders(up.process.pid) == []
     socket.create_server(("127.0.0.1", port)).close()
