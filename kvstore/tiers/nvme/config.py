@@ -18,7 +18,7 @@ class NvmeConfig:
     directories: tuple[Path, ...]  # one a disk; the budget is shared among them equally
     disk_nbytes: int  # what all files together may take
     segment_nbytes: int = 256 << 20
-    batch_nbytes: int = 8 << 20  # the most one write submits
+    batch_nbytes: int = 16 << 20  # the most one write submits
     queue_nbytes_max: int = 64 << 20  # frames that wait to be written; beyond it `write` waits
     read_nbytes_max: int = 128 << 20  # reads in flight; beyond it `read` waits
     utilisation: float = 0.72  # of the budget, what live frames may fill: see reclaiming.py

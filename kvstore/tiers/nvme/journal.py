@@ -43,7 +43,7 @@ _ENTRY_MAGIC: Final = b"KVSN"
 _NUMBER: Final = struct.Struct("<Q")
 _CHECK: Final = struct.Struct("<Q")
 _HEADER_NBYTES: Final = _HEADER.size + _CHECK.size
-GROWTH_NBYTES: Final = 256 << 10
+GROWTH_NBYTES = 256 << 10
 _JOURNAL_NBYTES_MAX: Final = 1 << 30
 
 

@@ -131,10 +131,10 @@ class NoteState:
             try:
                 kind, *fields = document
                 if kind == "life":
-                    (self.lives,) = fields
+                    self.lives = int(fields[0])
                 else:
                     self.add(*_decode(kind, fields))
-            except (TypeError, ValueError, KeyError) as error:
+            except (TypeError, ValueError, LookupError, OverflowError) as error:
                 raise ConfigError(
                     f"{name} holds a note this version cannot read ({error}): start the version that wrote "
                     "it, or empty the tier's directories"

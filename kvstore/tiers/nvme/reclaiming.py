@@ -38,7 +38,7 @@ log = structlog.get_logger(__name__)
 FREE_SEGMENTS_MIN = 2
 """Fewer than these free: reclaim, so that a segment is ready when the open one is full."""
 GAIN_MIN = 1 / 64
-"""A victim must be dead to this share at least: below it copying is for nothing."""
+"""What a victim's copying must free, as a share of it: without dead records it would go round for ever."""
 _Read = tuple[int, Bytes, Prefix | None]
 
 
@@ -90,8 +90,8 @@ class Reclaimer:
         while (victim := self._victim(disk)) is not None:
             await self._copy_out(victim, copies)
             await self._remove_dead(disk)
-            if victim.live_nbytes:
-                return  # somebody reads, or a copy was lost: the next wake tries again
+            if victim.number in disk.segments:
+                return  # somebody reads it: the last one wakes us
 
     async def _remove_dead(self, disk: Disk) -> None:
         for segment in [s for s in disk.segments.values() if s.is_reclaimable]:
@@ -102,7 +102,13 @@ class Reclaimer:
             return victim
         if disk.free_segments >= FREE_SEGMENTS_MIN:
             return None
-        closed = [s for s in disk.segments.values() if not s.is_open and s.live_share <= 1 - GAIN_MIN]
+        closed = [
+            segment
+            for segment in disk.segments.values()
+            if not segment.is_open
+            and segment.live_nbytes
+            and segment.gain_nbytes >= GAIN_MIN * segment.nbytes
+        ]
         return min(closed, key=lambda s: (s.live_share, s.closed_as), default=None)
 
     async def _copy_out(self, victim: Segment, copies: Appender) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from kvstore.nouns import NamespaceId
-from kvstore.tiers.nvme.layout import BLOCK_NBYTES, FRAMES_AT, record_nbytes
+from kvstore.tiers.nvme.layout import BLOCK_NBYTES, FRAMES_AT, footer_nbytes, record_nbytes
 from kvstore.tiers.nvme.notes import Scope
 
 DEAD: Final = -1
@@ -101,6 +101,11 @@ class Segment:
     @property
     def live_share(self) -> float:
         return self.live_nbytes / max(self.nbytes, BLOCK_NBYTES)
+
+    @property
+    def gain_nbytes(self) -> int:
+        """What copying out its live rows would free: dead records, and room it was never filled to."""
+        return self.nbytes - FRAMES_AT - footer_nbytes(len(self)) - self.live_nbytes
 
 
 class Segments:

@@ -25,17 +25,17 @@ def _journals_are_rewritten_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "GROWTH_NBYTES", 1_000)
 
 
-async def lived(seed: int, directories: int = 1) -> tuple[CrashFiles, Oracle, NvmeTier]:
+async def lived(seed: int, directories: int = 1, steps: int = 130) -> tuple[CrashFiles, Oracle, NvmeTier]:
     """Two lives: one that was closed, one that was not."""
     rng = random.Random(seed)
     files, oracle = CrashFiles(), Oracle()
     first = History(files, small(directories), rng, oracle)
     await first.open()
-    await first.run(130 * directories)
+    await first.run(steps)
     await first.tier.close()
     second = History(files, small(directories), rng, oracle)
     await second.open()
-    await second.run(70)
+    await second.run(steps // 2)
     await second.sync()
     return files, oracle, second.tier
 
@@ -50,19 +50,28 @@ async def recovered(world: World, directories: int, oracle: Oracle, at: int) -> 
     return set(blocks_of(found))
 
 
-@pytest.mark.parametrize(("seed", "directories"), [(1, 1), (2, 2)])
-async def test_power_may_fail_at_every_operation(seed: int, directories: int) -> None:
-    files, oracle, tier = await lived(seed, directories)
+async def stop_everywhere(seed: int, directories: int, steps: int, survivors: int) -> None:
+    files, oracle, tier = await lived(seed, directories, steps)
     assert tier.counters["copied_nbytes"] > 0, "nothing was reclaimed"
     assert {operation.kind for operation in files.log} >= {"unlink", "rename", "size"}
     world = World()
     for at in range(len(files.log) + 1):
-        for draw in range(SURVIVORS):
+        for draw in range(survivors):
             rng = random.Random(f"{seed}/{at}/{draw}")
             await recovered(world.survivor(rng), directories, oracle, at)
         if at < len(files.log):
             world.apply(files.log[at])
     await tier.close()
+
+
+async def test_power_may_fail_at_every_operation() -> None:
+    await stop_everywhere(1, 1, 130, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seed", "directories"), [(2, 2), (21, 1), (22, 1)])
+async def test_power_may_fail_at_every_operation_of_longer_histories(seed: int, directories: int) -> None:
+    await stop_everywhere(seed, directories, 200 * directories, 1)
 
 
 async def test_a_killed_process_loses_power_next() -> None:
