@@ -84,7 +84,8 @@ def encode(x: Tensor, layout: KVLayout, into: memoryview) -> None:
     stored_a.copy_(a)
     stored_b.copy_(b)
     ranking = _ranking(stored_b)
-    minimum, scale, levels = _grids(stored_a, stored_b, (base, step, unit), ranking)
+    minimum, scale = _grids(stored_a, stored_b, (base, step, unit), ranking)
+    levels = _by_rank(ranking, LEVELS).unsqueeze(1)
     codes = (x - minimum).mul_(reciprocals(scale)).round_().clamp_(min=0)
     codes = torch.minimum(codes, levels).to(torch.uint8)
     _lend(codes, ranking)
@@ -98,7 +99,7 @@ def decode(layout: KVLayout, encoded: memoryview, values: Tensor, name: str) -> 
     bounds, stored_a, stored_b, packed = _split(encoded, layout)
     base, step, unit = load_short(bounds, name, signed=True).chunk(3, dim=-1)
     ranking = _ranking(stored_b)
-    minimum, scale, _ = _grids(stored_a, stored_b, (base, step.abs(), unit.abs()), ranking)
+    minimum, scale = _grids(stored_a, stored_b, (base, step.abs(), unit.abs()), ranking)
     borrowers, lenders = _partners(ranking, packed.shape)
     own = torch.full_like(stored_b, 0xFF).scatter_(-1, lenders[:, 0], _REST).unsqueeze(1)
     fifth = torch.zeros_like(packed)
@@ -121,16 +122,15 @@ def _ranking(b: Tensor) -> Tensor:
 
 def _grids(
     a: Tensor, b: Tensor, bounds: tuple[Tensor, Tensor, Tensor], ranking: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Each channel's minimum, scale and levels: float32 [layer, 1, kv_head, head_dim]."""
+) -> tuple[Tensor, Tensor]:
+    """Each channel's minimum and scale: float32 [layer, 1, kv_head, head_dim]."""
     base, step, unit = bounds
     torch = the_torch()
-    levels = _by_rank(ranking, LEVELS)
     shares = _by_rank(ranking, SHARES)
     ranges = b.to(torch.float32) * unit
     scale = short_above(torch.where(ranges < ENCODABLE_MIN, 0.0, ranges) * shares)
     minimum = a.to(torch.float32).mul_(step).add_(base)
-    return minimum.unsqueeze(1), scale.unsqueeze(1), levels.unsqueeze(1)
+    return minimum.unsqueeze(1), scale.unsqueeze(1)
 
 
 def _by_rank(ranking: Tensor, values: tuple[float, ...]) -> Tensor:
