@@ -1,4 +1,4 @@
-"""`kvstrata bench store`: what the store does on this machine, beside limits and peers, in the same run."""
+"""`kvstrata bench`: what store and codecs do on this machine, beside limits and peers, in the same run."""
 
 from __future__ import annotations
 
@@ -68,6 +68,44 @@ def store(
         draw(result, Console())
     if result.misses:
         fail(f"{result.misses} of {result.plan.pairs} commits were not seen by another client")
+
+
+@bench.command()
+def codec(
+    model: Annotated[str, typer.Option(metavar="NAME", help="As `kvstrata model list` shows it.")] = "",
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What the model reads; pydoc's topics unless said.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Prove that it runs, in seconds. The figures mean nothing.")
+    ] = False,
+    json_out: Annotated[bool, typer.Option("--json", help="One JSON document; on an error none.")] = False,
+) -> None:
+    """What each codec costs a real model in perplexity, and its speed beside a memcpy.
+
+    Takes some minutes and about 3 GiB of memory.
+    """
+    from engine.process import prepare_process
+
+    prepare_process()
+    from cli.bench.codec import QUICK, Plan, pydoc_topics, run
+    from cli.bench.codec_report import document, draw
+    from engine.registry import DEFAULT_MODEL, resolve_model
+    from kvstore.errors import KVStrataError
+
+    try:
+        read = pydoc_topics() if text is None else text.read_text(encoding="utf-8")
+        folder = resolve_model(model or DEFAULT_MODEL)
+        with _progress() as progress:
+            result = run(folder, read, QUICK if quick else Plan(), progress)
+    except (KVStrataError, OSError, ValueError) as error:
+        fail(str(error))
+    if json_out:
+        one_json(document(result))
+    else:
+        from rich.console import Console
+
+        draw(result, Console())
 
 
 def _measured(rounds: int | None, quick: bool, peers_folder: Path | None, corrupt: str | None) -> Result:

@@ -14,7 +14,7 @@ Per layer and head, over channels c and tokens t:
     unit    = short(max_c (max_t x - m_c) / 255)
     b_c     = clamp(ceil((max_t x - m_c) * (1 / unit)), 0, 255)          range b_c * unit
     levels  = 31, 15 or 7, by the rank of b_c (greatest first, then the lesser channel)
-    scale_c = short(b_c * unit / levels)
+    scale_c = short(b_c * unit * (1 / levels))
     code    = clamp(round((x - m_c) * (1 / scale_c)), 0, levels)
     x'      = code * scale_c + m_c             the product exact in float32, one rounding after it
 
@@ -34,11 +34,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from kvstore.codecs.base import ENCODABLE_MIN
 from kvstore.codecs.exact import (
     bytes_of,
     load_short,
     reciprocals,
     scales,
+    short_above,
     short_below,
     store_short,
     the_torch,
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
 
 GRID: Final = 255  # of minima and ranges
 LENT: Final = (3, 8)  # the share of channels that lend a bit; as many borrow
+LEVELS: Final = (31.0, 15.0, 7.0)  # above the minimum: of channels that borrow, that do neither, that lend
+SHARES: Final = tuple(float(np.float32(1) / np.float32(n)) for n in LEVELS)
 _TOP_BITS: Final = 0x88  # of both nibbles
 _REST: Final = 0x77
 
@@ -80,7 +84,8 @@ def encode(x: Tensor, layout: KVLayout, into: memoryview) -> None:
     stored_a.copy_(a)
     stored_b.copy_(b)
     ranking = _ranking(stored_b)
-    minimum, scale, levels = _grids(stored_a, stored_b, (base, step, unit), ranking)
+    minimum, scale = _grids(stored_a, stored_b, (base, step, unit), ranking)
+    levels = _by_rank(ranking, LEVELS).unsqueeze(1)
     codes = (x - minimum).mul_(reciprocals(scale)).round_().clamp_(min=0)
     codes = torch.minimum(codes, levels).to(torch.uint8)
     _lend(codes, ranking)
@@ -94,7 +99,7 @@ def decode(layout: KVLayout, encoded: memoryview, values: Tensor, name: str) -> 
     bounds, stored_a, stored_b, packed = _split(encoded, layout)
     base, step, unit = load_short(bounds, name, signed=True).chunk(3, dim=-1)
     ranking = _ranking(stored_b)
-    minimum, scale, _ = _grids(stored_a, stored_b, (base, step.abs(), unit.abs()), ranking)
+    minimum, scale = _grids(stored_a, stored_b, (base, step.abs(), unit.abs()), ranking)
     borrowers, lenders = _partners(ranking, packed.shape)
     own = torch.full_like(stored_b, 0xFF).scatter_(-1, lenders[:, 0], _REST).unsqueeze(1)
     fifth = torch.zeros_like(packed)
@@ -117,19 +122,25 @@ def _ranking(b: Tensor) -> Tensor:
 
 def _grids(
     a: Tensor, b: Tensor, bounds: tuple[Tensor, Tensor, Tensor], ranking: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Each channel's minimum, scale and levels: float32 [layer, 1, kv_head, head_dim]."""
+) -> tuple[Tensor, Tensor]:
+    """Each channel's minimum and scale: float32 [layer, 1, kv_head, head_dim]."""
     base, step, unit = bounds
     torch = the_torch()
+    shares = _by_rank(ranking, SHARES)
     ranges = b.to(torch.float32) * unit
+    scale = short_above(torch.where(ranges < ENCODABLE_MIN, 0.0, ranges) * shares)
+    minimum = a.to(torch.float32).mul_(step).add_(base)
+    return minimum.unsqueeze(1), scale.unsqueeze(1)
+
+
+def _by_rank(ranking: Tensor, values: tuple[float, ...]) -> Tensor:
+    """Float32 [layer, kv_head, head_dim]: for each channel the first, second or third of the values."""
+    torch = the_torch()
     lent = _lent(ranking)
-    by_rank = torch.full((ranking.shape[-1],), 15.0)
-    by_rank[:lent], by_rank[-lent:] = 31.0, 7.0
-    levels = torch.empty_like(ranges).scatter_(-1, ranking, by_rank.expand_as(ranges))
-    scale = torch.where(levels == 15.0, scales(ranges, 15), scales(ranges, 7))
-    scale = torch.where(levels == 31.0, scales(ranges, 31), scale)
-    minimum = a.to(torch.float32) * step + base
-    return minimum.unsqueeze(1), scale.unsqueeze(1), levels.unsqueeze(1)
+    by_rank = torch.full((ranking.shape[-1],), values[1])
+    by_rank[:lent], by_rank[-lent:] = values[0], values[2]
+    placed: Tensor = torch.empty(ranking.shape).scatter_(-1, ranking, by_rank.expand_as(ranking))
+    return placed
 
 
 def _lent(ranking: Tensor) -> int:

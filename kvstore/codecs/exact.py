@@ -108,8 +108,8 @@ def load_short(stored: Tensor, name: str, *, signed: bool = False) -> Tensor:
     """float32 of what `store_short` wrote (int16). Raises CorruptBlock for what no encoder writes: NaN,
     infinities, magnitudes beyond `_STORED_MAX`, and negative ones where there can be none."""
     torch = the_torch()
-    magnitudes = stored & 0x7FFF if signed else stored
-    if int(magnitudes.max()) > _STORED_MAX or (not signed and int(stored.min()) < 0):
+    halves = stored.numpy().view(np.uint16)  # a negative one is a great number here
+    if int((halves & 0x7FFF if signed else halves).max()) > _STORED_MAX:
         raise CorruptBlock(MissReason.BAD_HEADER, f"{name}: a scale that no encoder writes")
     loaded: Tensor = stored.view(torch.bfloat16).to(torch.float32)
     return loaded

@@ -126,10 +126,14 @@ def decode(layout: KVLayout, levels: Levels, encoded: memoryview, name: str) -> 
     torch = the_torch()
     data = bytes_of(encoded)
     scale = load_short(_stored_scales(data, layout), name)
-    codes = torch.zeros(len(scale), layout.head_dim, dtype=torch.uint8)
+    codes = torch.empty(len(scale), layout.head_dim, dtype=torch.uint8)
     for bits, first, plane in _planes(data, layout, levels):
         for i, part in enumerate(codes.chunk(8 // bits, dim=1)):
-            part.bitwise_or_(((plane >> (i * bits)) & ((1 << bits) - 1)) << first)
+            some = (plane >> (i * bits)) & ((1 << bits) - 1)
+            if first:
+                part.bitwise_or_(some << first)
+            else:
+                part.copy_(some)
     odd = codes.to(torch.int16).mul_(2).sub_((1 << levels.bits) - 1)
     level = (odd * odd).add_(levels.alpha).mul_(odd).to(torch.float32)
     values = torch.empty(level.shape)

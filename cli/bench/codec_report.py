@@ -1,0 +1,68 @@
+"""What a run of `kvstrata bench codec` found: one JSON document for scripts, a table for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kvstore.codecs import CODECS
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from cli.bench.codec import Result
+
+
+def document(result: Result) -> dict[str, Any]:
+    """The JSON of `kvstrata bench codec --json`; its shape is a contract."""
+    return {
+        "codecs": [_codec(result, name) for name in result.seen],
+        "memcpy_gb_s": round(result.memcpy.median, 4),
+        "ppl_lossless": round(result.lossless.perplexity, 4),
+        "tokens": result.plan.windows * result.plan.window_tokens,
+    }
+
+
+def _codec(result: Result, name: str) -> dict[str, Any]:
+    from cli.bench.codec_quality import divergence, first_divergence
+
+    seen, speed = result.seen[name], result.speeds[name]
+    increase = (seen.perplexity / result.lossless.perplexity - 1) * 100
+    return {
+        "name": name,
+        "bits_per_element": round(CODECS[name].bits_per_element(result.layout), 4),
+        "ppl_increase_pct": round(increase, 4),
+        "divergence": round(divergence(result.lossless, seen), 4),
+        "first_divergence": first_divergence(result.lossless, seen),
+        "kept_lossless": seen.kept_lossless,
+        "encode_gb_s": round(speed.encode.median, 4),
+        "decode_gb_s": round(speed.decode.median, 4),
+        "decode_of_memcpy": round(speed.decode.median / result.memcpy.median, 4),
+    }
+
+
+def draw(result: Result, console: Console) -> None:
+    from rich.table import Table
+
+    said = document(result)
+    table = Table(title=f"perplexity without a codec {said['ppl_lossless']}, {said['tokens']:,} tokens")
+    columns = ("bits", "perplexity", "other", "first", "encode", "decode", "of memcpy")
+    table.add_column("codec", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right")
+    for row in said["codecs"]:
+        table.add_row(
+            row["name"],
+            f"{row['bits_per_element']:.2f}",
+            f"{row['ppl_increase_pct']:+.2f} %",
+            f"{100 * row['divergence']:.1f} %",
+            f"{row['first_divergence']:.0f}",
+            f"{row['encode_gb_s']:.2f}",
+            f"{row['decode_gb_s']:.2f}",
+            f"{row['decode_of_memcpy']:.2f}",
+        )
+    console.print(table)
+    console.print(
+        f"memcpy {said['memcpy_gb_s']:.2f} GB/s; encode, decode: GB/s of lossless bytes, one thread each. "
+        "Other: next tokens that greedy decoding would choose otherwise; first: after how many tokens.",
+        highlight=False,
+    )
