@@ -19,7 +19,7 @@ import asyncio
 import contextlib
 import secrets
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -86,6 +86,8 @@ class EdgeShard:
     ) -> None:
         self.counters: Counter[str] = Counter()
         self.opened = asyncio.Event()  # set when a namespace is opened that was not
+        self.admitting = 0  # admissions that count on the slots that are free now: nothing may arrive in them
+        self.arriving = asyncio.Lock()  # held by who sets slots aside
         self.spec = spec
         self.epoch = epoch
         self.min_quality = min_quality
@@ -231,13 +233,25 @@ class EdgeShard:
         self.counters["edge:evicted"] += evicted
         return evicted > 0
 
+    @contextlib.contextmanager
+    def admission(self) -> Iterator[None]:
+        """While a request is on its way into the engine."""
+        self.admitting += 1
+        try:
+            yield
+        finally:
+            self.admitting -= 1
+
     def spare(self, n: int) -> int:
-        """How many of `n` slots a block from elsewhere may have, after idle ones went for it."""
+        """Set aside up to `n` slots for blocks from elsewhere, idle ones going for it; how many. None while a
+        request is being admitted: it comes first."""
+        if self.admitting:
+            return 0
         lacking = n - self.slots.n_free
         if lacking > 0:
             self.counters["edge:evicted"] += evict_idle(self.driver.core, lacking)
             self.driver.reap()
-        return min(n, self.slots.n_free)
+        return self.tier.set_aside(n)
 
     def lies_here(self, txn_id: TxnId) -> None:
         """What the transaction stages lies in the pool."""

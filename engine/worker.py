@@ -198,8 +198,9 @@ class WorkerLoop:
         self.waiting += 1
         try:
             async with asyncio.timeout(timeout_s), self._turn:
-                await self._wait_for_room(request, local, hold)
-                await self._take_in(request, sink, local, blocks, tail, hold)
+                with self._edge.admission() if self._edge is not None else contextlib.nullcontext():
+                    await self._wait_for_room(request, local, hold)
+                    await self._take_in(request, sink, local, blocks, tail, hold)
         except TimeoutError:
             raise OverLimit(
                 f"request {request.request_id} found no room in this engine within {timeout_s:.1f} s"
@@ -297,9 +298,9 @@ class WorkerLoop:
 
     def _released(self, local: LocalRun | None, future: asyncio.Future[None]) -> None:
         self._releasing -= 1
+        self._freed.set()
         if local is not None:
             local.end()
-        self._freed.set()
         if not future.cancelled() and (error := future.exception()) is not None:
             self.counters["engine:failed_releases"] += 1
             log.error("the engine failed to release a sequence", exc_info=error)
