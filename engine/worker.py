@@ -287,12 +287,12 @@ class WorkerLoop:
                 hold=hold,
                 keep=local is not None,
             )
+            if local is not None:
+                local.admitted(slots)
         except BaseException:
             # Cancelled while the thread was in admit: the release queued here runs after it.
             self.release(request.request_id, request.attempt)
             raise
-        if local is not None:
-            local.admitted(slots)
         admitted.running = True
         self._work.set()
 
@@ -331,9 +331,8 @@ class WorkerLoop:
         damaged = {event.request_id for event in result.events if event.finish is FinishReason.ERROR}
         for block in result.blocks:
             if (admitted := self._current(block)) is not None:
-                if admitted.local is not None and block.request_id not in damaged:
-                    admitted.local.filled(block.chain_index)
-                self._tell(block.request_id, admitted, partial(admitted.sink.on_block, block))
+                keep = block.request_id not in damaged
+                self._tell(block.request_id, admitted, partial(_take_block, admitted, block, keep))
         for event in result.events:
             if (admitted := self._current(event)) is None:
                 continue
@@ -376,3 +375,9 @@ class WorkerLoop:
                 self._tell(request_id, admitted, partial(admitted.sink.on_error, error))
         # Releases are queued; look for work again behind them, so that a request that came meanwhile runs.
         self._work.set()
+
+
+def _take_block(admitted: _Admitted, block: CompletedBlock, keep: bool) -> None:
+    if admitted.local is not None and keep:
+        admitted.local.filled(block.chain_index)
+    admitted.sink.on_block(block)
