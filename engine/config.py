@@ -42,7 +42,10 @@ class EngineConfig(BaseModel):
         BLOCK_TOKENS, ge=1, le=1024, description="Tokens of one KV block, in the pool and in the store"
     )
     pool_nbytes: int = Field(
-        1 << 30, ge=1, description="Memory for KV, in bytes. Touched only as blocks come into use"
+        1 << 30,
+        ge=1,
+        description="Memory for KV, in bytes. Touched only as blocks come into use; with local_cache that "
+        "is all of it, in time",
     )
     pool_blocks: int | None = Field(
         None, ge=1, description="Memory for KV, in blocks. When given, pool_nbytes is not used"

@@ -19,7 +19,7 @@ import asyncio
 import contextlib
 import secrets
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -86,6 +86,8 @@ class EdgeShard:
     ) -> None:
         self.counters: Counter[str] = Counter()
         self.opened = asyncio.Event()  # set when a namespace is opened that was not
+        self.admitting = 0  # admissions that count on the slots that are free now: nothing may arrive in them
+        self.arriving = asyncio.Lock()  # held by who sets slots aside
         self.spec = spec
         self.epoch = epoch
         self.min_quality = min_quality
@@ -231,13 +233,25 @@ class EdgeShard:
         self.counters["edge:evicted"] += evicted
         return evicted > 0
 
+    @contextlib.contextmanager
+    def admission(self) -> Iterator[None]:
+        """While a request is on its way into the engine."""
+        self.admitting += 1
+        try:
+            yield
+        finally:
+            self.admitting -= 1
+
     def spare(self, n: int) -> int:
-        """How many of `n` slots a block from elsewhere may have, after idle ones went for it."""
+        """Set aside up to `n` slots for blocks from elsewhere, idle ones going for it; how many. None while a
+        request is being admitted: it comes first."""
+        if self.admitting:
+            return 0
         lacking = n - self.slots.n_free
         if lacking > 0:
             self.counters["edge:evicted"] += evict_idle(self.driver.core, lacking)
             self.driver.reap()
-        return min(n, self.slots.n_free)
+        return self.tier.set_aside(n)
 
     def lies_here(self, txn_id: TxnId) -> None:
         """What the transaction stages lies in the pool."""
@@ -297,41 +311,39 @@ class EdgeShard:
         self, run: LocalRun, indexes: Sequence[int], slots: Sequence[int], quality: Quality
     ) -> LeaseId | None:
         core, now = self.driver.core, self._clock.now()
-        txn = self._begin(run, indexes, quality)
+        blocks = [
+            (run.describe(index, self.epoch, quality), slot)
+            for index, slot in zip(indexes, slots, strict=True)
+        ]
+        txn = self._begin(run, blocks, quality)
         if txn.refused:
             # What exists must not be pinned: the sequence has a copy of its own, and would hold two slots.
             core.abort(txn.id)
-            taken = [i for i in range(len(indexes)) if i not in txn.refused]
-            indexes, slots = [indexes[i] for i in taken], [slots[i] for i in taken]
-            if not indexes:
+            blocks = [block for i, block in enumerate(blocks) if i not in txn.refused]
+            if not blocks:
                 return None
-            txn = self._begin(run, indexes, quality)
+            txn = self._begin(run, blocks, quality)
         self.lies_here(txn.id)
-        for i, (index, slot) in enumerate(zip(indexes, slots, strict=True)):
+        for i, (meta, slot) in enumerate(blocks):
             version = core.granted(txn, i)
-            assert version is not None, "nothing happens between two calls of the core"
-            meta = run.describe(index, self.epoch, quality)
-            self.tier.keep(Place(version.ref.slot, version.ref.generation), slot, meta)
-            core.written(txn, i, None, now)
+            if version is not None:
+                self.tier.keep(Place(version.ref.slot, version.ref.generation), slot, meta)
+                core.written(txn, i, None, now)
         answer = core.commit(txn.id, LEASE_S, now)
-        self.counters["edge:kept"] += len(indexes) - len(answer.refused)
+        self.counters["edge:kept"] += len(blocks) - len(answer.refused)
         return answer.lease
 
-    def _begin(self, run: LocalRun, indexes: Sequence[int], quality: Quality) -> Txn:
-        metas = [run.describe(index, self.epoch, quality) for index in indexes]
+    def _begin(self, run: LocalRun, blocks: Sequence[tuple[BlockMeta, int]], quality: Quality) -> Txn:
         return self.driver.core.begin(
             run.namespace,
             self.epoch,
             quality,
-            [self.offer(meta) for meta in metas],
+            [Offer(m.key, m.parent, m.chain_index, m.placement, self.frame_nbytes) for m, _ in blocks],
             run.owner,
             LEASE_S,
             secrets.token_bytes(16),
             self._clock.now(),
         )
-
-    def offer(self, meta: BlockMeta) -> Offer:
-        return Offer(meta.key, meta.parent, meta.chain_index, meta.placement, self.frame_nbytes)
 
     def _ref(self, place: Place) -> BlockRef:
         return BlockRef(self.driver.shard, self.driver.config.incarnation, *place)

@@ -178,16 +178,20 @@ class _Move:
 
     async def _land(self, arrived: Sequence[_Arrived]) -> int:
         """Commit what came, as far as there is room; how many blocks of the chain are here by it."""
-        spare = self._edge.spare(len(arrived))
-        if spare < len(arrived):
-            self.ended_by = Refusal.NO_SPACE.value
-        landed = 0
-        for _, group in groupby(arrived[:spare], key=lambda one: one.meta.quality):
-            blocks = [*group]
-            here = await self._commit(blocks)
-            landed += here
-            if here < len(blocks):
-                break
+        async with self._edge.arriving:
+            spare = self._edge.spare(len(arrived))
+            if spare < len(arrived):
+                self.ended_by = Refusal.NO_SPACE.value
+            landed = 0
+            try:
+                for _, group in groupby(arrived[:spare], key=lambda one: one.meta.quality):
+                    blocks = [*group]
+                    here = await self._commit(blocks)
+                    landed += here
+                    if here < len(blocks):
+                        break
+            finally:
+                self._edge.tier.put_back()
         return landed
 
     async def _commit(self, blocks: Sequence[_Arrived]) -> int:

@@ -56,7 +56,9 @@ class LocalRun:
         self.leases.append(lease)
 
     def over(self, lineage: Lineage) -> Lineage:
-        """The lineage of a sequence that attends to what was lent."""
+        """The lineage of a sequence that attends to what is lent now. What is read from here on stands behind
+        that: if something was recalled before, it is no loss."""
+        self.recalled = False
         for block in self.blocks:
             lineage = lineage.absorb(block.epoch, block.quality)
         return lineage

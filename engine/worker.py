@@ -198,8 +198,9 @@ class WorkerLoop:
         self.waiting += 1
         try:
             async with asyncio.timeout(timeout_s), self._turn:
-                await self._wait_for_room(request, local, hold)
-                await self._take_in(request, sink, local, blocks, tail, hold)
+                with self._edge.admission() if self._edge is not None else contextlib.nullcontext():
+                    await self._wait_for_room(request, local, hold)
+                    await self._take_in(request, sink, local, blocks, tail, hold)
         except TimeoutError:
             raise OverLimit(
                 f"request {request.request_id} found no room in this engine within {timeout_s:.1f} s"
@@ -286,20 +287,20 @@ class WorkerLoop:
                 hold=hold,
                 keep=local is not None,
             )
+            if local is not None:
+                local.admitted(slots)
         except BaseException:
             # Cancelled while the thread was in admit: the release queued here runs after it.
             self.release(request.request_id, request.attempt)
             raise
-        if local is not None:
-            local.admitted(slots)
         admitted.running = True
         self._work.set()
 
     def _released(self, local: LocalRun | None, future: asyncio.Future[None]) -> None:
         self._releasing -= 1
+        self._freed.set()
         if local is not None:
             local.end()
-        self._freed.set()
         if not future.cancelled() and (error := future.exception()) is not None:
             self.counters["engine:failed_releases"] += 1
             log.error("the engine failed to release a sequence", exc_info=error)
@@ -330,9 +331,8 @@ class WorkerLoop:
         damaged = {event.request_id for event in result.events if event.finish is FinishReason.ERROR}
         for block in result.blocks:
             if (admitted := self._current(block)) is not None:
-                if admitted.local is not None and block.request_id not in damaged:
-                    admitted.local.filled(block.chain_index)
-                self._tell(block.request_id, admitted, partial(admitted.sink.on_block, block))
+                keep = block.request_id not in damaged
+                self._tell(block.request_id, admitted, partial(_take_block, admitted, block, keep))
         for event in result.events:
             if (admitted := self._current(event)) is None:
                 continue
@@ -375,3 +375,9 @@ class WorkerLoop:
                 self._tell(request_id, admitted, partial(admitted.sink.on_error, error))
         # Releases are queued; look for work again behind them, so that a request that came meanwhile runs.
         self._work.set()
+
+
+def _take_block(admitted: _Admitted, block: CompletedBlock, keep: bool) -> None:
+    if admitted.local is not None and keep:
+        admitted.local.filled(block.chain_index)
+    admitted.sink.on_block(block)

@@ -78,15 +78,16 @@ async def _onboard_and_admit(worker: Worker, run: Prefilling, chain: KeyChain) -
         timeout_s=limits.admit_timeout_s,
     )
     read = len(onboarded.payloads)
+    ended_by = onboarded.miss
     if run.local is not None and run.local.recalled:
-        held = read = 0
+        held, read, ended_by = 0, 0, MissReason.ABSENT
     run.onboarded = tuple(match.blocks[: held + read])
     by_tier = _by_tier(match.blocks[held : held + read], held, chain.block_tokens)
     return match, PrefillStats(
         prompt_tokens=len(run.tokens),
         cached_tokens=sum(by_tier.values()),
         cached_by_tier=by_tier,
-        misses=dict(misses_of(usable, max(held, len(match.blocks)), held + read, match.miss, onboarded.miss)),
+        misses=dict(misses_of(usable, max(held, len(match.blocks)), held + read, match.miss, ended_by)),
         epochs=tuple(sorted({worker.store.epoch.number, *onboarded.epochs})),
         lookup_s=matched - started,
         load_s=loaded - matched,

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.types import GenerationRequest
+from engine.sampler import NO_TOKEN, Sampler
+from engine.types import FinishReason, GenerationRequest
 from tests.gates import GatedEngine, GatedShard
 from tests.role_parts import CACHING, WAIT_S, Pair, pair_over, prompt, request, shard
 
@@ -94,6 +95,22 @@ async def test_a_failed_step_leaves_none_of_its_blocks_and_takes_none_of_others(
         await pair.assert_nothing_held()
         assert len(edge.tier.kept_slots()) == kept
         await ended(pair)
+
+
+async def test_blocks_of_a_damaged_sequence_are_not_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ends in an error for its numbers must not be there for the next one."""
+    async with pair_over(folder, [shard()], engine=CACHING) as pair:
+        with monkeypatch.context() as patch:
+            patch.setattr(Sampler, "sample", staticmethod(lambda logits, *_: [NO_TOKEN] * len(logits)))
+            first = await pair.prefill.prefill(request(prompt(40)))
+            assert first.event.finish is FinishReason.ERROR
+        edge = pair.workers[0].edge
+        assert edge is not None
+        assert edge.tier.kept_slots() == set()
+        await pair.prefill.abort("r", 1)
+        await pair.assert_nothing_held()
 
 
 async def test_a_parked_prompt_that_nobody_fetches_leaves_its_blocks_idle(folder: Path) -> None:

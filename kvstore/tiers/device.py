@@ -3,13 +3,13 @@
     engine fills a slot -> keep(place, slot, meta)      nothing is copied: the slot now has a name
     match -> lend(places) -> slots                      used in place by any number of sequences
     read, borrow                                        a frame is made when a block leaves the pool
-    allocate -> write                                   and was checked when one enters (by the driver)
+    set_aside -> allocate -> write                      and was checked when one enters (by the driver)
 
 A frame is made from the slot by one strided copy and one xxh3 pass (1.5 MB: about 0.5 ms, in a thread). While
 it is made the slot is lent, so that it cannot change hands: what leaves is what was named, even if its
-version is evicted meanwhile. Writing raises OSError (ENOSPC) when the pool has no free slot: running
-sequences come first. Nothing is promised of the bytes between: the pool is the engine's own memory, as
-trusted as its weights.
+version is evicted meanwhile. Writing raises OSError (ENOSPC) unless a slot was set aside for it: running
+sequences come first, and nobody writes into a pool unasked. Nothing is promised of the bytes between: the
+pool is the engine's own memory, as trusted as its weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore import failpoints
-from kvstore.errors import OverLimit
 from kvstore.frame import HEADER_NBYTES, decode_header, encode_header
 from kvstore.nouns import BlockMeta, Tier
 from kvstore.tiers.base import Place
@@ -57,9 +56,8 @@ class DeviceTier:
     def __init__(self, pool: PagedPool, slots: PoolSlots) -> None:
         self._pool = pool
         self._slots = slots
-        self._blocks: dict[
-            int, tuple[int, int, BlockMeta]
-        ] = {}  # slot -> generation, pool's slot, what it is
+        self._blocks: dict[int, tuple[int, int, BlockMeta]] = {}  # slot -> generation, the pool's, identity
+        self._aside: list[int] = []  # the pool's, for blocks that are about to arrive
 
     # -- in place ----------------------------------------------------------------------------------
 
@@ -76,8 +74,21 @@ class DeviceTier:
         self._slots.lend(slots)
         return slots
 
+    def set_aside(self, n: int) -> int:
+        """Take up to `n` free slots of the pool for blocks that arrive; how many. `write` takes no others:
+        what is free is the engine's to count on."""
+        taken = self._slots.take_kept(n)
+        self._aside += taken
+        return len(taken)
+
+    def put_back(self) -> None:
+        """What was set aside and not written to is free again."""
+        while self._aside:
+            self._slots.drop(self._aside.pop())
+
     def kept_slots(self) -> set[int]:
-        return {slot for _, slot, _ in self._blocks.values()}
+        """Those with a block, and those set aside for one."""
+        return {*(slot for _, slot, _ in self._blocks.values()), *self._aside}
 
     # -- TierStorage -------------------------------------------------------------------------------
 
@@ -94,10 +105,9 @@ class DeviceTier:
         if known is not None and known[0] >= place.generation:
             return  # late: these bytes are here, or the slot was given to somebody else meanwhile
         meta = decode_header(frame).meta
-        try:
-            slot = self._slots.take_kept()
-        except OverLimit as error:
-            raise OSError(errno.ENOSPC, f"the pool has no slot to spare: {error}") from None
+        if not self._aside:
+            raise OSError(errno.ENOSPC, "no slot of the pool was set aside for blocks from elsewhere")
+        slot = self._aside.pop()
         payload = frame[HEADER_NBYTES:]
         await to_its_end(
             frame.nbytes,

@@ -66,12 +66,13 @@ class PoolSlots:
                 self._users[slot] = 1
             return slots
 
-    def take_kept(self) -> int:
-        """One slot for a block from elsewhere: kept, used by nobody. Raises OverLimit."""
+    def take_kept(self, n: int) -> list[int]:
+        """Up to `n` slots for blocks from elsewhere: kept, used by nobody."""
         with self._lock:
-            (slot,) = self._table.allocate(1, KEPT)
-            self._mark_kept(slot)
-            return slot
+            slots = self._table.allocate(min(n, self._table.n_free), KEPT)
+            for slot in slots:
+                self._mark_kept(slot)
+            return slots
 
     def lend(self, slots: Sequence[int]) -> None:
         """One more user of each. They must be kept or in use: a free slot's content is nobody's."""

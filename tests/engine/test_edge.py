@@ -12,6 +12,7 @@ from engine.engine import Engine
 from engine.local_run import LocalRun
 from engine.types import GenerationRequest
 from kvstore.clock import ManualClock
+from kvstore.core.shrinking import evict_idle
 from kvstore.core.versions import State
 from kvstore.hashing import KeyChain
 from kvstore.lineage import Lineage
@@ -194,8 +195,8 @@ def test_a_lost_lease_costs_the_cache_a_block_and_no_reader_its_bytes() -> None:
         edge.driver.reap()
     edge.make_room(10, None)
     assert edge.driver.core.index.rooms.idle_versions == 10
-    while edge.driver.core.index.rooms.idle_versions:
-        edge.spare(BLOCKS)
+    evict_idle(edge.driver.core, 10)
+    edge.driver.reap()
     taken = edge.slots.allocate(edge.slots.n_free, "other")
     assert not {*taken} & {*local.slots}
     for key, slot in zip(chain.keys, local.slots, strict=False):
@@ -234,6 +235,19 @@ def test_a_better_block_takes_the_place_of_a_lesser_one() -> None:
     assert len(edge.tier.kept_slots()) == 5
     fill(edge, pool, 5, Quality.INT8)
     assert Counter(v.quality for v in edge.driver.core.index.rows()) == {Quality.LOSSLESS: 5}
+
+
+def test_a_lossless_worker_is_not_lent_what_it_keeps_of_lesser_quality() -> None:
+    """Kept because a handoff's floor was lower; a snapshot at lossless sees none of it."""
+    edge, pool = edge_of("w", 30)
+    chain = fill(edge, pool, 5, Quality.INT8)
+    local = edge.lend(NAMESPACE, "default", chain, 5, "lossless")
+    assert local.blocks == ()
+    local.end()
+    edge.min_quality = Quality.INT8
+    local = edge.lend(NAMESPACE, "default", chain, 5, "lossy")
+    assert {block.quality for block in local.blocks} == {Quality.INT8}
+    local.end()
 
 
 def test_an_onboarded_block_of_another_epoch_is_not_kept() -> None:

@@ -138,6 +138,36 @@ async def test_idle_blocks_go_for_it_and_running_sequences_do_not() -> None:
     check(target)
 
 
+async def test_nothing_arrives_while_a_request_is_being_admitted_and_nobody_writes_unasked() -> None:
+    """What is free when an admission looks is free when it takes it."""
+    source, from_pool = edge_of("a", 40)
+    target, _ = edge_of("b", 40)
+    chain = fill(source, from_pool, BLOCKS)
+    with target.admission():
+        pulled = await moved(target, source.driver, chain.keys)
+        assert (pulled.blocks, pulled.misses) == (0, {"no_space": BLOCKS})
+        assert target.slots.n_free == 40
+    found = await source.driver.match(Snapshot(NAMESPACE, EPOCH), chain.keys[:1], "r", 5.0, timeout_s=1)
+    frame = await source.tier.read(Place(found.slots[0], found.generations[0]))
+    assert frame is not None
+    with pytest.raises(OSError, match="set aside"):
+        await target.tier.write(Place(0, 9), frame)
+    assert (await moved(target, source.driver, chain.keys)).blocks == BLOCKS
+    check(target)
+
+
+async def test_a_move_that_breaks_off_leaves_nothing_set_aside() -> None:
+    source, from_pool = edge_of("a", 40)
+    target, _ = edge_of("b", 40)
+    chain = fill(source, from_pool, BLOCKS)
+    fail = failpoints.Fail(OSError("the copy failed"))
+    with failpoints.armed("storage.write", fail, after=3, times=1):
+        pulled = await moved(target, source.driver, chain.keys)
+    assert pulled.blocks == 0
+    assert target.slots.n_free == 40
+    check(target)
+
+
 async def test_a_move_under_concurrent_eviction_moves_true_bytes_or_nothing() -> None:
     """The source gives up and refills its slots while it is read; readers of it stay byte-exact meanwhile."""
     source, from_pool = edge_of("a", 30)
