@@ -77,7 +77,7 @@ class StoreConfig(BaseModel):
         default_factory=dict, description="Custom Ray resources each shard takes: binds shards to nodes"
     )
     capacity_nbytes: int = Field(1 << 30, ge=1 << 20, description="Host memory for frames, a shard")
-    policy: str = Field("lru", description="Replacement policy, by name")
+    policy: str = Field("default", description="Replacement policy, by name; `default` is `hazard`")
     host: str = Field(
         "127.0.0.1", description="Address shards listen on; beyond loopback only with TLS or insecure"
     )

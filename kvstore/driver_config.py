@@ -24,7 +24,7 @@ class DriverConfig:
     incarnation: Incarnation = field(default_factory=new_incarnation)
     limits: CoreLimits = field(default_factory=CoreLimits)
     quotas: Mapping[str, int] = field(default_factory=dict)  # bytes a tenant may hold here, by its name
-    policy: str = "lru"
+    policy: str = "default"
     reap_interval_s: float = 0.5
     faults: bool = False  # allows flip_stored_byte: tests and the demo's negative control
 
