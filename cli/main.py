@@ -14,6 +14,7 @@ from cli.down import down
 from cli.epoch import epoch
 from cli.model import model
 from cli.purge import purge
+from cli.replay.command import replay
 from cli.status import status
 from cli.store import store
 from cli.up import up
@@ -50,6 +51,7 @@ app.command()(chat)
 app.command()(status)
 app.command()(store)
 app.command()(purge)
+app.command()(replay)
 app.add_typer(epoch, name="epoch")
 app.add_typer(model, name="model")
 app.add_typer(bench, name="bench")

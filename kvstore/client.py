@@ -89,7 +89,7 @@ class StoreClient:
 
     @classmethod
     def in_process(
-        cls, capacity_nbytes: int = 256 << 20, *, policy: str = "lru", shards: int = 1
+        cls, capacity_nbytes: int = 256 << 20, *, policy: str = "default", shards: int = 1
     ) -> Opening[StoreClient]:
         """A store in this process, without any network, gone when the client is closed.
 

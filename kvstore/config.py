@@ -34,6 +34,7 @@ from kvstore.driver_config import DriverConfig
 from kvstore.errors import ConfigError
 from kvstore.nouns import Quality, ShardId
 from kvstore.policies import POLICIES
+from kvstore.policies.admission import ADMISSIONS
 from kvstore.server import ServerConfig, is_loopback
 from kvstore.store_file import secret_in
 from kvstore.tiers.nvme.config import NvmeConfig
@@ -93,6 +94,11 @@ class NvmeSection(BaseModel):
         description="What moves down: write_through (all), write_through_selective (what is worth it when it "
         "is let go of), write_back (what would leave a nearly full host)",
     )
+    admission: str = Field(
+        "predicted_reuse",
+        description="What write_through_selective and write_back find worth a write: always, second_use, "
+        "predicted_reuse (used twice, or likely to be)",
+    )
     codec: str = Field(
         "lossless",
         description="What blocks are encoded with on their way down. Anything but lossless also lets this "
@@ -107,6 +113,14 @@ class NvmeSection(BaseModel):
         if codec not in CODECS:
             raise ConfigError(f"store.nvme.codec {codec!r} is unknown: use {' or '.join(CODECS)}")
         return codec
+
+    @field_validator("admission")
+    @classmethod
+    def _is_a_policy(cls, admission: str) -> str:
+        if admission not in ADMISSIONS:
+            known = " or ".join(sorted(ADMISSIONS))
+            raise ConfigError(f"store.nvme.admission {admission!r} is unknown: use {known}")
+        return admission
 
     @property
     def cold_codec(self) -> Codec | None:
@@ -132,7 +146,7 @@ class StoreConfig(BaseModel):
         default_factory=dict, description="Custom Ray resources each shard takes: binds shards to nodes"
     )
     capacity_nbytes: int = Field(1 << 30, ge=1 << 20, description="Host memory for frames, a shard")
-    policy: str = Field("lru", description="Replacement policy, by name")
+    policy: str = Field("default", description="Replacement policy, by name; `default` is `hazard`")
     nvme: NvmeSection | None = Field(None, description="The tier below host memory. None: there is none")
     secret: SecretStr | None = Field(
         None, min_length=16, description="What keys namespace ids, where it comes from the environment"
@@ -258,6 +272,7 @@ class StoreConfig(BaseModel):
             policy=self.policy,
             tiering=self.nvme.tiering(nvme_nbytes) if self.nvme else Tiering(),
             cold_codec=self.nvme.cold_codec if self.nvme else None,
+            admission=self.nvme.admission if self.nvme else "always",
             reap_interval_s=self.reap_interval_s,
             faults=self.faults,
         )

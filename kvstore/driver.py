@@ -56,6 +56,8 @@ from kvstore.nouns import (
     TxnId,
 )
 from kvstore.policies import POLICIES
+from kvstore.policies.admission import ADMISSIONS
+from kvstore.policies.continuation import Continuation
 from kvstore.recovery import recover
 from kvstore.tiers.base import Breakable, TierStorage
 from kvstore.tiers.copying import beside_the_loop
@@ -95,7 +97,8 @@ class ShardDriver:
     ) -> None:
         """`storage` is the host's; `durable` lies below it, as far as `config.tiering` says."""
         self.config = config
-        self.core = ShardCore(config.core(), POLICIES[config.policy])
+        judges = (Continuation, ADMISSIONS[config.admission]) if durable is not None else ()
+        self.core = ShardCore(config.core(), POLICIES[config.policy], *judges)
         self._watchers = Watchers(self.core)
         self.storage = storage
         self.tiers = Tiers(storage, durable)

@@ -13,6 +13,7 @@ from kvstore.core.state import CoreConfig, CoreLimits, Encoding, Tiering
 from kvstore.errors import ConfigError
 from kvstore.nouns import Incarnation, KVLayout, ShardId
 from kvstore.policies import POLICIES
+from kvstore.policies.admission import ADMISSIONS
 
 
 def new_incarnation() -> Incarnation:
@@ -27,8 +28,9 @@ class DriverConfig:
     incarnation: Incarnation = field(default_factory=new_incarnation)
     limits: CoreLimits = field(default_factory=CoreLimits)
     quotas: Mapping[str, int] = field(default_factory=dict)  # bytes a tenant may hold here, by its name
-    policy: str = "lru"
+    policy: str = "default"
     tiering: Tiering = field(default_factory=Tiering)
+    admission: str = "predicted_reuse"  # what is worth a place on the tier below, by name
     cold_codec: Codec | None = None  # what the tier below makes of lossless blocks; None: keeps them
     reap_interval_s: float = 0.5
     faults: bool = False  # allows flip_stored_byte: tests and the demo's negative control
@@ -66,3 +68,5 @@ class DriverConfig:
             )
         if self.policy not in POLICIES:
             raise ConfigError(f"policy {self.policy!r} is unknown: use one of {sorted(POLICIES)}")
+        if self.admission not in ADMISSIONS:
+            raise ConfigError(f"admission {self.admission!r} is unknown: use one of {sorted(ADMISSIONS)}")

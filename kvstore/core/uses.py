@@ -15,7 +15,7 @@ Costs 20 bytes a version and about 0.3 us a version and use. Nothing here can fa
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 from kvstore.core.versions import NONE, Versions
@@ -38,10 +38,13 @@ class Use(NamedTuple):
 
 
 class Uses:
-    __slots__ = ("_parent_generations", "_versions", "counts", "parents", "spans", "turns", "used_s")
+    __slots__ = (
+        "_parent_generations", "_versions", "counts", "observers", "parents", "spans", "turns", "used_s",
+    )  # fmt: skip
 
     def __init__(self, versions: Versions) -> None:
         self._versions = versions
+        self.observers: list[Callable[[Use], None]] = []  # told of each use; the columns are of before it
         self.counts = bytearray()  # how often, 255 and more are 255
         self.turns = bytearray()
         self.spans = array("H")
@@ -58,9 +61,9 @@ class Uses:
         return self._versions.nbytes
 
     def fingerprint(self, slot: int) -> int:
-        """Eight bytes of its key: enough to know it again when it comes back."""
-        at = slot * KEY_NBYTES
-        return int.from_bytes(self._versions.keys[at : at + FINGERPRINT_NBYTES], "little")
+        """The last eight bytes of its key: enough to know it again when it comes back."""
+        end = (slot + 1) * KEY_NBYTES
+        return int.from_bytes(self._versions.keys[end - FINGERPRINT_NBYTES : end], "big")
 
     def born(self, slot: int, parent: int) -> None:
         """The slot holds a new version, built on the one in `parent` (NONE: that is not here)."""
@@ -82,6 +85,10 @@ class Uses:
             return NONE
         same = self._parent_generations[slot] == self._versions.generations[parent] & _GENERATION_BITS
         return parent if same else NONE
+
+    def known_again(self, slot: int, count: int) -> None:
+        """The slot holds a key that was here before, and had been used so often."""
+        self.counts[slot] = count
 
     def of(self, slots: Sequence[int], now: float) -> Use:
         """The use of these slots, sorted tail first; there is at least one."""
@@ -105,6 +112,8 @@ class Uses:
 
     def record(self, use: Use) -> None:
         """After the policies have seen it."""
+        for observe in self.observers:
+            observe(use)
         counts, turns, spans, used_s = self.counts, self.turns, self.spans, self.used_s
         now, span, turn = use.now, use.span, use.turn
         for slot in use.slots:

@@ -49,7 +49,7 @@ def test_flags_win_over_environment_over_file(file: Path) -> None:
             "[store]\nreap_interval_s = 1.5\n",
             "store.reap_interval_s: Input should be less than or equal to 1",
         ),
-        ("[store]\npolicy = 'fifo'\n", "store.policy 'fifo' is unknown: use lru"),
+        ("[store]\npolicy = 'fifo'\n", "store.policy 'fifo' is unknown: use arc"),
         ("[store]\nhost = '0.0.0.0'\n", "store.host 0.0.0.0 is not loopback: set store.tls_cert"),
         ("[store]\ntls_key = 'key.pem'\n", "TLS needs both store.tls_cert and store.tls_key"),
         ("[store]\ntls_ca = 'ca.pem'\n", "store.tls_ca needs store.tls_cert and store.tls_key"),

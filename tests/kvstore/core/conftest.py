@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from kvstore.core.seams import MakePolicy
 from kvstore.core.shard import ShardCore
 from kvstore.core.state import CoreConfig, CoreLimits, Namespace, Offer
 from kvstore.core.transactions import Txn
@@ -66,11 +67,12 @@ class Shard:
         blocks: int = 8,
         quotas: Mapping[str, int] | None = None,
         incarnation: Incarnation = INCARNATION,
+        policy: MakePolicy = POLICIES["lru"],
         **limits: float,
     ) -> None:
         bounds = CoreLimits(**limits)  # type: ignore[arg-type]
         config = CoreConfig(ShardId("shard"), incarnation, blocks * NBYTES, bounds, quotas or {})
-        self.core = ShardCore(config, POLICIES["lru"])
+        self.core = ShardCore(config, policy)
         self.now = 0.0
         self._requests = 0
         self.open(NAMESPACE, MODEL)
