@@ -6,7 +6,8 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from kvstore.core.state import CoreConfig, CoreLimits, Tiering
+from kvstore.core.seams import MakePredictor
+from kvstore.core.state import CoreConfig, CoreLimits, Foresight, Tiering
 from kvstore.errors import ConfigError
 from kvstore.mover import EncodeFrame
 from kvstore.nouns import Incarnation, ShardId
@@ -27,6 +28,8 @@ class DriverConfig:
     quotas: Mapping[str, int] = field(default_factory=dict)  # bytes a tenant may hold here, by its name
     policy: str = "lru"
     tiering: Tiering = field(default_factory=Tiering)
+    foresight: Foresight = field(default_factory=Foresight)
+    make_predictor: MakePredictor | None = None  # how likely sessions go on; None: nothing is foreseen
     encode_frame: EncodeFrame | None = None  # what the tier below keeps of a lossless frame; None: itself
     reap_interval_s: float = 0.5
     faults: bool = False  # allows flip_stored_byte: tests and the demo's negative control
@@ -40,6 +43,7 @@ class DriverConfig:
             self.quotas,
             self.cluster_secret,
             self.tiering,
+            self.foresight,
         )
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from typing import Final
 
 import structlog
@@ -42,6 +43,7 @@ class Upkeep:
         notes: Notes,
         clock: Clock,
         watchers: Watchers,
+        wake_mover: Callable[[], None] = lambda: None,
     ) -> None:
         self._config = config
         self._core = core
@@ -49,6 +51,7 @@ class Upkeep:
         self._notes = notes
         self._clock = clock
         self._watchers = watchers
+        self._wake_mover = wake_mover
         self._ticking: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -78,6 +81,8 @@ class Upkeep:
 
     async def tick(self) -> None:
         self.reap()
+        self._core.look_ahead(self._clock.now())
+        self._wake_mover()
         for _ in range(SWEEPS_A_TICK):
             if not await self._sweep():
                 break
