@@ -19,8 +19,10 @@ from typing import Final
 
 import structlog
 
+from engine.announcing import Announcer
 from engine.background import Background
 from engine.engine import Engine
+from engine.gate import LoadGate
 from engine.onboard import Onboarding
 from engine.publisher import Publisher, PublishLimits
 from engine.registry import resolve_model
@@ -51,6 +53,8 @@ class Worker:
     store: StoreLink
     background: Background
     onboarding: Onboarding
+    gate: LoadGate
+    announcer: Announcer
     publisher: Publisher
     loading: asyncio.Semaphore
     role_counters: Counter[str] = field(default_factory=Counter)
@@ -77,6 +81,8 @@ class Worker:
             self.background.counters,
             self.store.counters,
             self.store.client_counters,
+            self.gate.counters,
+            self.announcer.counters,
             self.role_counters,
         )
         merged: Counter[str] = Counter()
@@ -88,6 +94,7 @@ class Worker:
             "gauge:held": self.loop.held,
             "gauge:publishing_nbytes": self.publisher.inflight_nbytes,
             "gauge:background_tasks": len(self.background),
+            **self.gate.gauges(),
         }
         return {name: float(value) for name, value in {**merged, **gauges}.items()}
 
@@ -170,6 +177,14 @@ def assemble(
         store=store,
         background=background,
         onboarding=Onboarding(store, background),
+        announcer=Announcer(
+            store,
+            background,
+            engine.layout.block_tokens,
+            announcing_max=limits.announcing_max,
+            timeout_s=limits.match_timeout_s,
+        ),
+        gate=LoadGate(engine.layout.block_nbytes, engine.layout.block_tokens, is_on=limits.load_gate),
         publisher=Publisher(store, background, publish_limits),
         loading=asyncio.Semaphore(limits.loading_max),
     )

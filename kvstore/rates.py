@@ -1,25 +1,30 @@
 """A measured rate: how much a second, as it was lately. Exponentially weighted, so that it follows a change
-within about ten measurements and no single one decides."""
+within some ten measurements and no single one decides: not even one that a standstill fell into."""
 
 from __future__ import annotations
 
 from typing import Final
 
 NEWEST_WEIGHT: Final = 0.2
+OUTLIER: Final = 4.0  # times as slow as lately: what took longer counts as so much
 
 
 class Rate:
     """Amounts over the seconds they took. Both are averaged, so a long measurement counts for more."""
 
-    __slots__ = ("_amount", "_seconds")
+    __slots__ = ("_amount", "_seconds", "count")
 
     def __init__(self) -> None:
         self._amount = self._seconds = 0.0
+        self.count = 0  # measurements so far
 
     def measured(self, amount: float, seconds: float) -> None:
-        """What took no measurable time tells nothing, and is left out."""
-        if amount <= 0 or seconds <= 0:
+        """What took no measurable time tells nothing, nor does a first try that came to nothing."""
+        if seconds <= 0 or amount < 0 or not (amount or self._seconds):
             return
+        if amount and self._amount:
+            seconds = min(seconds, OUTLIER * amount * self._seconds / self._amount)
+        self.count += 1
         weight = NEWEST_WEIGHT if self._seconds else 1.0
         self._amount += weight * (amount - self._amount)
         self._seconds += weight * (seconds - self._seconds)

@@ -30,11 +30,15 @@ async def compute_first_token(worker: Worker, run: Prefilling) -> FirstToken:
     run.session = await worker.store.session(run.request.tenant)
     chain = KeyChain(run.session.namespace if run.session else _NO_NAMESPACE, worker.info.layout.block_tokens)
     chain.extend(run.tokens)
+    if worker.loading.locked():
+        worker.announcer.announce(run.session, chain.keys[: _usable_blocks(run, chain)])
     async with worker.turn_to_load():
         stats = await _onboard_and_admit(worker, run, chain)
     admitted = worker.clock.now()
     event = await _drawn(worker, run)
-    return FirstToken(event, replace(stats, compute_s=stats.compute_s + worker.clock.now() - admitted))
+    computing_s = worker.clock.now() - admitted
+    worker.gate.computed(stats.cached_tokens, len(run.tokens), computing_s)
+    return FirstToken(event, replace(stats, compute_s=stats.compute_s + computing_s))
 
 
 async def _onboard_and_admit(worker: Worker, run: Prefilling, chain: KeyChain) -> PrefillStats:
@@ -44,11 +48,14 @@ async def _onboard_and_admit(worker: Worker, run: Prefilling, chain: KeyChain) -
     match = await _match(worker, run, chain)
     matched = clock.now()
     onboarded = Onboarded(run.lineage)
+    tiers = [block.tier for block in match.blocks]
+    worth = worker.gate.admit(tiers, len(run.tokens))
     if run.session is not None:
         onboarded = await worker.onboarding.read(
-            run.session, match.blocks, run.lineage, timeout_s=limits.read_timeout_s
+            run.session, match.blocks[:worth], run.lineage, timeout_s=limits.read_timeout_s
         )
     loaded = clock.now()
+    worker.gate.loaded(tiers[:worth], len(onboarded.payloads), loaded - matched)
     run.onboarded, run.lineage = tuple(match.blocks[: len(onboarded.payloads)]), onboarded.lineage
     run.publication = worker.publisher.open(
         run.session, chain, run.lineage, owner=_owner(worker, run), pin_for_s=limits.lease_s
@@ -60,7 +67,7 @@ async def _onboard_and_admit(worker: Worker, run: Prefilling, chain: KeyChain) -
         prompt_tokens=len(run.tokens),
         cached_tokens=len(run.onboarded) * chain.block_tokens,
         cached_by_tier=_by_tier(run.onboarded, chain.block_tokens),
-        misses=_misses(run, chain, match, onboarded),
+        misses=_misses(run, chain, match, onboarded, len(tiers) - worth),
         epochs=tuple(sorted({worker.store.epoch.number, *onboarded.epochs})),
         lookup_s=matched - started,
         load_s=loaded - matched,
@@ -137,9 +144,11 @@ def _usable_blocks(run: Prefilling, chain: KeyChain) -> int:
     return (len(run.tokens) - 1) // chain.block_tokens
 
 
-def _misses(run: Prefilling, chain: KeyChain, match: Match, onboarded: Onboarded) -> dict[str, int]:
+def _misses(
+    run: Prefilling, chain: KeyChain, match: Match, onboarded: Onboarded, gated: int
+) -> dict[str, int]:
     asked, used = _usable_blocks(run, chain), len(run.onboarded)
-    return dict(misses_of(asked, len(match.blocks), used, match.miss, onboarded.miss))
+    return dict(misses_of(asked, len(match.blocks), used, match.miss, onboarded.miss, gated))
 
 
 def _by_tier(blocks: tuple[PinnedBlock, ...], block_tokens: int) -> dict[str, int]:
