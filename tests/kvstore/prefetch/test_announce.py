@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from kvstore import announcements
+from kvstore.core.state import Foresight
+from kvstore.core.uses import Use, Uses
 from kvstore.driver import ShardDriver
 from kvstore.errors import NotFound, OverLimit
 from kvstore.nouns import BlockKey, NamespaceId, Tier
@@ -154,6 +156,32 @@ async def test_a_shard_without_a_tier_below_answers_at_once(world: World) -> Non
     await put(driver, made, [0, 1], E1)
     told = await driver.announce(snapshot(namespace), made.keys, 60.0, timeout_s=120.0)
     assert (list(told.tiers), told.coming, told.promotion_nbytes_s) == ([HOST, HOST], 0, 0.0)
+
+
+async def test_what_a_predictor_says_comes_up_at_the_shards_own_tick() -> None:
+    class Sure:
+        def __init__(self, uses: Uses) -> None:
+            del uses
+
+        def observe(self, use: Use) -> None:
+            """Nothing can change its mind."""
+
+        def probability(self, slot: int, within_s: float, now: float) -> float:
+            return 1.0
+
+    driver, _ = tiered(make_predictor=Sure, foresight=Foresight(share=0.5))
+    namespace = await opened(driver)
+    made = await put_below(driver, namespace, 3)
+    await driver.start()
+    await driver.tick()
+    assert driver.mover is not None
+    slots = [version.ref for version in driver.core.index.rows()]
+    await driver.mover.wait_for(slots, TIMEOUT)
+    matched = await driver.match(snapshot(namespace), made.keys, "r", 5.0, timeout_s=TIMEOUT)
+    assert list(matched.tiers) == [HOST] * 3
+    assert driver.core.counters["prefetch:predicted_in_time"] == 3
+    await driver.release([matched.lease], timeout_s=TIMEOUT)  # type: ignore[list-item]
+    await driver.close()
 
 
 async def outcomes(driver: ShardDriver) -> dict[str, int]:
