@@ -15,7 +15,7 @@ from kvstore.mover import Mover
 from kvstore.nouns import BlockKey, Snapshot
 from kvstore.transport.base import Announced
 
-WAITING_MAX: Final = 64
+WAITING_MAX: Final = 32  # half of what one client's stream may have waiting: the rest is for other calls
 ANSWER_S: Final = 0.25  # of the caller's deadline, a quarter of it at most: kept for the answer's way
 
 

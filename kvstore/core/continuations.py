@@ -87,13 +87,13 @@ class Continuations:
         return self._predictor.probability(slot, self._foresight.within_s, index.now)
 
     def _bring(self, tail: int) -> int:
-        """The session's chain, if it is whole and fits the budget."""
+        """The session's chain, as much of it as this shard is to hold, if it is whole and fits the budget."""
         table, chain = self._index.versions, [tail]
-        while table.chain_indexes[chain[-1]]:
-            parent = self._index.uses.parent(chain[-1])
-            if parent == NONE or not self._index.is_live(parent):
-                return 0
+        while (parent := self._index.uses.parent(chain[-1])) != NONE and self._index.is_live(parent):
             chain.append(parent)
+        root = chain[-1]
+        if table.chain_indexes[root] and table.key(root) != table.placement(root):
+            return 0  # a gap: only a stripe's first block may have its parent on another shard
         nbytes = sum(table.nbytes[slot] for slot in chain if not table.residences[slot] & ON_HOST)
         if self._foreseen.open_nbytes[Why.PREDICTED] + nbytes > self._budget_nbytes:
             return 0

@@ -57,11 +57,12 @@ class World:
     def keys(self, session: int, blocks: int = CHAIN) -> list[BlockKey]:
         return [key(100 * session + i) for i in range(blocks)]
 
-    def session(self, number: int, blocks: int = CHAIN, likely: float = 0.0) -> None:
-        """A session whose last turn is over, and whose chain lies below alone."""
+    def session(self, number: int, blocks: int = CHAIN, likely: float = 0.0, first: int = 0) -> None:
+        """A session whose last turn is over, and whose chain lies below alone. Of its first `first` blocks
+        another shard is the owner."""
         keys, core = self.keys(number, blocks), self.core
         parents = [ROOT_KEY, *keys]
-        offers = [Offer(keys[i], parents[i], i, keys[0], NBYTES) for i in range(blocks)]
+        offers = [Offer(keys[i], parents[i], first + i, keys[0], NBYTES) for i in range(blocks)]
         request = number.to_bytes(16, "big")
         txn = core.begin(NAMESPACE, E1, Quality.LOSSLESS, offers, "w", 10.0, request, self.now)
         for i in txn.staged.copy():
@@ -166,6 +167,13 @@ def test_a_chain_with_a_gap_is_of_no_use_and_stays() -> None:
     world.session(1, likely=1.0)
     world.core.purge(NAMESPACE, (world.keys(1)[1],), None)
     assert world.tick() == 0
+
+
+def test_a_stripe_whose_parent_lies_on_another_shard_comes_up() -> None:
+    world = World()
+    world.session(1, likely=1.0, first=32)
+    assert world.tick() == CHAIN
+    assert world.tiers(1) == {Tier.HOST}
 
 
 def test_it_stops_when_too_much_was_for_nothing_and_tries_again_later() -> None:
