@@ -19,11 +19,13 @@ from typing import Final
 
 import structlog
 
+from engine.announcing import Announcer
 from engine.background import Background
 from engine.edge import EdgeShard
 from engine.edge_move import Pulled, pull
 from engine.edge_watch import EdgeWatch
 from engine.engine import Engine
+from engine.gate import LoadGate
 from engine.local_run import LocalRun
 from engine.onboard import Onboarding
 from engine.publisher import Publisher, PublishLimits
@@ -64,6 +66,8 @@ class Worker:
     store: StoreLink
     background: Background
     onboarding: Onboarding
+    gate: LoadGate
+    announcer: Announcer
     publisher: Publisher
     loading: asyncio.Semaphore
     reach: Reach
@@ -129,6 +133,8 @@ class Worker:
             self.background.counters,
             self.store.counters,
             self.store.client_counters,
+            self.gate.counters,
+            self.announcer.counters,
             self.role_counters,
             self.edge.counters if self.edge is not None else Counter[str](),
         )
@@ -142,6 +148,7 @@ class Worker:
             "gauge:publishing_nbytes": self.publisher.inflight_nbytes,
             "gauge:background_tasks": len(self.background),
             **(self.edge.gauges() if self.edge is not None else {}),
+            **self.gate.gauges(),
         }
         return {name: float(value) for name, value in {**merged, **gauges}.items()}
 
@@ -204,15 +211,7 @@ def assemble(
     """The parts around a loaded engine, the loop started. `connect` makes the store's client, `reach` the
     transport to another worker's pool (None: gRPC)."""
     limits, clock = config.limits, clock or MonotonicClock()
-    info = WorkerInfo(
-        worker_id=config.worker_id,
-        model_id=config.model_id or Path(config.model).name,
-        weights_digest=engine.weights_digest,
-        layout=engine.layout,
-        max_model_len=engine.max_model_len,
-        pid=os.getpid(),
-        node_id=node_id,
-    )
+    info = _info(config, engine, node_id)
     background = Background()
     spec = NamespaceSpec(info.model_id, engine.layout, engine.tokenizer.digest)
     epoch = Epoch(config.epoch_number, engine.weights_digest)
@@ -248,11 +247,31 @@ def assemble(
         store=store,
         background=background,
         onboarding=Onboarding(store, background),
+        announcer=Announcer(
+            store,
+            background,
+            engine.layout.block_tokens,
+            announcing_max=limits.announcing_max,
+            timeout_s=limits.match_timeout_s,
+        ),
+        gate=LoadGate(engine.layout.block_nbytes, engine.layout.block_tokens, is_on=limits.load_gate),
         publisher=Publisher(store, background, publish_limits),
         loading=asyncio.Semaphore(limits.loading_max),
         reach=reach or _over_grpc(config),
         edge=edge,
         edge_watch=edge_watch,
+    )
+
+
+def _info(config: WorkerConfig, engine: Engine, node_id: str) -> WorkerInfo:
+    return WorkerInfo(
+        worker_id=config.worker_id,
+        model_id=config.model_id or Path(config.model).name,
+        weights_digest=engine.weights_digest,
+        layout=engine.layout,
+        max_model_len=engine.max_model_len,
+        pid=os.getpid(),
+        node_id=node_id,
     )
 
 

@@ -52,6 +52,17 @@ class RoleLimits(BaseModel):
     publish_timeout_s: float = Field(10.0, gt=0, description="For one batch of blocks to be stored")
     events_max: int = Field(65_536, ge=1, description="Tokens a decode worker keeps for those who poll")
     poll_timeout_s_max: float = Field(30.0, gt=0, description="The longest a poll waits")
+    load_gate: bool = Field(
+        True,
+        description="Compute stored blocks where measured rates say that loading them takes longer. False: "
+        "load all there are",
+    )
+    announcing_max: int = Field(
+        64,
+        ge=0,
+        description="Queued prompts announced to the store at one time, so that what lies on NVMe comes up. "
+        "0: none are",
+    )
     connect_timeout_s: float = Field(5.0, gt=0, description="For the store to answer when it is first needed")
 
 

@@ -41,6 +41,7 @@ from kvstore.nouns import (
     ShardId,
 )
 from kvstore.peers import Peers, this_process
+from kvstore.prefetching import PrefetchMode, PrefetchResult
 from kvstore.publication import TXN_LEASE_S
 from kvstore.tensors import Framework, KVArray, as_framework, bits_of, blocks_of, empty_bits, put_block
 from kvstore.tiers.copying import beside_the_loop
@@ -52,6 +53,7 @@ Value = TypeVar("Value")
 
 PUT_TIMEOUT_S: Final = 30.0
 GET_TIMEOUT_S: Final = 30.0
+PREFETCH_TIMEOUT_S: Final = 10.0
 LEASE_BEYOND_S: Final = 5.0  # how much longer than its read a pin of `get` lasts, should we be killed
 
 
@@ -78,6 +80,11 @@ class ByTokens(ABC):
     async def match(
         self, keys: Sequence[BlockKey], *, owner: str, lease_s: float, timeout_s: float
     ) -> Match: ...
+
+    @abstractmethod
+    async def announce(
+        self, keys: Sequence[BlockKey], *, mode: PrefetchMode, wait_s: float, timeout_s: float
+    ) -> PrefetchResult: ...
 
     @abstractmethod
     def read(
@@ -156,6 +163,27 @@ class ByTokens(ABC):
         deadline = Deadline(timeout_s)
         async with self.pin(token_ids, lease_s=timeout_s + LEASE_BEYOND_S, timeout_s=timeout_s) as pin:
             return await pin.get(start=start, framework=framework, timeout_s=deadline.left())
+
+    async def prefetch(
+        self,
+        token_ids: TokenIds,
+        *,
+        mode: PrefetchMode = "best_effort",
+        wait_s: float = 0.0,
+        timeout_s: float = PREFETCH_TIMEOUT_S,
+    ) -> PrefetchResult:
+        """Say that a prompt will soon be asked for: what of it lies on NVMe alone comes up, and nothing is
+        pinned. `mode` is how long to wait for that:
+
+        - "best_effort": not at all; the answer says what is on its way.
+        - "timeout": `wait_s` seconds at most.
+        - "wait_complete": until nothing is on its way any more, as long as `timeout_s` allows.
+
+        What is not there in time is no error, nor is a shard that does not answer. Raises ValueError for a
+        mode there is not, and "timeout" without a `wait_s`.
+        """
+        keys = self._chain(token_ids).keys
+        return await self.announce(keys, mode=mode, wait_s=wait_s, timeout_s=timeout_s)
 
     @asynccontextmanager
     async def pin(

@@ -19,18 +19,14 @@ from typing import Final, TypeVar
 
 import structlog
 
+from kvstore.announcements import Announcements
 from kvstore.arrival import is_intact
 from kvstore.clock import Clock, MonotonicClock
 from kvstore.core.shard import ShardCore
 from kvstore.core.state import Namespace, Offer
 from kvstore.core.versions import State, Version
 from kvstore.driver_config import DriverConfig
-from kvstore.errors import (
-    ConfigError,
-    DeadlineExceeded,
-    OverLimit,
-    Unavailable,
-)
+from kvstore.errors import ConfigError, DeadlineExceeded, OverLimit, Unavailable
 from kvstore.frame import HEADER_NBYTES
 from kvstore.hashing import namespace_id, tenant_salt
 from kvstore.intake import Intake
@@ -57,7 +53,6 @@ from kvstore.nouns import (
 )
 from kvstore.policies import POLICIES
 from kvstore.policies.admission import ADMISSIONS
-from kvstore.policies.continuation import Continuation
 from kvstore.recovery import recover
 from kvstore.tiers.base import Breakable, TierStorage
 from kvstore.tiers.copying import beside_the_loop
@@ -65,6 +60,7 @@ from kvstore.tiers.durable import AdvanceNote, DurableTier, EpochNote, Namespace
 from kvstore.tiers.hierarchy import Tiers
 from kvstore.transport.base import (
     WIRE_VERSION,
+    Announced,
     BlockOffer,
     CommitResult,
     ListPage,
@@ -97,7 +93,7 @@ class ShardDriver:
     ) -> None:
         """`storage` is the host's; `durable` lies below it, as far as `config.tiering` says."""
         self.config = config
-        judges = (Continuation, ADMISSIONS[config.admission]) if durable is not None else ()
+        judges = (config.make_predictor, ADMISSIONS[config.admission]) if durable is not None else ()
         self.core = ShardCore(config.core(), POLICIES[config.policy], *judges)
         self._watchers = Watchers(self.core)
         self.storage = storage
@@ -108,7 +104,10 @@ class ShardDriver:
         self.mover: Mover | None = None
         if durable is not None:
             self.mover = Mover(self.core, self.tiers, durable, self._clock, self._settle, config.encode_frame)
-        self._upkeep = Upkeep(config, self.core, self.tiers, self._notes, self._clock, self._watchers)
+        self._announcements = Announcements(self.core, self.mover)
+        self._upkeep = Upkeep(
+            config, self.core, self.tiers, self._notes, self._clock, self._watchers, self._move
+        )
         self._closed = False
 
     @property
@@ -179,15 +178,8 @@ class ShardDriver:
         return self.serving().epochs.show(model_id)
 
     async def namespaces(self, *, timeout_s: float) -> tuple[KnownNamespace, ...]:
-        return tuple(
-            KnownNamespace(
-                space.id,
-                space.namespace.model_id,
-                space.namespace.tenant,
-                space.namespace.layout.block_nbytes,
-            )
-            for space in self.serving().index.spaces.values()
-        )
+        spaces = ((s.id, s.namespace) for s in self.serving().index.spaces.values())
+        return tuple(KnownNamespace(i, n.model_id, n.tenant, n.layout.block_nbytes) for i, n in spaces)
 
     async def match(
         self, snapshot: Snapshot, keys: Sequence[BlockKey], owner: str, lease_s: float, *, timeout_s: float
@@ -210,6 +202,12 @@ class ShardDriver:
             miss=matched.miss,
             revision=revision,
         )
+
+    async def announce(
+        self, snapshot: Snapshot, keys: Sequence[BlockKey], wait_s: float, *, timeout_s: float
+    ) -> Announced:
+        self.serving()
+        return await self._announcements.announce(snapshot, keys, wait_s, timeout_s)
 
     async def read(
         self, namespace: NamespaceId, refs: Sequence[BlockRef], *, timeout_s: float

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 
 from kvstore.codecs import Codec
 from kvstore.codecs.frames import encode_frame, encoded_frame_nbytes
-from kvstore.core.state import CoreConfig, CoreLimits, Encoding, Tiering
+from kvstore.core.seams import MakePredictor
+from kvstore.core.state import CoreConfig, CoreLimits, Encoding, Foresight, Tiering
 from kvstore.errors import ConfigError
 from kvstore.nouns import Incarnation, KVLayout, ShardId
 from kvstore.policies import POLICIES
 from kvstore.policies.admission import ADMISSIONS
+from kvstore.policies.continuation import Continuation
 
 
 def new_incarnation() -> Incarnation:
@@ -32,6 +34,8 @@ class DriverConfig:
     tiering: Tiering = field(default_factory=Tiering)
     admission: str = "predicted_reuse"  # what is worth a place on the tier below, by name
     cold_codec: Codec | None = None  # what the tier below makes of lossless blocks; None: keeps them
+    make_predictor: MakePredictor = Continuation  # how likely sessions go on
+    foresight: Foresight = field(default_factory=Foresight)
     reap_interval_s: float = 0.5
     faults: bool = False  # allows flip_stored_byte: tests and the demo's negative control
 
@@ -44,6 +48,7 @@ class DriverConfig:
             self.quotas,
             self.cluster_secret,
             dataclasses.replace(self.tiering, encode=self._encoding if self.cold_codec else None),
+            self.foresight,
         )
 
     def encode_frame(self, frame: memoryview, layout: KVLayout) -> memoryview | None:

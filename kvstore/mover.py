@@ -22,6 +22,7 @@ from kvstore.clock import Clock
 from kvstore.core.moves import Move
 from kvstore.core.shard import ShardCore
 from kvstore.nouns import BlockRef, KVLayout, Tier
+from kvstore.rates import Rate
 from kvstore.tiers.base import Place, TierStorage
 from kvstore.tiers.copying import beside_the_loop, fill, to_its_end
 from kvstore.tiers.durable import DurableTier
@@ -59,6 +60,7 @@ class Mover:
         self._batch_nbytes = min(batch_nbytes, core.config.capacity_nbytes // HOST_SHARE)
         self._wanted = asyncio.Event()
         self._moved = asyncio.Condition()
+        self.promoted = Rate()  # bytes, while there was anything to bring up
         self._not_before = 0.0
         self._task: asyncio.Task[None] | None = None
 
@@ -131,16 +133,19 @@ class Mover:
                 log.exception("a batch of moves failed, and the mover goes on", shard=self._core.config.shard)
 
     async def _promote(self, moves: Sequence[Move], open_moves: set[Move]) -> None:
+        began, nbytes = self._clock.now(), 0
         for move in moves:
             frame = await self._checked(move)
             if frame is None:
                 continue
+            nbytes += frame.nbytes
             room = await self._copied(frame, self._tiers.host)
             if not self._core.moves.is_wanted(move):
                 self._tiers.host.give_up(room)
                 continue
             await self._tiers.host.write(_place(move.target.ref), room)
             self._end(move, open_moves)
+        self.promoted.measured(nbytes, self._clock.now() - began)
 
     async def _demote(self, moves: Sequence[Move], open_moves: set[Move]) -> None:
         """Queue the frames, sync once, then tell the core of all: before, none of them is there."""

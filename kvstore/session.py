@@ -29,6 +29,7 @@ from kvstore.errors import (
 from kvstore.frame import LOSSLESS_CODEC, Frame, decode_frame, verify_identity
 from kvstore.matching import Answer, all_of, match_over, parts_of, place
 from kvstore.nouns import (
+    KEYS_MAX,
     BlockKey,
     BlockRef,
     Epoch,
@@ -44,10 +45,11 @@ from kvstore.nouns import (
     Snapshot,
 )
 from kvstore.peers import ERRAND_TIMEOUT_S, Peers, miss_of, refusal_of
+from kvstore.prefetching import PrefetchMode, PrefetchResult, announce_over, wait_of
 from kvstore.publication import Publication
 from kvstore.reading import read_into
 from kvstore.tiers.copying import beside_the_loop
-from kvstore.transport.base import ReadItem, ShardTransport
+from kvstore.transport.base import Announced, ReadItem, ShardTransport
 
 log = structlog.get_logger(__name__)
 
@@ -105,6 +107,31 @@ class StoreSession(ByTokens):
         if found.miss is not None:
             self._peers.counters[f"miss:{found.miss.value}"] += 1
         return found
+
+    async def announce(
+        self,
+        keys: Sequence[BlockKey],
+        *,
+        mode: PrefetchMode = "best_effort",
+        wait_s: float = 0.0,
+        timeout_s: float,
+    ) -> PrefetchResult:
+        """As `prefetch`, by the keys of a chain from its first block on."""
+        wait_s, deadline = wait_of(mode, wait_s, timeout_s), Deadline(timeout_s)
+
+        async def ask(shard: ShardId, mine: Sequence[BlockKey]) -> Announced | None:
+            try:
+                return await self._retried(
+                    shard,
+                    lambda t: t.announce(self._snapshot, mine[:KEYS_MAX], wait_s, timeout_s=deadline.left()),
+                    deadline,
+                )
+            except KVStrataError as error:
+                self._peers.counters["announce:failed"] += 1
+                log.warning("announcement failed", shard=shard, error=str(error))
+                return None
+
+        return await announce_over(self._peers.weights, keys, self.layout.block_tokens, ask)
 
     async def read(
         self, blocks: Sequence[PinnedBlock], *, timeout_s: float

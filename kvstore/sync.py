@@ -199,6 +199,8 @@ class Watch(_Blocking[merged_watch.Watch]):
 class StoreSession(_Blocking[session.StoreSession]):
     put = _call(session.StoreSession.put)
     get = _call(session.StoreSession.get)
+    prefetch = _call(session.StoreSession.prefetch)
+    announce = _call(session.StoreSession.announce)
     pin = _entered(session.StoreSession.pin, Pinned)
     transaction = _entered(session.StoreSession.transaction, Transaction)
     keys = _same(session.StoreSession.keys)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from typing import Final
 
 import structlog
@@ -44,6 +45,7 @@ class Upkeep:
         notes: Notes,
         clock: Clock,
         watchers: Watchers,
+        wake_mover: Callable[[], None] = lambda: None,
     ) -> None:
         self._config = config
         self._core = core
@@ -52,6 +54,7 @@ class Upkeep:
         self._compactable = tiers.host if isinstance(tiers.host, Compactable) else None
         self._clock = clock
         self._watchers = watchers
+        self._wake_mover = wake_mover
         self._ticking: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -81,6 +84,8 @@ class Upkeep:
 
     async def tick(self) -> None:
         self.reap()
+        self._core.look_ahead(self._clock.now())
+        self._wake_mover()
         for _ in range(SWEEPS_A_TICK):
             if not await self._sweep():
                 break

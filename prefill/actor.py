@@ -29,6 +29,9 @@ class PrefillWorker(WorkerActor["PrefillRole"]):
     async def prefill(self, request: GenerationRequest) -> FirstToken:
         return await (await self._role()).prefill(request)
 
+    async def announce(self, request: GenerationRequest) -> None:
+        await (await self._role()).announce(request)
+
     async def handoff(self, request_id: str, attempt: int) -> Handoff | None:
         return await (await self._role()).handoff(request_id, attempt)
 

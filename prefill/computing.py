@@ -35,12 +35,16 @@ async def compute_first_token(worker: Worker, run: Prefilling) -> FirstToken:
     run.session = await worker.store.session(run.request.tenant)
     chain = KeyChain(run.session.namespace if run.session else _NO_NAMESPACE, worker.info.layout.block_tokens)
     chain.extend(run.tokens)
+    if worker.loading.locked():
+        worker.announcer.announce(run.session, chain.keys[: _usable_blocks(run, chain)])
     async with worker.turn_to_load():
         match, stats = await _onboard_and_admit(worker, run, chain)
     admitted = worker.clock.now()
     await _publish_again(worker, run, match)
     event = await _drawn(worker, run)
-    return FirstToken(event, replace(stats, compute_s=stats.compute_s + worker.clock.now() - admitted))
+    computing_s = worker.clock.now() - admitted
+    worker.gate.computed(stats.cached_tokens, len(run.tokens), computing_s)
+    return FirstToken(event, replace(stats, compute_s=stats.compute_s + computing_s))
 
 
 async def _onboard_and_admit(worker: Worker, run: Prefilling, chain: KeyChain) -> tuple[Match, PrefillStats]:
@@ -58,11 +62,14 @@ async def _onboard_and_admit(worker: Worker, run: Prefilling, chain: KeyChain) -
         run.lineage = run.local.over(run.lineage)
     matched = clock.now()
     onboarded = Onboarded(run.lineage)
+    tiers = [block.tier for block in match.blocks[held:]]
+    worth = worker.gate.admit(tiers, len(run.tokens), start=held * chain.block_tokens)
     if run.session is not None:
         onboarded = await worker.onboarding.read(
-            run.session, match.blocks[held:], run.lineage, timeout_s=limits.read_timeout_s
+            run.session, match.blocks[held : held + worth], run.lineage, timeout_s=limits.read_timeout_s
         )
     loaded = clock.now()
+    worker.gate.loaded(tiers[:worth], len(onboarded.payloads), loaded - matched)
     run.lineage = onboarded.lineage
     run.publication = worker.publisher.open(
         run.session, chain, run.lineage, owner=_owner(worker, run), pin_for_s=limits.lease_s
@@ -87,7 +94,16 @@ async def _onboard_and_admit(worker: Worker, run: Prefilling, chain: KeyChain) -
         prompt_tokens=len(run.tokens),
         cached_tokens=sum(by_tier.values()),
         cached_by_tier=by_tier,
-        misses=dict(misses_of(usable, max(held, len(match.blocks)), held + read, match.miss, ended_by)),
+        misses=dict(
+            misses_of(
+                usable,
+                max(held, len(match.blocks)),
+                held + read,
+                match.miss,
+                ended_by,
+                len(tiers) - worth,
+            )
+        ),
         epochs=tuple(sorted({worker.store.epoch.number, *onboarded.epochs})),
         lookup_s=matched - started,
         load_s=loaded - matched,

@@ -81,6 +81,11 @@ class PrefillRole:
         self._end(run)
         return handoff
 
+    async def announce(self, request: GenerationRequest) -> None:
+        """The prompt will come, here or elsewhere: the store may bring it up. Never waits, never fails."""
+        if not self._draining:
+            self._worker.announcer.announce_request(request)
+
     async def abort(self, request_id: str, attempt: int) -> None:
         """Stop and free what this attempt, or an earlier one, holds, or will when it comes. Idempotent."""
         self._aborted.remember(request_id, attempt)

@@ -88,8 +88,10 @@ class Attempts:
         *,
         failed: Callable[[str, WorkerError], None],
         dropped: Counter[str],
+        announce: Callable[[PrefillHandle, GenerationRequest], None],
     ) -> None:
-        """`failed` is told each attempt's worker and why it failed."""
+        """`failed` is told each attempt's worker and why it failed; `announce` is to have a worker announce
+        a prompt that has to wait, and neither waits nor raises."""
         self.stats: PrefillStats | None = None
         """Of the first attempt that answered."""
         self._job = job
@@ -100,6 +102,8 @@ class Attempts:
         self._clock = clock
         self._failed = failed
         self._dropped = dropped
+        self._announce = announce
+        self._announced = False
         self._busy_since: float | None = None
         self._retry_s = limits.retry_s
         self._epoch: Epoch | None = None
@@ -140,6 +144,7 @@ class Attempts:
             self._avoid.add(self._at)
             await self.free()
             if isinstance(reason, WorkerBusy):
+                self._announce_once(pair.prefill.handle)
                 await self._be_patient(reason)
                 continue
             self._busy_since = None
@@ -179,18 +184,22 @@ class Attempts:
         raise NotReady("no pair of prefill and decode workers is ready. Retry in a few seconds")
 
     async def _attempt(self, pair: Pair, attempt: int) -> None:
-        request = GenerationRequest(
-            self._job.request_id,
-            attempt,
-            self._job.prompt_ids,
-            self._job.sampling,
-            tuple(self._stream.accepted),
-            self._job.tenant,
-        )
+        request = self._request(attempt)
         handoff = await self._prefill(pair.prefill, request, pair.epoch)
         if handoff is not None:
             await self._decode(pair.decode, handoff)
             self._holders.clear()
+
+    def _request(self, attempt: int) -> GenerationRequest:
+        accepted = tuple(self._stream.accepted)
+        job = self._job
+        return GenerationRequest(job.request_id, attempt, job.prompt_ids, job.sampling, accepted, job.tenant)
+
+    def _announce_once(self, worker: PrefillHandle) -> None:
+        """It has to wait: the store may bring up meanwhile what it has of the prompt."""
+        if not self._announced:
+            self._announced = True
+            self._announce(worker, self._request(0))
 
     async def _prefill(
         self, member: Member[PrefillHandle], request: GenerationRequest, epoch: Epoch

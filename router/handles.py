@@ -18,7 +18,15 @@ import structlog
 from engine.types import FirstToken, GenerationRequest, Handoff, TokenEvent
 from kvstore.nouns import Epoch
 
-__all__ = ["DecodeHandle", "Polled", "PrefillHandle", "WorkerFacts", "WorkerHandle", "abort_within"]
+__all__ = [
+    "DecodeHandle",
+    "Polled",
+    "PrefillHandle",
+    "WorkerFacts",
+    "WorkerHandle",
+    "abort_within",
+    "announce_within",
+]
 
 log = structlog.get_logger(__name__)
 
@@ -44,6 +52,17 @@ async def abort_within(
             await handle.abort(request_id, attempt)
     except Exception as error:
         log.info("abort was not answered", worker=worker_id, request=request_id, error=str(error))
+
+
+async def announce_within(limit_s: float, handle: PrefillHandle, request: GenerationRequest) -> bool:
+    """Have a worker announce a prompt to the store. Never raises; False: it did not answer."""
+    try:
+        async with asyncio.timeout(limit_s):
+            await handle.announce(request)
+    except Exception as error:
+        log.info("announcement was not answered", request=request.request_id, error=str(error))
+        return False
+    return True
 
 
 class Polled(Protocol):
@@ -73,6 +92,10 @@ class PrefillHandle(WorkerHandle, Protocol):
 
     async def handoff(self, request_id: str, attempt: int) -> Handoff | None:
         """What decode goes on from; the caller owns its leases. None: there is nothing to hand off."""
+        ...
+
+    async def announce(self, request: GenerationRequest) -> None:
+        """The prompt will be asked for soon, of this worker or of another one over the same store."""
         ...
 
 

@@ -50,6 +50,9 @@ class RouterMetrics:
         self.request_success = counter("request_success", "Requests that finished", "finished_reason")
         self.requests_aborted = counter("requests_aborted", "Requests left before their last token")
         self.admission_rejections = counter("admission_rejections", "Requests not let in", "reason")
+        self.prefetch_announcements = counter(
+            "prefetch_announcements", "Prompts that waited for a worker and were announced", "outcome"
+        )
         self.attempts_failed = counter("attempts_failed", "Attempts a worker failed, by kind", "kind")
         self.worker_restarts = counter("worker_restarts", "Actors brought back, by role", "role")
         self.running = Gauge("kvstrata_num_requests_running", "Requests being served", registry=registry)

@@ -17,12 +17,12 @@ from typing import Any, Final
 
 from engine.detokenizer import IncrementalDetokenizer
 from engine.tokenizer import Tokenizer
-from engine.types import FinishReason, PrefillStats, TokenEvent
+from engine.types import FinishReason, GenerationRequest, PrefillStats, TokenEvent
 from kvstore.clock import Clock, MonotonicClock
 from router.attempts import AttemptLimits, Attempts, Job
 from router.errors import BadRequest, Overloaded, WorkerError, WorkerGone
 from router.fleet import Fleet, Member
-from router.handles import DecodeHandle, PrefillHandle
+from router.handles import DecodeHandle, PrefillHandle, announce_within
 from router.metrics import RouterMetrics
 from router.pump import DecodePump
 from router.streams import TokenStream
@@ -30,6 +30,8 @@ from router.streams import TokenStream
 __all__ = ["Orchestrator", "Piece"]
 
 _POLL_S: Final = 5.0
+_ANNOUNCING_MAX: Final = 64
+"""Prompts that wait for a worker and are being announced to the store; more are not, and are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ class Orchestrator:
         self._progress_at = self._clock.now()
         self._streams: set[TokenStream] = set()
         self._background: set[asyncio.Task[None]] = set()
+        self._announcing = 0
 
     def add_prefill(self, member: Member[PrefillHandle]) -> None:
         self.fleet.add_prefill(member)
@@ -127,6 +130,7 @@ class Orchestrator:
             self._clock,
             failed=self._attempt_failed,
             dropped=self._dropped,
+            announce=self._announce,
         )
         driver = asyncio.create_task(attempts.run(), name=f"drive {job.request_id}")
         record = self._metrics.request(len(job.prompt_ids), self._clock)
@@ -163,6 +167,20 @@ class Orchestrator:
 
     def _progress(self) -> None:
         self._progress_at = self._clock.now()
+
+    def _announce(self, worker: PrefillHandle, request: GenerationRequest) -> None:
+        if self._announcing >= _ANNOUNCING_MAX:
+            self._metrics.prefetch_announcements.labels("dropped").inc()
+            return
+        self._announcing += 1
+        self._spawn(self._announced(worker, request))
+
+    async def _announced(self, worker: PrefillHandle, request: GenerationRequest) -> None:
+        try:
+            told = await announce_within(self._limits.abort_s, worker, request)
+            self._metrics.prefetch_announcements.labels("told" if told else "failed").inc()
+        finally:
+            self._announcing -= 1
 
     def _attempt_failed(self, worker_id: str, error: WorkerError) -> None:
         self._metrics.attempt_failed(error)

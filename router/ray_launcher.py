@@ -152,6 +152,9 @@ class _RayPrefill(_RayWorker):
         first: FirstToken = await _answer(self._actor.prefill.remote(request))
         return first
 
+    async def announce(self, request: GenerationRequest) -> None:
+        await _answer(self._actor.announce.remote(request))
+
     async def handoff(self, request_id: str, attempt: int) -> Handoff | None:
         handoff: Handoff | None = await _answer(self._actor.handoff.remote(request_id, attempt))
         return handoff

@@ -22,6 +22,7 @@ _LABELLED: Final = {"miss": "misses", "rejected": "rejected_blocks", "refused": 
 _ALWAYS: Final = ("verified_blocks", "read_bytes", "written_bytes")
 _GAUGE: Final = "gauge:"
 """What stands before a worker's number that is as it stands now, not a count."""
+_PREFETCH_OUTCOMES: Final = ("blocks", "in_time", "late", "wasted")
 _SHARD_GAUGES: Final = {
     "capacity_nbytes": "store_capacity_bytes",
     "live_nbytes": "store_live_bytes",
@@ -97,6 +98,18 @@ class FleetTotals(Collector):
                 gauge.add_metric([worker_id], gauges.get(name, 0.0))
             yield gauge
 
+    def _prefetched(self) -> Metric:
+        """What shards brought up before it was asked for, and what came of it (kvstore/core/foreseen.py)."""
+        about = "Blocks a shard brought up unasked (outcome `blocks`: all of them), by what came of it"
+        blocks = GaugeMetricFamily("kvstrata_prefetch_blocks", about, labels=["shard", "why", "outcome"])
+        for shard in self.shards.values():
+            for event, count in shard.counters.items():
+                kind, _, rest = event.partition(":")
+                why, _, outcome = rest.partition("_")
+                if kind == "prefetch" and outcome in _PREFETCH_OUTCOMES:
+                    blocks.add_metric([shard.shard, why, outcome], count)
+        return blocks
+
     def _of_shards(self) -> Iterator[Metric]:
         yield GaugeMetricFamily(
             "kvstrata_ownerless_bytes",
@@ -108,6 +121,7 @@ class FleetTotals(Collector):
             for shard in self.shards.values():
                 gauge.add_metric([shard.shard], getattr(shard, attribute))
             yield gauge
+        yield self._prefetched()
         events = GaugeMetricFamily(
             "kvstrata_shard_events", "Counters of a shard's present incarnation", labels=["shard", "event"]
         )

@@ -63,7 +63,9 @@ class Wanted:
 
     def add(self, slot: int, generation: int, nbytes: int) -> bool:
         """False when there is no room in the queue."""
-        if slot in self._slots:
+        if (waiting := self._slots.get(slot)) is not None:
+            if waiting[0] == generation:
+                return True  # it keeps its place, however often it is named
             self._forget(slot)
         if self._nbytes + nbytes > self._nbytes_max:
             return False

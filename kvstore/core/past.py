@@ -6,15 +6,17 @@ Compacted.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 
+from kvstore.core.chain import run_of, view_of
 from kvstore.core.changes import ChangeLog
 from kvstore.core.epochs import EpochTable
 from kvstore.core.index import Index
 from kvstore.core.listing import list_page
+from kvstore.core.spaces import Space
 from kvstore.core.state import CoreConfig
 from kvstore.errors import Compacted, ConfigError
-from kvstore.nouns import Change, Listed, MissReason, NamespaceId, Revision
+from kvstore.nouns import BlockKey, Change, Listed, MissReason, NamespaceId, Revision, Snapshot
 
 
 class Past:
@@ -34,6 +36,18 @@ class Past:
         if at.incarnation != self._config.incarnation or at.counter < self._horizon:
             return MissReason.COMPACTED
         return MissReason.NOT_YET if at.counter > self._changes.revision else None  # it would gain: never
+
+    def run_of(
+        self, snapshot: Snapshot, keys: Sequence[BlockKey], space: Space
+    ) -> tuple[list[int], MissReason | None]:
+        """Slots of the longest prefix run of the keys that the snapshot sees, and why it ended."""
+        miss = self.cannot_read_at(snapshot.revision)
+        if miss is not None:
+            return [], miss
+        view = view_of(snapshot, space.namespace.model_id, self._epochs)
+        if isinstance(view, MissReason):
+            return [], view if keys else None
+        return run_of(keys, view, space, self._index.versions, self._epochs)
 
     def listing(
         self, namespace: NamespaceId, at: Revision | None, cursor: int, limit: int

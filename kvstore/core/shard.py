@@ -15,9 +15,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 from kvstore.core import integrity
-from kvstore.core.chain import run_of, view_of
 from kvstore.core.changes import ChangeLog
+from kvstore.core.continuations import Continuations
 from kvstore.core.epochs import UNBOUND, EpochTable
+from kvstore.core.foreseen import Foreseen, Why
 from kvstore.core.holds import Holds
 from kvstore.core.ids import Ids
 from kvstore.core.index import Index
@@ -29,7 +30,7 @@ from kvstore.core.purging import Purging
 from kvstore.core.restoring import restore
 from kvstore.core.retiring import Retiring
 from kvstore.core.seams import MakeAdmission, MakePolicy, MakePredictor
-from kvstore.core.state import Committed, CoreConfig, Matched, Namespace, Offer, Usage
+from kvstore.core.state import Announcement, Committed, CoreConfig, Matched, Namespace, Offer, Usage
 from kvstore.core.transactions import Txn, TxnTable
 from kvstore.core.versions import NONE, State, Version, gather
 from kvstore.errors import ConfigError, EpochUnknown, LeaseExpired, OverLimit
@@ -83,6 +84,12 @@ class ShardCore:
             self.index.before_use = self.predictor.observe
             admission = make_admission(self.index.uses, self.predictor) if make_admission else None
         self.moves = Moves(self.index, self._holds, self.retiring, config.tiering, admission, self.counters)
+        self.foreseen = Foreseen(self.index, self.moves, config.foresight, self.counters)
+        self.continuations: Continuations | None = None
+        if make_predictor is not None:
+            self.continuations = Continuations(
+                self.index, self.moves, self.foreseen, self.predictor, config.foresight
+            )
         self.past = Past(config, self.index, self.epochs, self.changes)
 
     @property
@@ -132,14 +139,9 @@ class ShardCore:
             raise OverLimit(f"{len(keys)} keys in one match: at most {self.config.limits.keys_max}")
         space = self.index.space(snapshot.namespace)
         self._leases.observe(now)
-        run: list[int] = []
-        miss = self.past.cannot_read_at(snapshot.revision)
-        if miss is None:
-            view = view_of(snapshot, space.namespace.model_id, self.epochs)
-            if isinstance(view, MissReason):
-                miss = view if keys else None
-            else:
-                run, miss = run_of(keys, view, space, self.index.versions, self.epochs)
+        run, miss = self.past.run_of(snapshot, keys, space)
+        if self.foreseen:
+            self.foreseen.asked_for(run)
         lease = self._holds.grant(owner, lease_s, space, run, now) if run else None
         self.counters["match_keys"] += len(keys)
         self.counters["match_hits"] += len(run)
@@ -159,6 +161,26 @@ class ShardCore:
             lease,
             miss,
         )
+
+    def announce(self, snapshot: Snapshot, keys: Sequence[BlockKey]) -> Announcement:
+        """As `match`, but nothing is pinned nor counted as used: what of the run lies below is to come up,
+        as far as the host could hold the run at all, its first blocks first. O(keys)."""
+        if len(keys) > self.config.limits.keys_max:
+            raise OverLimit(f"{len(keys)} keys in one announcement: at most {self.config.limits.keys_max}")
+        run, _ = self.past.run_of(snapshot, keys, self.index.space(snapshot.namespace))
+        self.counters["announced_keys"] += len(keys)
+        self.foreseen.bring(run, Why.ANNOUNCED)
+        return self.foreseen.standing(
+            list(zip(run, gather(self.index.versions.generations, run), strict=True))
+        )
+
+    def look_ahead(self, now: float) -> None:
+        """Find out what came of what was foreseen, and foresee more. To be called regularly: O(1) of what
+        there is."""
+        self._leases.observe(now)
+        self.foreseen.settle()
+        if self.continuations is not None:
+            self.continuations.bring_likely()
 
     def resolve(self, namespace: NamespaceId, ref: BlockRef) -> Version | MissReason:
         """The version behind a reference, if its bytes are still the ones it was taken of, and in the

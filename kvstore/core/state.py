@@ -68,6 +68,17 @@ class Tiering:
 
 
 @dataclass(frozen=True, slots=True)
+class Foresight:
+    """What comes up from below because its session will likely go on: nothing while `share` is 0."""
+
+    share: float = 0.05  # of the host, at most, for what was predicted and is not used yet
+    within_s: float = 120.0  # how soon it must likely be used; what is not by then was wasted
+    probability_min: float = 0.5
+    waste_max: float = 0.5  # of the bytes brought up; above, none are until that is long past
+    forgets_s: float = 300.0  # half of what was wasted or well spent so long ago does not count any more
+
+
+@dataclass(frozen=True, slots=True)
 class CoreConfig:
     shard: ShardId
     incarnation: Incarnation
@@ -76,6 +87,7 @@ class CoreConfig:
     quotas: Mapping[str, int] = field(default_factory=dict)  # bytes a tenant may hold; others: all there are
     id_secret: bytes = field(default=b"", repr=False)  # makes lease and transaction ids nobody can guess
     tiering: Tiering = Tiering()
+    foresight: Foresight = Foresight()
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +120,15 @@ class Matched:
     nbytes: Sequence[int]
     lease: LeaseId | None
     miss: MissReason | None
+
+
+class Announcement(NamedTuple):
+    """The run that a match would find, unpinned, and what of it is on its way to the host."""
+
+    places: Sequence[tuple[int, int]]  # slot and generation; entry i speaks of the i-th key
+    tiers: Sequence[int]
+    coming: Sequence[int]  # slots
+    coming_nbytes: int
 
 
 @dataclass(frozen=True, slots=True)

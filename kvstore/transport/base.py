@@ -99,6 +99,16 @@ class MatchResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Announced:
+    """The run that a match would find now, and what of it is on its way to the host."""
+
+    tiers: Sequence[int]  # entry i speaks of the i-th key
+    coming: int  # blocks
+    coming_nbytes: int
+    promotion_nbytes_s: float  # as measured lately on this shard; 0: not yet
+
+
+@dataclass(frozen=True, slots=True)
 class WatchBatch:
     """Changes in revision order, whole revisions only: nothing at or before `revision` is still to come."""
 
@@ -226,6 +236,16 @@ class ShardTransport(Protocol):
     async def match(
         self, snapshot: Snapshot, keys: Sequence[BlockKey], owner: str, lease_s: float, *, timeout_s: float
     ) -> MatchResult: ...
+
+    async def announce(
+        self, snapshot: Snapshot, keys: Sequence[BlockKey], wait_s: float, *, timeout_s: float
+    ) -> Announced:
+        """A reader will soon ask for these: what lies below the host is to come up, first blocks first.
+
+        Pins nothing. Waits until nothing of it is on its way any more, or `wait_s` are over (`timeout_s` less
+        the answer's own way at most): that is no error.
+        """
+        ...
 
     def read(
         self, namespace: NamespaceId, refs: Sequence[BlockRef], *, timeout_s: float

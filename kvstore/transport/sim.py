@@ -41,6 +41,7 @@ from kvstore.nouns import (
     TxnId,
 )
 from kvstore.transport.base import (
+    Announced,
     BlockOffer,
     CommitResult,
     ListPage,
@@ -136,6 +137,13 @@ class SimTransport:
     ) -> MatchResult:
         return await self._call(
             "match", lambda d: d.match(snapshot, keys, owner, lease_s, timeout_s=timeout_s), timeout_s
+        )
+
+    async def announce(
+        self, snapshot: Snapshot, keys: Sequence[Any], wait_s: float, *, timeout_s: float
+    ) -> Announced:
+        return await self._call(
+            "announce", lambda d: d.announce(snapshot, keys, wait_s, timeout_s=timeout_s), timeout_s
         )
 
     async def read(

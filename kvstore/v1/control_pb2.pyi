@@ -209,6 +209,36 @@ class MatchResponse(_message.Message):
     epoch_indexes: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, slots: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., qualities: _Optional[_Iterable[int]] = ..., tiers: _Optional[_Iterable[int]] = ..., nbytes: _Optional[_Iterable[int]] = ..., lease: _Optional[int] = ..., miss: _Optional[str] = ..., revision: _Optional[_Union[Revision, _Mapping]] = ..., epochs: _Optional[_Iterable[_Union[Epoch, _Mapping]]] = ..., epoch_indexes: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class AnnounceRequest(_message.Message):
+    __slots__ = ("namespace_id", "epoch", "min_quality", "stale_lag_max", "revision", "keys", "wait_ms")
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    MIN_QUALITY_FIELD_NUMBER: _ClassVar[int]
+    STALE_LAG_MAX_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    WAIT_MS_FIELD_NUMBER: _ClassVar[int]
+    namespace_id: bytes
+    epoch: Epoch
+    min_quality: int
+    stale_lag_max: int
+    revision: Revision
+    keys: bytes
+    wait_ms: int
+    def __init__(self, namespace_id: _Optional[bytes] = ..., epoch: _Optional[_Union[Epoch, _Mapping]] = ..., min_quality: _Optional[int] = ..., stale_lag_max: _Optional[int] = ..., revision: _Optional[_Union[Revision, _Mapping]] = ..., keys: _Optional[bytes] = ..., wait_ms: _Optional[int] = ...) -> None: ...
+
+class AnnounceResponse(_message.Message):
+    __slots__ = ("tiers", "coming", "coming_nbytes", "promotion_nbytes_s")
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    COMING_FIELD_NUMBER: _ClassVar[int]
+    COMING_NBYTES_FIELD_NUMBER: _ClassVar[int]
+    PROMOTION_NBYTES_S_FIELD_NUMBER: _ClassVar[int]
+    tiers: _containers.RepeatedScalarFieldContainer[int]
+    coming: int
+    coming_nbytes: int
+    promotion_nbytes_s: float
+    def __init__(self, tiers: _Optional[_Iterable[int]] = ..., coming: _Optional[int] = ..., coming_nbytes: _Optional[int] = ..., promotion_nbytes_s: _Optional[float] = ...) -> None: ...
+
 class RenewRequest(_message.Message):
     __slots__ = ("leases", "lease_ms")
     LEASES_FIELD_NUMBER: _ClassVar[int]

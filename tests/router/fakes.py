@@ -66,6 +66,10 @@ class FakePrefill:
     hang: asyncio.Event | None = None
     requests: list[GenerationRequest] = field(default_factory=list)
     aborted: list[tuple[str, int]] = field(default_factory=list)
+    announced: list[GenerationRequest] = field(default_factory=list)
+
+    async def announce(self, request: GenerationRequest) -> None:
+        self.announced.append(request)
 
     async def prefill(self, request: GenerationRequest) -> FirstToken:
         self.requests.append(request)

@@ -104,6 +104,47 @@ async def test_a_busy_worker_is_gone_around(tmp_path: Path) -> None:
         assert (await answer(service, job()))[0] == TEXT
 
 
+class Busy(FakePrefill):
+    """Has no room for three times, and has room then."""
+
+    async def prefill(self, request: GenerationRequest) -> FirstToken:
+        self.refuse = OverLimit("full") if len(self.requests) < 3 else None
+        return await super().prefill(request)
+
+
+async def test_a_prompt_that_waits_for_a_worker_is_announced_once(tmp_path: Path) -> None:
+    service = fake_service(tmp_path, TEXT, prefill=0, limits=HASTY)
+    worker = Busy(service.decode[0].script)
+    service.backend.orchestrator.add_prefill(Member(facts("prefill-9"), worker))
+    assert (await answer(service, job()))[0] == TEXT
+    assert [(r.prompt_ids, r.output_ids, r.tenant) for r in worker.announced] == [((5, 6, 7), (), "default")]
+    assert 'kvstrata_prefetch_announcements_total{outcome="told"} 1.0' in exposed(service)
+    assert (await answer(service, job()))[0] == TEXT
+    assert len(worker.announced) == 1, "one that need not wait is not announced"
+
+
+class Deaf(Busy):
+    """Never answers an announcement."""
+
+    async def announce(self, request: GenerationRequest) -> None:
+        self.announced.append(request)
+        await asyncio.Event().wait()
+
+
+async def test_no_request_waits_for_its_announcement(tmp_path: Path) -> None:
+    service = fake_service(tmp_path, TEXT, prefill=0, limits=replace(HASTY, abort_s=0.01))
+    deaf = Deaf(service.decode[0].script)
+    service.backend.orchestrator.add_prefill(Member(facts("prefill-9"), deaf))
+    assert (await answer(service, job()))[0] == TEXT
+    assert len(deaf.announced) == 1
+    await service.backend.orchestrator.close()
+    assert 'kvstrata_prefetch_announcements_total{outcome="failed"} 1.0' in exposed(service)
+
+
+def exposed(service: FakeService) -> str:
+    return service.backend.metrics.exposition().decode()
+
+
 class Wrong(FakePrefill):
     """Its first token is not one."""
 

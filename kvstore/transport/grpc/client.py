@@ -42,6 +42,7 @@ from kvstore.nouns import (
 from kvstore.topology import Topology
 from kvstore.transport.base import (
     WIRE_VERSIONS_READ,
+    Announced,
     BlockOffer,
     CommitResult,
     ListPage,
@@ -151,6 +152,14 @@ class GrpcTransport(LandingTransport):
         answer = await self._call(methods.MATCH, asked, timeout_s, self._give_back)
         with self._understood():
             return wire.match_result_in(answer, len(keys))
+
+    async def announce(
+        self, snapshot: Snapshot, keys: Sequence[BlockKey], wait_s: float, *, timeout_s: float
+    ) -> Announced:
+        asked = wire.announce_out(snapshot, keys, wait_s)
+        answer = await self._call(methods.ANNOUNCE, asked, timeout_s)
+        with self._understood():
+            return wire.announced_in(answer, len(keys))
 
     async def read(
         self, namespace: NamespaceId, refs: Sequence[BlockRef], *, timeout_s: float

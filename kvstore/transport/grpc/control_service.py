@@ -80,6 +80,7 @@ class ControlService:
             methods.SHOW_EPOCHS: self._show_epochs,
             methods.SHOW_NAMESPACES: self._show_namespaces,
             methods.MATCH: self._match,
+            methods.ANNOUNCE: self._announce,
             methods.RENEW: self._renew,
             methods.RELEASE: self._release,
             methods.BEGIN: self._begin,
@@ -167,6 +168,13 @@ class ControlService:
             timeout_s=call.timeout_s,
         )
         return wire.match_result_out(result)
+
+    async def _announce(self, asked: control.AnnounceRequest, call: Call) -> control.AnnounceResponse:
+        snapshot = wire.snapshot_in(asked)
+        self._owners.check(call.caller, snapshot.namespace)
+        keys, wait_s = wire.split_keys(asked.keys), asked.wait_ms / 1000
+        announced = await self._shard.announce(snapshot, keys, wait_s, timeout_s=call.timeout_s)
+        return wire.announced_out(announced)
 
     async def _renew(self, asked: control.RenewRequest, call: Call) -> control.RenewResponse:
         wire.at_most(LEASES_MAX, len(asked.leases), "leases")

@@ -50,6 +50,7 @@ SHOW_NAMESPACES = Method(
     CONTROL, "ShowNamespaces", control.ShowNamespacesRequest, control.ShowNamespacesResponse
 )
 MATCH = Method(CONTROL, "Match", control.MatchRequest, control.MatchResponse)
+ANNOUNCE = Method(CONTROL, "Announce", control.AnnounceRequest, control.AnnounceResponse)
 RENEW = Method(CONTROL, "Renew", control.RenewRequest, control.RenewResponse)
 RELEASE = Method(CONTROL, "Release", control.ReleaseRequest, control.ReleaseResponse)
 BEGIN = Method(CONTROL, "Begin", control.BeginRequest, control.BeginResponse)
@@ -77,6 +78,7 @@ UNARY: Final[frozenset[Method[Any, Any]]] = frozenset(
         SHOW_EPOCHS,
         SHOW_NAMESPACES,
         MATCH,
+        ANNOUNCE,
         RENEW,
         RELEASE,
         BEGIN,

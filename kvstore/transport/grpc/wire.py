@@ -8,6 +8,7 @@ watches) is in wire_history.py, errors in faults.py.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from typing import Final
@@ -39,6 +40,7 @@ from kvstore.topology import ShardEntry, Topology
 from kvstore.transport.base import (
     QUALITIES,
     TIERS,
+    Announced,
     BlockOffer,
     CommitResult,
     MatchResult,
@@ -180,7 +182,41 @@ def match_out(
     )
 
 
-def snapshot_in(message: control.MatchRequest) -> Snapshot:
+def announce_out(snapshot: Snapshot, keys: Sequence[BlockKey], wait_s: float) -> control.AnnounceRequest:
+    revision = None if snapshot.revision is None else revision_out(snapshot.revision)
+    return control.AnnounceRequest(
+        namespace_id=snapshot.namespace,
+        epoch=epoch_out(snapshot.epoch),
+        min_quality=int(snapshot.min_quality),
+        stale_lag_max=snapshot.stale_lag_max,
+        revision=revision,
+        keys=b"".join(keys),
+        wait_ms=lease_ms(wait_s),
+    )
+
+
+def announced_out(announced: Announced) -> control.AnnounceResponse:
+    return control.AnnounceResponse(
+        tiers=announced.tiers,
+        coming=announced.coming,
+        coming_nbytes=announced.coming_nbytes,
+        promotion_nbytes_s=announced.promotion_nbytes_s,
+    )
+
+
+def announced_in(message: control.AnnounceResponse, keys_asked: int) -> Announced:
+    """Raises ValueError for what no shard of ours answers."""
+    tiers, rate = list(message.tiers), message.promotion_nbytes_s
+    if len(tiers) > keys_asked or message.coming > len(tiers) or not TIERS.keys() >= set(tiers):
+        raise ValueError(
+            f"a run of {len(tiers)} blocks, {message.coming} of them coming, of {keys_asked} keys"
+        )
+    if not 0 <= rate < math.inf:
+        raise ValueError(f"a promotion rate of {rate}")
+    return Announced(tiers, message.coming, message.coming_nbytes, rate)
+
+
+def snapshot_in(message: control.MatchRequest | control.AnnounceRequest) -> Snapshot:
     return Snapshot(
         namespace_in(message.namespace_id),
         epoch_in(message.epoch),

@@ -91,6 +91,7 @@ def calls_naming(
     begin = (namespace, E1, Quality.LOSSLESS, [offer(made, 0)], "w", 5.0, bytes(namespace))
     return {
         "Match": lambda: transport.match(Snapshot(namespace, E1), [key], "r", 1.0, timeout_s=TIMEOUT),
+        "Announce": lambda: transport.announce(Snapshot(namespace, E1), [key], 0.0, timeout_s=TIMEOUT),
         "Begin": lambda: transport.begin(*begin, timeout_s=TIMEOUT),
         "List": lambda: transport.listing(namespace, None, 0, 9, timeout_s=TIMEOUT),
         "Watch": lambda: anext(transport.watch([namespace], None, timeout_s=TIMEOUT)),
@@ -109,7 +110,7 @@ def test_the_calls_tested_are_all_that_name_a_namespace() -> None:
     assert named - admins == set(calls_naming(nobody, NamespaceId(bytes(16)), BlockKey(bytes(32))))
 
 
-@pytest.mark.parametrize("call", ["Match", "Begin", "List", "Watch", "Read", "Report"])
+@pytest.mark.parametrize("call", ["Match", "Announce", "Begin", "List", "Watch", "Read", "Report"])
 async def test_a_tenant_cannot_name_anothers_namespace_even_if_it_learned_its_id(
     world: World, call: str
 ) -> None:

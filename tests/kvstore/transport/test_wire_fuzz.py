@@ -115,6 +115,7 @@ REQUESTS: dict[str, tuple[type[Message], Callable[[Any], object]]] = {
     "purge": (control.PurgeRequest, wire_history.scope_in),
     "offers": (control.BeginRequest, wire.offers_in),
     "snapshot": (control.MatchRequest, wire.snapshot_in),
+    "announcement": (control.AnnounceRequest, wire.snapshot_in),
     "spec": (control.OpenNamespaceRequest, wire.spec_in),
 }
 
@@ -130,6 +131,7 @@ def test_a_request_is_a_value_or_a_config_error(what: str, data: st.DataObject) 
 
 ANSWERS: dict[str, tuple[type[Message], Callable[[Any], object]]] = {
     "match": (control.MatchResponse, lambda m: wire.match_result_in(m, 2)),
+    "announce": (control.AnnounceResponse, lambda m: wire.announced_in(m, 2)),
     "begin": (control.BeginResponse, lambda m: wire.refusals_in(m.refusals)),
     "commit": (control.CommitResponse, lambda m: wire.commit_in(ShardId("s"), m)),
     "epochs": (control.ShowEpochsResponse, wire_history.epochs_in),
