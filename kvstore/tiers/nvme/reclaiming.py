@@ -58,7 +58,6 @@ class Reclaimer:
         self._dropped = dropped  # a row turned out to be lost
         self._wanted = asyncio.Event()
         self._running: asyncio.Task[None] | None = None
-        self.must_go: Callable[[Disk], Segment | None] = lambda _: None  # a victim whatever lives in it
 
     def wake(self) -> None:
         self._wanted.set()
@@ -98,8 +97,6 @@ class Reclaimer:
             await disk.remove(segment)
 
     def _victim(self, disk: Disk) -> Segment | None:
-        if (victim := self.must_go(disk)) is not None:
-            return victim
         if disk.free_segments >= FREE_SEGMENTS_MIN:
             return None
         closed = [
