@@ -148,9 +148,9 @@ def _nearest(magnitude: Tensor, targets: list[int]) -> tuple[Tensor, Tensor]:
     j = torch.zeros_like(magnitude)
     chosen = torch.full_like(magnitude, targets[0])
     for below, above in itertools.pairwise(targets):
-        beyond = magnitude > (below + above) // 2
-        j += beyond
-        chosen += beyond * (above - below)
+        beyond = (magnitude > (below + above) // 2).to(torch.int16)  # as a bool it would make int64 of all
+        j.add_(beyond)
+        chosen.add_(beyond, alpha=above - below)
     distance = (magnitude - chosen).to(torch.int32)
     return j, (distance * distance).sum(-1, keepdim=True, dtype=torch.int32)
 

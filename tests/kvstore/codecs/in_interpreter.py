@@ -18,9 +18,9 @@ from kvstore.nouns import KVLayout
 from tests.kvstore.codecs.matrix import LOSSY, decoded, encoded, kv_like, kv_of, payload_of
 
 LAYOUTS = [
-    KVLayout(1, 0, 2, 32, "float32", 8),
-    KVLayout(2, 0, 1, 16, "bfloat16", 8),
-    KVLayout(1, 0, 1, 64, "float16", 4),
+    KVLayout(1, 0, 1, 32, "float32", 4),
+    KVLayout(2, 0, 1, 16, "bfloat16", 4),
+    KVLayout(1, 0, 2, 16, "float16", 16),
 ]
 
 
