@@ -152,13 +152,13 @@ async def test_of_a_run_over_two_tiers_the_slow_part_is_computed(folder: Path) -
         _, output = await pair.generate(request(prompt(50)))
         await settled(pair)
         await sink(driver)
-        await pair.prefill.announce(request(prompt(24), attempt=0))
+        await pair.prefill.announce(request(prompt(50)[:24], attempt=0))
         await settled(pair)
         assert driver.mover is not None
         await driver.mover.wait_for([v.ref for v in driver.core.index.rows()], WAIT_S)
         gate = pair.workers[0].gate
         teach(gate, block_s=1e-6, token_s=1e-2)
-        for blocks in (1, 2, 3) * TRUSTED_AFTER:
+        for blocks in (1, 2, 3) * 10:
             gate.loaded([Tier.NVME] * blocks, blocks, 9.0 * blocks)
         first, same = await pair.generate(request(prompt(50), name="gated"))
         assert same == output
