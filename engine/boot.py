@@ -254,7 +254,7 @@ def assemble(
             announcing_max=limits.announcing_max,
             timeout_s=limits.match_timeout_s,
         ),
-        gate=LoadGate(engine.layout.block_nbytes, engine.layout.block_tokens, is_on=limits.load_gate),
+        gate=LoadGate(engine.layout.block_tokens, is_on=limits.load_gate),
         publisher=Publisher(store, background, publish_limits),
         loading=asyncio.Semaphore(limits.loading_max),
         reach=reach or _over_grpc(config),

@@ -1,8 +1,8 @@
 """What loading and computing cost this worker lately, and with that: which stored blocks it loads at all.
 
-Rates are learnt from every request: what each tier gave a second, queues on the way included, and what
-computing took from admission to the first token, the engine's queue included. So a busy engine loads more
-and a busy disk is asked for less. The decision itself is kvstore/policies/gate.py's.
+Learnt from every request: what reads of each tier took, by their length, queues on the way included, and what
+computing took from admission to the first token, the engine's queue included. So a busy engine loads more and
+a busy disk is asked for less. The decision itself is kvstore/policies/gate.py's.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from kvstore.nouns import Tier
-from kvstore.policies.gate import PrefillCost, worth_loading
-from kvstore.rates import Rate
+from kvstore.policies.gate import LoadCost, PrefillCost, worth_loading
 
 __all__ = ["LoadGate"]
 
@@ -21,6 +20,10 @@ PROBE_EVERY: Final = 16
 """Of the runs that should be cut, one in so many is loaded all the same: else a rate could never mend."""
 TRUSTED_AFTER: Final = 4
 """Measurements of a tier, or of computing, before anything is decided by them."""
+OUTLIER: Final = 4.0
+LEAST_S: Final = 1e-3
+"""Reads are taken to cost so much at least when it is asked whether one stood still."""
+_KEPT_READS: Final = 0.8
 _KEPT: Final = 0.95  # of what earlier prompts say, with each new one
 
 
@@ -55,31 +58,57 @@ class _PrefillFit:
         return PrefillCost(self._ts / self._tt)
 
 
+class _LoadFit:
+    """Seconds = read_s + block_s * blocks, by least squares over the reads of late.
+
+    A read that took more than OUTLIER times as long as expected counts as so much: a standstill says little
+    of the next read. Where reads are too much alike to tell the two apart, all of it counts as read_s: in
+    doubt, longer reads are not avoided.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._w = self._n = self._nn = self._s = self._ns = 0.0
+
+    def loaded(self, blocks: int, seconds: float) -> None:
+        if seconds <= 0:
+            return
+        if self.count:
+            seconds = min(seconds, OUTLIER * max(self.cost().seconds(blocks), LEAST_S))
+        self.count += 1
+        self._w = _KEPT_READS * self._w + 1.0
+        self._n = _KEPT_READS * self._n + blocks
+        self._nn = _KEPT_READS * self._nn + blocks * blocks
+        self._s = _KEPT_READS * self._s + seconds
+        self._ns = _KEPT_READS * self._ns + blocks * seconds
+
+    def cost(self) -> LoadCost:
+        """Of what was measured; there must be some."""
+        spread = self._w * self._nn - self._n * self._n
+        block_s = (self._w * self._ns - self._n * self._s) / spread if spread > 0.01 * self._n**2 else 0.0
+        read_s = (self._s - max(0.0, block_s) * self._n) / self._w
+        if read_s < 0:
+            return LoadCost(0.0, self._ns / self._nn)
+        return LoadCost(read_s, max(0.0, block_s))
+
+
 class LoadGate:
     """One worker's. `counters` are labelled "gate:..."."""
 
-    def __init__(self, block_nbytes: int, block_tokens: int, *, is_on: bool) -> None:
+    def __init__(self, block_tokens: int, *, is_on: bool) -> None:
         self.counters: Counter[str] = Counter()
-        self._block_nbytes = block_nbytes
         self._block_tokens = block_tokens
         self._is_on = is_on
-        self._tiers = {tier: Rate() for tier in Tier}
+        self._tiers = {tier: _LoadFit() for tier in Tier}
         self._prefill = _PrefillFit()
 
     def admit(self, tiers: Sequence[Tier], prompt_tokens: int, *, start: int = 0) -> int:
         """How many blocks of a run to load. The run begins at token `start`."""
         if not self._is_on:
             return len(tiers)
-        rates = {int(t): rate.a_second for t, rate in self._tiers.items() if rate.count >= TRUSTED_AFTER}
-        worth = worth_loading(
-            tiers,
-            self._block_nbytes,
-            self._block_tokens,
-            prompt_tokens,
-            rates,
-            self._prefill.cost(),
-            start=start,
-        )
+        load = {int(tier): fit.cost() for tier, fit in self._tiers.items() if fit.count >= TRUSTED_AFTER}
+        prefill = self._prefill.cost()
+        worth = worth_loading(tiers, self._block_tokens, prompt_tokens, load, prefill, start=start)
         if worth == len(tiers):
             return worth
         self.counters["gate:cut_runs"] += 1
@@ -100,12 +129,10 @@ class LoadGate:
         slowest = max(by_tier)
         for tier, blocks in by_tier.items():
             if tier != slowest:
-                rate = self._tiers[tier].a_second
-                if not rate:
+                if not self._tiers[tier].count:
                     return
-                seconds -= blocks * self._block_nbytes / rate
-        nbytes = by_tier[slowest] * self._block_nbytes if arrived else 0
-        self._tiers[slowest].measured(nbytes, seconds)
+                seconds -= self._tiers[tier].cost().seconds(blocks)
+        self._tiers[slowest].loaded(by_tier[slowest], seconds)
 
     def computed(self, start: int, end: int, seconds: float) -> None:
         """The KV of the tokens from `start` to `end` took so long."""
@@ -114,7 +141,9 @@ class LoadGate:
     def gauges(self) -> dict[str, float]:
         """What is known now; 0: not measured yet."""
         cost = self._prefill.cost()
-        measured = {
-            f"gauge:load_{tier.name.lower()}_nbytes_s": rate.a_second for tier, rate in self._tiers.items()
-        }
-        return measured | {"gauge:prefill_tokens_s": 1 / cost.token_s if cost.token_s else 0.0}
+        gauges = {"gauge:prefill_token_s": cost.token_s, "gauge:prefill_position_s": cost.position_s}
+        for tier, fit in self._tiers.items():
+            load = fit.cost() if fit.count else LoadCost(0.0, 0.0)
+            gauges[f"gauge:load_{tier.name.lower()}_read_s"] = load.read_s
+            gauges[f"gauge:load_{tier.name.lower()}_block_s"] = load.block_s
+        return gauges

@@ -7,19 +7,19 @@ import pytest
 from engine.gate import PROBE_EVERY, TRUSTED_AFTER, LoadGate
 from kvstore.nouns import Tier
 
-BLOCK, TOKENS = 1_000_000, 32
+TOKENS = 32
 HOST, NVME = Tier.HOST, Tier.NVME
 
 
 def gate(*, is_on: bool = True) -> LoadGate:
-    return LoadGate(BLOCK, TOKENS, is_on=is_on)
+    return LoadGate(TOKENS, is_on=is_on)
 
 
 def teach(
     made: LoadGate, *, block_s: float, token_s: float, tier: Tier = NVME, times: int = TRUSTED_AFTER
 ) -> LoadGate:
-    for _ in range(times):
-        made.loaded([tier] * 4, 4, 4 * block_s)
+    for i in range(times):
+        made.loaded([tier] * (4 + i % 3), 4 + i % 3, (4 + i % 3) * block_s)
         made.computed(0, 128, 128 * token_s)
     return made
 
@@ -52,8 +52,8 @@ def test_one_run_in_some_is_loaded_all_the_same_so_that_a_mended_disk_is_found()
     made = teach(gate(), block_s=0.1, token_s=1e-4)
     answers = [made.admit([NVME] * 8, 300) for _ in range(PROBE_EVERY)]
     assert answers == [0] * (PROBE_EVERY - 1) + [8]
-    for _ in range(30):
-        made.loaded([NVME] * 8, 8, 8e-4)
+    for blocks in (8, 6) * 8:
+        made.loaded([NVME] * blocks, blocks, 1e-4 * blocks)
     assert made.admit([NVME] * 8, 300) == 8
 
 
@@ -73,11 +73,25 @@ def test_a_tier_that_only_costs_its_time_is_learnt_to_be_slow() -> None:
 def test_of_a_mixed_run_the_slow_tier_is_measured_by_what_the_fast_one_leaves() -> None:
     made = gate()
     made.loaded([HOST, NVME], 2, 0.5)  # which of the two was it? nobody knows yet
-    assert made.gauges()["gauge:load_nvme_nbytes_s"] == 0
-    made.loaded([HOST] * 4, 4, 4e-3)
-    made.loaded([HOST, HOST, NVME], 3, 2e-3 + 0.01)
-    assert made.gauges()["gauge:load_nvme_nbytes_s"] == pytest.approx(BLOCK / 0.01)
-    assert made.gauges()["gauge:load_host_nbytes_s"] == pytest.approx(BLOCK / 1e-3)
+    assert made.gauges()["gauge:load_nvme_read_s"] == 0
+    for blocks in (2, 4):
+        made.loaded([HOST] * blocks, blocks, 2e-3 + 1e-3 * blocks)
+    for blocks in (1, 3):
+        made.loaded([HOST] * 2 + [NVME] * blocks, 2 + blocks, 4e-3 + 0.01 + 0.02 * blocks)
+    told = made.gauges()
+    assert told["gauge:load_host_read_s"] == pytest.approx(2e-3)
+    assert told["gauge:load_host_block_s"] == pytest.approx(1e-3)
+    assert told["gauge:load_nvme_read_s"] == pytest.approx(0.01)
+    assert told["gauge:load_nvme_block_s"] == pytest.approx(0.02)
+
+
+def test_reads_that_are_all_alike_say_nothing_against_longer_ones() -> None:
+    """What reads of one block cost in a busy moment is not what every block of a long run costs."""
+    made = gate()
+    for _ in range(2 * TRUSTED_AFTER):
+        made.loaded([HOST], 1, 0.012)
+        made.computed(0, 100, 0.022)
+    assert made.admit([HOST] * 32, 32 * TOKENS) == 32
 
 
 def test_what_attention_costs_is_told_from_what_every_token_costs() -> None:

@@ -25,6 +25,7 @@ async def pair_over_tiers(
     folder: Path, **options: Any
 ) -> AsyncIterator[tuple[Pair, ShardDriver, MemoryTier]]:
     """Both roles over one shard with a tier below its host."""
+    options = {"load_gate": True} | options
     tiering, below = Tiering(64 << 20, DemoteWhen.COMMITTED), MemoryTier()
     config = DriverConfig(ShardId("s0"), 64 << 20, SECRET, tiering=tiering)
     driver = ShardDriver(config, HostTier(), durable=below)
@@ -39,8 +40,8 @@ async def pair_over_tiers(
 
 def teach(gate: LoadGate, *, block_s: float, token_s: float) -> None:
     for tier in (Tier.HOST, Tier.NVME):
-        for _ in range(4 * TRUSTED_AFTER):
-            gate.loaded([tier] * 8, 8, 8 * block_s)
+        for i in range(10 * TRUSTED_AFTER):
+            gate.loaded([tier] * (5 + i % 4), 5 + i % 4, (5 + i % 4) * block_s)
             gate.computed(0, 400, 400 * token_s)
 
 
@@ -146,6 +147,26 @@ async def test_blocks_that_are_slower_to_load_are_computed_and_no_token_changes(
         await pair.assert_nothing_held()
 
 
+async def test_of_a_run_over_two_tiers_the_slow_part_is_computed(folder: Path) -> None:
+    async with pair_over_tiers(folder) as (pair, driver, _):
+        _, output = await pair.generate(request(prompt(50)))
+        await settled(pair)
+        await sink(driver)
+        await pair.prefill.announce(request(prompt(50)[:24], attempt=0))
+        await settled(pair)
+        assert driver.mover is not None
+        await driver.mover.wait_for([v.ref for v in driver.core.index.rows()], WAIT_S)
+        gate = pair.workers[0].gate
+        teach(gate, block_s=1e-6, token_s=1e-2)
+        for blocks in (1, 2, 3) * 10:
+            gate.loaded([Tier.NVME] * blocks, blocks, 9.0 * blocks)
+        first, same = await pair.generate(request(prompt(50), name="gated"))
+        assert same == output
+        assert first.stats.cached_by_tier == {"host": 3 * BLOCK_TOKENS}
+        assert first.stats.misses == {"gated": 3}
+        await settled(pair)
+
+
 async def test_a_gate_that_is_off_loads_whatever_it_costs(folder: Path) -> None:
     async with pair_over_tiers(folder, load_gate=False) as (pair, driver, _):
         await pair.generate(request(prompt(50)))
@@ -162,6 +183,6 @@ async def test_a_worker_measures_what_loading_and_computing_cost(folder: Path) -
         for number in range(TRUSTED_AFTER + 1):
             await pair.generate(request(prompt(50), name=f"r{number}"))
         gauges = await pair.prefill.counters()
-        assert gauges["gauge:load_host_nbytes_s"] > 0
-        assert gauges["gauge:prefill_tokens_s"] > 0
+        assert gauges["gauge:load_host_read_s"] + gauges["gauge:load_host_block_s"] > 0
+        assert gauges["gauge:prefill_token_s"] > 0
         await settled(pair)

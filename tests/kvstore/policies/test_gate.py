@@ -8,24 +8,25 @@ import random
 import pytest
 
 from kvstore.nouns import Tier
-from kvstore.policies.gate import MARGIN, SAVES_S_MIN, PrefillCost, worth_loading
+from kvstore.policies.gate import MARGIN, SAVES_S_MIN, LoadCost, PrefillCost, worth_loading
 
 HOST, NVME = Tier.HOST, Tier.NVME
-BLOCK, TOKENS = 1_000_000, 32
-FAST = {HOST: 1e9, NVME: 1e8}  # 1 ms and 10 ms a block
+TOKENS = 32
+FAST = {HOST: 1e-3, NVME: 1e-2}  # seconds a block
 
 
-def worth(tiers: list[Tier], rates: dict[Tier, float], cost: PrefillCost, start: int = 0) -> int:
+def worth(
+    tiers: list[Tier], block_s: dict[Tier, float], cost: PrefillCost, start: int = 0, read_s: float = 0.0
+) -> int:
     prompt = start + len(tiers) * TOKENS + 5
-    return worth_loading(
-        tiers, BLOCK, TOKENS, prompt, {int(t): r for t, r in rates.items()}, cost, start=start
-    )
+    load = {int(tier): LoadCost(read_s, seconds) for tier, seconds in block_s.items()}
+    return worth_loading(tiers, TOKENS, prompt, load, cost, start=start)
 
 
-def wait_s(k: int, tiers: list[Tier], rates: dict[Tier, float], cost: PrefillCost) -> float:
+def wait_s(k: int, tiers: list[Tier], block_s: dict[Tier, float], cost: PrefillCost, read_s: float) -> float:
     """The rule as its docstring has it, the slow way: one token after the other."""
     prompt = len(tiers) * TOKENS + 5
-    loading = sum(BLOCK / rates[tier] for tier in tiers[:k])
+    loading = sum(block_s[tier] for tier in tiers[:k]) + read_s * len(set(tiers[:k]))
     computing = sum(cost.token_s + cost.position_s * (p + 0.5) for p in range(k * TOKENS, prompt))
     return loading + computing
 
@@ -48,8 +49,8 @@ def test_the_cheaper_way_is_taken(tiers: list[Tier], token_s: float, loaded: int
 
 def test_what_was_never_measured_is_loaded() -> None:
     cheap = PrefillCost(1e-9)
-    assert worth([NVME] * 8, {HOST: 1e9}, cheap) == 8
-    assert worth([NVME] * 8, {HOST: 1e9, NVME: 0.0}, cheap) == 8
+    assert worth([NVME] * 8, {HOST: 1e-3}, cheap) == 8
+    assert worth([HOST, NVME], {HOST: 9.0}, cheap) == 2
     assert worth([NVME] * 8, FAST, PrefillCost()) == 8
 
 
@@ -67,10 +68,11 @@ def test_it_never_waits_longer_than_the_best_way_but_for_the_margin() -> None:
     cuts = 0
     for _ in range(300):
         tiers = [draw.choice((HOST, NVME)) for _ in range(draw.randrange(1, 12))]
-        rates = {HOST: 10 ** draw.uniform(7, 10), NVME: 10 ** draw.uniform(6, 9)}
+        block_s = {HOST: 10 ** draw.uniform(-4, -1), NVME: 10 ** draw.uniform(-3, 0)}
+        read_s = draw.choice((0.0, 10 ** draw.uniform(-3, 0)))
         cost = PrefillCost(10 ** draw.uniform(-6, -2), draw.choice((0.0, 10 ** draw.uniform(-9, -5))))
-        chosen = worth(tiers, rates, cost)
-        waits = [wait_s(k, tiers, rates, cost) for k in range(len(tiers) + 1)]
+        chosen = worth(tiers, block_s, cost, read_s=read_s)
+        waits = [wait_s(k, tiers, block_s, cost, read_s) for k in range(len(tiers) + 1)]
         if chosen < len(tiers):
             cuts += 1
             assert waits[chosen] == pytest.approx(min(waits))
@@ -78,9 +80,15 @@ def test_it_never_waits_longer_than_the_best_way_but_for_the_margin() -> None:
     assert 30 < cuts < 270, "both ways are seen"
 
 
+def test_what_a_read_costs_at_all_is_paid_once_and_short_runs_are_computed() -> None:
+    cost = PrefillCost(1e-3)  # 32 ms a block
+    assert worth([HOST] * 2, {HOST: 1e-4}, cost, read_s=0.1) == 0
+    assert worth([HOST] * 20, {HOST: 1e-4}, cost, read_s=0.1) == 20
+
+
 def test_faster_loading_never_loads_less() -> None:
     for token_s, (slow, fast) in itertools.product(
-        (1e-6, 1e-4, 1e-2), itertools.pairwise((1e6, 1e7, 1e8, 1e9))
+        (1e-6, 1e-4, 1e-2), itertools.pairwise((1.0, 1e-1, 1e-2, 1e-3))
     ):
         cost = PrefillCost(token_s)
         assert worth([NVME] * 9, {NVME: slow}, cost) <= worth([NVME] * 9, {NVME: fast}, cost)
