@@ -81,7 +81,7 @@ class LoadedCore:
     def __init__(self, versions: int, sweep_slots: int = 0) -> None:
         limits = CoreLimits(slots_max=versions + 2 * OFFERS_MAX)
         config = CoreConfig(ShardId("bench"), Incarnation(7), versions * FRAME_NBYTES, limits)
-        self.core = ShardCore(config, POLICIES["lru"])
+        self.core = ShardCore(config, POLICIES["default"])
         self.core.open_namespace(NAMESPACE, Namespace(MODEL, LAYOUT))
         self._chains = 0
         self._sweep_slots = sweep_slots

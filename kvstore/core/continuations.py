@@ -46,7 +46,7 @@ class Continuations:
         self._seen = 0, 0  # the same, of all time
         self._faded_at = 0.0
         if index.nvme.capacity_nbytes and self._budget_nbytes:
-            index.before_use = self._used
+            index.uses.observers.append(self._used)
 
     def bring_likely(self) -> int:
         """Want the likeliest sessions on the host. How many of their blocks."""
@@ -72,7 +72,6 @@ class Continuations:
     # -- inside ------------------------------------------------------------------------------------
 
     def _used(self, use: Use) -> None:
-        self._predictor.observe(use)
         tail = use.slots[0]
         self._tails.pop(use.base, None)  # the turn before ended there
         self._tails.pop(tail, None)

@@ -53,8 +53,7 @@ class Index:
         self.host = Room(Tier.HOST, ON_HOST, TO_HOST, config.capacity_nbytes, queues[0])
         self.nvme = Room(Tier.NVME, ON_NVME, TO_NVME, config.tiering.nvme_nbytes, queues[1])
         self.rooms = Rooms(self.host, self.nvme, table, leases)
-        self.before_use: Callable[[Use], None] | None = None  # told of each use before it is recorded
-        self.on_use: Callable[[Use], None] | None = None  # and after
+        self.on_use: Callable[[Use], None] | None = None  # told of each use after it is recorded
         self._time = leases
         self._epochs = epochs
         self._config = config
@@ -364,8 +363,6 @@ class Index:
             residences = self.versions.residences
             if below := [slot for slot in idle if residences[slot] & ON_NVME]:
                 self.nvme.evictables.use(tenant, use._replace(slots=below))
-        if self.before_use is not None:
-            self.before_use(use)
         self.uses.record(use)
         if self.on_use is not None:
             self.on_use(use)

@@ -81,7 +81,7 @@ class ShardCore:
         admission = None
         if make_predictor is not None:
             self.predictor = make_predictor(self.index.uses)
-            self.index.before_use = self.predictor.observe
+            self.index.uses.observers.append(self.predictor.observe)
             admission = make_admission(self.index.uses, self.predictor) if make_admission else None
         self.moves = Moves(self.index, self._holds, self.retiring, config.tiering, admission, self.counters)
         self.foreseen = Foreseen(self.index, self.moves, config.foresight, self.counters)

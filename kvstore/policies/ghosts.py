@@ -15,7 +15,7 @@ from array import array
 from typing import Final, NamedTuple
 
 _WAYS: Final = 4
-_ENTRIES_MIN, _ENTRIES_MAX = 1_024, 1 << 21
+_ENTRIES_MIN, _ENTRIES_MAX = 1_024, 1 << 20
 _TAG_BITS: Final = 32
 _MIX: Final = 0x9E3779B97F4A7C15  # 2^64 by the golden ratio: spreads fingerprints that lie close together
 _MIXED_BITS: Final = (1 << 64) - 1
