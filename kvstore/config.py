@@ -23,21 +23,19 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
 from kvstore.access import Tenant
-from kvstore.codecs import CODECS, Codec
-from kvstore.core.state import CoreLimits, DemoteWhen, Tiering
+from kvstore.core.state import CoreLimits, Tiering
 from kvstore.driver_config import DriverConfig
 from kvstore.errors import ConfigError
 from kvstore.nouns import Quality, ShardId
+from kvstore.nvme_section import NvmeSection
 from kvstore.policies import POLICIES
-from kvstore.policies.admission import ADMISSIONS
 from kvstore.server import ServerConfig, is_loopback
 from kvstore.store_file import secret_in
-from kvstore.tiers.nvme.config import NvmeConfig
+from kvstore.tiers.arena import SLOTS_MAX
 from kvstore.tls import ClientTls, TlsFiles
 
 ENV_PREFIX: Final = "KVSTRATA_"
@@ -77,63 +75,6 @@ class TenantConfig(BaseModel):
         if self.token_file is not None:
             token = _token_in(self.token_file)
         return Tenant(name, token, self.certificate, self.may_bind_epochs)
-
-
-class NvmeSection(BaseModel):
-    """`[store.nvme]`: a tier below each shard's host memory that survives restarts."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    directories: tuple[Path, ...] = Field(
-        min_length=1, description="One a disk. Every shard has a folder of its own in each"
-    )
-    disk_nbytes: int = Field(gt=0, description="What one shard's files may take, all directories together")
-    segment_nbytes: int = Field(256 << 20, description="Size of one file; space is reclaimed by files")
-    write: DemoteWhen = Field(
-        DemoteWhen.USED_AGAIN,
-        description="What moves down: write_through (all), write_through_selective (what is worth it when it "
-        "is let go of), write_back (what would leave a nearly full host)",
-    )
-    admission: str = Field(
-        "predicted_reuse",
-        description="What write_through_selective and write_back find worth a write: always, second_use, "
-        "predicted_reuse (used twice, or likely to be)",
-    )
-    codec: str = Field(
-        "lossless",
-        description="What blocks are encoded with on their way down. Anything but lossless also lets this "
-        "service's workers use them (min_quality); see docs/tiers.md for what each costs",
-    )
-    exclusive: bool = Field(False, description="Keep a block on one tier only, not on both")
-    direct: bool = Field(True, description="Bypass the page cache (O_DIRECT) where the file system can")
-
-    @field_validator("codec")
-    @classmethod
-    def _is_known(cls, codec: str) -> str:
-        if codec not in CODECS:
-            raise ConfigError(f"store.nvme.codec {codec!r} is unknown: use {' or '.join(CODECS)}")
-        return codec
-
-    @field_validator("admission")
-    @classmethod
-    def _is_a_policy(cls, admission: str) -> str:
-        if admission not in ADMISSIONS:
-            known = " or ".join(sorted(ADMISSIONS))
-            raise ConfigError(f"store.nvme.admission {admission!r} is unknown: use {known}")
-        return admission
-
-    @property
-    def cold_codec(self) -> Codec | None:
-        """None where blocks go down as they are."""
-        return None if self.codec == "lossless" else CODECS[self.codec]
-
-    def tiering(self, nvme_nbytes: int) -> Tiering:
-        return Tiering(nvme_nbytes, self.write, self.exclusive)
-
-    def files(self, shard: ShardId) -> NvmeConfig:
-        """Raises ConfigError for sizes that do not go together."""
-        folders = tuple(directory / shard for directory in self.directories)
-        return NvmeConfig(folders, self.disk_nbytes, self.segment_nbytes, direct=self.direct)
 
 
 class StoreConfig(BaseModel):
@@ -188,7 +129,12 @@ class StoreConfig(BaseModel):
     inflight_nbytes_max: int = Field(
         512 << 20, ge=1 << 20, description="Bytes of writes a shard holds before storing"
     )
-    slots_max: int = Field(65_536, ge=1, description="Blocks a shard holds at once, however small")
+    slots_max: int | None = Field(
+        None,
+        ge=1,
+        description="Blocks a shard holds at once on all tiers, however small. None: 65,536, or 1,048,576 "
+        "with an nvme tier",
+    )
     leases_max: int = Field(16_384, ge=1, description="Leases a shard grants at once")
     lease_s_max: float = Field(600.0, gt=0, description="Longest lease a shard grants, in seconds")
     reap_interval_s: float = Field(0.5, gt=0, le=1, description="How often a shard frees what expired")
@@ -266,7 +212,9 @@ class StoreConfig(BaseModel):
             capacity_nbytes=self.capacity_nbytes,
             cluster_secret=cluster_secret,
             limits=CoreLimits(
-                slots_max=self.slots_max, leases_max=self.leases_max, lease_s_max=self.lease_s_max
+                slots_max=self.slots_max or (SLOTS_MAX if self.nvme else CoreLimits().slots_max),
+                leases_max=self.leases_max,
+                lease_s_max=self.lease_s_max,
             ),
             quotas={n: t.quota_nbytes for n, t in self.tenants.items() if t.quota_nbytes is not None},
             policy=self.policy,
