@@ -106,7 +106,7 @@ def _shards(rows: list[dict[str, Any]]) -> Table:
     below = any(row.get("nvme_capacity_nbytes") for row in rows)
     columns = ("shard", "state", "address", "blocks", "MiB", *(["on NVMe"] if below else []), "leases")
     for name in (*columns, "oldest pin"):
-        table.add_column(name, no_wrap=name in ("shard", "address"))
+        table.add_column(name, no_wrap=name not in ("on NVMe", "oldest pin"))
     for row in rows:
         sizes = [_of(row, "live_nbytes", "capacity_nbytes")]
         sizes += [_of(row, "nvme_nbytes", "nvme_capacity_nbytes")] if below else []
@@ -117,10 +117,10 @@ def _shards(rows: list[dict[str, Any]]) -> Table:
 
 
 def _of(row: dict[str, Any], used: str, capacity: str) -> str | None:
-    """In MiB: `3 of 64`."""
+    """In MiB: `3/64`."""
     if row.get(used) is None or row.get(capacity) is None:
         return None
-    return f"{row[used] / _MIB:.0f} of {row[capacity] / _MIB:.0f}"
+    return f"{row[used] / _MIB:.0f}/{row[capacity] / _MIB:.0f}"
 
 
 def _draw(document: dict[str, Any]) -> None:
