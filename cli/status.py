@@ -102,11 +102,11 @@ def _shards(rows: list[dict[str, Any]]) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     below = any(row.get("nvme_capacity_nbytes") for row in rows)
     columns = ("shard", "state", "address", "blocks", "MiB", *(["on NVMe"] if below else []), "leases")
     for name in (*columns, "oldest pin"):
-        table.add_column(name, no_wrap=name not in ("on NVMe", "oldest pin"))
+        table.add_column(name, no_wrap=name != "oldest pin")
     for row in rows:
         sizes = [_of(row, "live_nbytes", "capacity_nbytes")]
         sizes += [_of(row, "nvme_nbytes", "nvme_capacity_nbytes")] if below else []
