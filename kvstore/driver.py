@@ -19,7 +19,7 @@ from typing import Final, TypeVar
 
 import structlog
 
-from kvstore.arrival import is_intact
+from kvstore.arrival import is_frame_of
 from kvstore.clock import Clock, MonotonicClock
 from kvstore.core.shard import ShardCore
 from kvstore.core.state import Namespace, Offer
@@ -105,7 +105,9 @@ class ShardDriver:
         self.mover: Mover | None = None
         if durable is not None:
             self.mover = Mover(self.core, self.tiers, durable, self._clock, self._settle, config.encode_frame)
-        self._upkeep = Upkeep(config, self.core, self.tiers, self._notes, self._clock, self._watchers)
+        self._upkeep = Upkeep(
+            config, self.core, self.tiers, self._notes, self._clock, self._watchers, self._move
+        )
         self._closed = False
 
     @property
@@ -113,12 +115,18 @@ class ShardDriver:
         return self.config.shard
 
     async def start(self) -> None:
-        """Read what survived; from here on the shard does by itself what it owes nobody in particular (see
-        upkeep.py, mover.py). Raises OSError and ConfigError when what survived cannot be read."""
+        """Recover; from here on the shard does by itself what it owes nobody in particular (upkeep.py)."""
+        await self.recover()
+        self._upkeep.start()
+
+    async def recover(self) -> None:
+        """Read what survived, and begin to move (mover.py). Before anything else is asked of the shard.
+
+        Raises OSError and ConfigError when what survived cannot be read.
+        """
         if self.mover is not None:
             await recover(self.core, self.tiers, self._notes)
             self.mover.start()
-        self._upkeep.start()
 
     async def close(self) -> None:
         self._closed = True
@@ -168,7 +176,10 @@ class ShardDriver:
     ) -> Revision:
         revision = self.serving().advance_epoch(model_id, number, policy)
         self._settle()
-        if self.core.epochs.of(model_id).current == number:  # else it went on long ago
+        model = self.core.epochs.of(model_id)
+        if model.current == number:  # else it went on long ago
+            epoch = self.core.epochs.bound[model.bound[number]].epoch
+            await self._note(EpochNote(model_id, epoch), timeout_s)  # another's, perhaps still on its way
             await self._note(AdvanceNote(model_id, number, policy), timeout_s)
         return revision
 
@@ -327,7 +338,6 @@ class ShardDriver:
     def _settle(self) -> None:
         """After whatever may have freed slots or let go of versions, in the same turn of the loop."""
         self._upkeep.settle()
-        self._move()
 
     def _move(self) -> None:
         if self.mover is not None and self.core.moves.any_wanted():
@@ -383,7 +393,8 @@ class ShardDriver:
             copy = await self._read_frame(namespace, ref)
             if isinstance(version, MissReason) or isinstance(copy, MissReason):
                 continue  # already counted: reused since, or storage could not tell
-            intact = await beside_the_loop(copy.nbytes, functools.partial(is_intact, copy))
+            expected = version.meta(self.core.namespace(namespace).layout.fingerprint)
+            intact = await beside_the_loop(copy.nbytes, functools.partial(is_frame_of, copy, expected))
             if not intact and version.state is State.LIVE:
                 self.core.report(version)
                 retired += 1

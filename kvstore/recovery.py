@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import structlog
 
@@ -12,7 +13,7 @@ from kvstore.errors import KVStrataError
 from kvstore.notes import Notes
 from kvstore.nouns import NamespaceId
 from kvstore.tiers.base import Place
-from kvstore.tiers.durable import AdvanceNote, EpochNote, NamespaceNote, Recovered
+from kvstore.tiers.durable import AdvanceNote, EpochNote, NamespaceNote, Recovered, RecoveredBlock
 from kvstore.tiers.hierarchy import Tiers
 
 log = structlog.get_logger(__name__)
@@ -25,7 +26,7 @@ async def recover(core: ShardCore, tiers: Tiers, notes: Notes) -> None:
     _replay(core, recovered)
     notes.replayed(recovered.notes)
     found: Counter[str] = Counter(recovered.counters)
-    for block in recovered.blocks:
+    for block in _newest(recovered.blocks, core.index.nvme.capacity_nbytes):
         ref = core.restore(block.frame.meta, block.nbytes)
         found["restored" if ref is not None else "not_restored"] += 1
         if ref is not None:
@@ -35,6 +36,17 @@ async def recover(core: ShardCore, tiers: Tiers, notes: Notes) -> None:
     core.counters.update({f"recovery:{name}": count for name, count in found.items()})
     if found:
         log.info("recovered", shard=core.config.shard, **found)
+
+
+def _newest(blocks: Sequence[RecoveredBlock], nbytes_max: int) -> Sequence[RecoveredBlock]:
+    """What was given up and not yet overwritten is found too: it must not take the place of what came after.
+
+    Oldest first, as written: so they go."""
+    first, nbytes = len(blocks), 0
+    while first and nbytes + blocks[first - 1].nbytes <= nbytes_max:
+        first -= 1
+        nbytes += blocks[first].nbytes
+    return blocks[first:]
 
 
 def _replay(core: ShardCore, recovered: Recovered) -> None:

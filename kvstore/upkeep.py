@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from typing import Final
 
 import structlog
@@ -42,13 +43,16 @@ class Upkeep:
         notes: Notes,
         clock: Clock,
         watchers: Watchers,
+        settled: Callable[[], None],
     ) -> None:
+        """`settled` is called at the end of each `settle`."""
         self._config = config
         self._core = core
         self._tiers = tiers
         self._notes = notes
         self._clock = clock
         self._watchers = watchers
+        self._settled = settled
         self._ticking: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -63,12 +67,14 @@ class Upkeep:
             self._ticking = None
 
     def settle(self) -> None:
-        """After whatever may have freed slots, in the same loop step: nothing of a freed one is left behind,
-        and watchers are told."""
+        """After whatever may have freed slots or let go of versions, in the same loop step: nothing of a
+        freed one is left behind, watchers are told, and what is to move is noticed."""
         freed = self._core.index.freed
-        while freed:
-            self._tiers.free(freed.pop())
+        for one in freed:  # in their order: a version may have left one tier, and then altogether
+            self._tiers.free(one)
+        freed.clear()
         self._watchers.wake()
+        self._settled()
 
     def reap(self) -> None:
         expired = self._core.reap(self._clock.now())
@@ -83,7 +89,7 @@ class Upkeep:
                 break
 
     async def purge(self, scope: Purge) -> Purged:
-        """Delete, sweep, and sync. What was freed meanwhile by another purge is counted here too."""
+        """Delete, note it, and sweep. What was freed meanwhile by another purge is counted here too."""
         core = self._core
         versions, nbytes = core.purge(scope.namespace, scope.keys, scope.epoch)
         revision = Revision(self._config.incarnation, core.revision)
@@ -93,7 +99,6 @@ class Upkeep:
         await self._notes.keep(PurgeNote(scope.namespace, scope.keys, scope.epoch))
         while await self._sweep():
             pass
-        await self._tiers.sync()
         versions += core.counters["swept"] - before[0]
         return Purged(revision, versions, nbytes + core.counters["swept_nbytes"] - before[1])
 

@@ -185,6 +185,7 @@ class Index:
             table.next[before] = slot
         self.uses.born(slot, self._parent(slot))
         for room in self.rooms:
+            room.evictables.born(slot)
             if table.residences[slot] & room.held:
                 room.evictables.enter(slot)
 
