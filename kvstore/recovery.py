@@ -11,7 +11,7 @@ from kvstore.core.shard import ShardCore
 from kvstore.core.state import Namespace
 from kvstore.errors import KVStrataError
 from kvstore.notes import Notes
-from kvstore.nouns import NamespaceId
+from kvstore.nouns import BlockMeta, NamespaceId
 from kvstore.tiers.base import Place
 from kvstore.tiers.durable import AdvanceNote, EpochNote, NamespaceNote, Recovered, RecoveredBlock
 from kvstore.tiers.hierarchy import Tiers
@@ -26,7 +26,9 @@ async def recover(core: ShardCore, tiers: Tiers, notes: Notes) -> None:
     _replay(core, recovered)
     notes.replayed(recovered.notes)
     found: Counter[str] = Counter(recovered.counters)
-    for block in _newest(recovered.blocks, core.index.nvme.capacity_nbytes):
+    blocks = _newest(recovered.blocks, core.index.nvme.capacity_nbytes)
+    found["crowded_out"] = len(recovered.blocks) - len(blocks)
+    for block in blocks:
         ref = core.restore(block.frame.meta, block.nbytes)
         found["restored" if ref is not None else "not_restored"] += 1
         if ref is not None:
@@ -38,15 +40,17 @@ async def recover(core: ShardCore, tiers: Tiers, notes: Notes) -> None:
         log.info("recovered", shard=core.config.shard, **found)
 
 
-def _newest(blocks: Sequence[RecoveredBlock], nbytes_max: int) -> Sequence[RecoveredBlock]:
+def _newest(blocks: Sequence[RecoveredBlock], nbytes_max: int) -> list[RecoveredBlock]:
     """What was given up and not yet overwritten is found too: it must not take the place of what came after.
 
-    Oldest first, as written: so they go."""
-    first, nbytes = len(blocks), 0
-    while first and nbytes + blocks[first - 1].nbytes <= nbytes_max:
-        first -= 1
-        nbytes += blocks[first].nbytes
-    return blocks[first:]
+    Of each version the last copy; oldest first, as they were written and are to go."""
+    chosen: dict[BlockMeta, RecoveredBlock] = {}
+    nbytes = 0
+    for block in reversed(blocks):
+        if block.frame.meta not in chosen and nbytes + block.nbytes <= nbytes_max:
+            chosen[block.frame.meta] = block
+            nbytes += block.nbytes
+    return list(reversed(chosen.values()))
 
 
 def _replay(core: ShardCore, recovered: Recovered) -> None:

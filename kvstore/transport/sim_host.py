@@ -98,9 +98,11 @@ class SimHost:
         self._begin()
 
     async def ready(self) -> None:
-        """Until the host runs and its shard has recovered."""
+        """Until the host runs and its shard has recovered. Raises what kept it from that."""
         await self.awake()
         await self._up.wait()
+        if self._starting.done() and not self._starting.cancelled():
+            self._starting.result()
 
     def run(
         self, step: str, call: Callable[[ShardDriver], Awaitable[Answer]], before_s: float, after_s: float
@@ -136,8 +138,10 @@ class SimHost:
         self._starting = asyncio.create_task(self._recover(self.driver, self._up))
 
     async def _recover(self, driver: ShardDriver, up: asyncio.Event) -> None:
-        await driver.recover()
-        up.set()
+        try:
+            await driver.recover()
+        finally:
+            up.set()
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         del self._calls[task]

@@ -162,7 +162,8 @@ async def _recompute(client: Client, session: StoreSession, made: KeyChain, bloc
     scope = Purge(session.namespace, tuple(made.keys[:blocks]), session.epoch.number)
     if client.world.rng.random() < 0.7:
         await _all(client, [t.purge(scope, timeout_s=TIMEOUT_S) for t in client.transports])
-        await _look_again(client, client.audits[-1])
+        if client.audits:
+            await _look_again(client, client.audits[-1])
 
 
 async def trespass(client: Client) -> None:

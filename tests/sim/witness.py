@@ -120,7 +120,7 @@ class Witness:
         kept = self.durable.get(shard, Policy(0))
         if found.oldest < kept.oldest or found.current < kept.current:
             raise Broken(f"{shard} answered for {kept}, and came back with {found}")
-        lags = self.asked[shard] | {(found.registered[0].number, 0)} if found.registered else {(0, 0)}
+        lags = self.asked[shard] | {(epoch.number, 0) for epoch in found.registered} | {(0, 0)}
         if (found.current, found.stale_lag_max) not in lags:
             raise Broken(f"{shard} came back with {found}, it was only asked for {lags}")
         policy = Policy(self.step(), found.current, found.stale_lag_max, found.oldest)
@@ -215,7 +215,7 @@ class WitnessedDriver(ShardDriver):
         return opened
 
     def check_quotas(self, quotas: Mapping[str, int]) -> None:
-        """No tenant ever holds more than its share of the host. Counted from the slots, not from the accounts."""
+        """No tenant ever holds more than its share of the host. Counted from slots, not from accounts."""
         table, spaces = self.core.index.versions, self.core.index.by_index
         for tenant, quota in quotas.items():
             mine = {space.index for space in spaces if space.namespace.tenant == tenant}

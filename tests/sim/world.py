@@ -10,8 +10,8 @@ bytes; a watcher follows each shard (mirror.py). `Broken` is raised with the pro
     at once           wrong bytes (writings.py), a broken pin, KV of an epoch that nobody allowed, a purged
                       block, a snapshot that changed, another tenant's block, a quota exceeded
     at the end        a history that is not linearizable (history.py), a watcher's index that is not what the
-                      shard lists, a listing that is not what a match sees, anything left behind; and after one
-                      more crash anything that was purged, is not what it says, or was synced and is missing
+                      shard lists, a listing that is not what a match sees, anything left behind; after one
+                      more crash what was purged, what is not what it says, and what was synced and is missing
 
 In most worlds a shard has a second, smaller tier that survives (tiers.py): blocks are demoted, encoded and
 promoted all the while, over a disk that is slow and fails, and crashes are followed by a recovery.
@@ -119,6 +119,8 @@ class World:
             tiering=self.below,
             encode_frame=None if self.below.encode is None else self.writings.encode,
         )
+        if host.crashes:
+            self.report.moves.update(moves_of(host.driver))
         tier, disk = SimTier(host, self.rng, self.storage_broken), self.disks.get(host.shard)
         durable = None if disk is None else disk.new_life(host, self.below, self.storage_broken)
         return WitnessedDriver(config, tier, host.clock, self.witness, durable)
@@ -177,6 +179,8 @@ async def _live(seed: int) -> Report:
                 await watcher
             await mirror.check()
         world.report.register_ops = world.history.check()
+        for host in world.hosts.values():
+            world.report.moves.update(moves_of(host.driver))
         for shard, disk in world.disks.items():
             await comes_back(world, world.hosts[shard], disk)
     finally:
@@ -185,8 +189,6 @@ async def _live(seed: int) -> Report:
         for host in world.hosts.values():
             await host.close()
     world.report.faults = world.network.met
-    for host in world.hosts.values():
-        world.report.moves.update(moves_of(host.driver))
     world.report.virtual_s = world.now()
     return world.report
 
