@@ -157,7 +157,7 @@ class CoreMachine(Judged):
         if i in writing.exists:
             block = writing.exists[i]
             return Refusal.PURGED if block.purged or block.dead else Refusal.CHECKSUM
-        if i in writing.forbidden:
+        if was is None and i in writing.forbidden:
             return Refusal.PURGED
         if was is None and writing.epoch < self.model.oldest:
             return Refusal.EPOCH

@@ -33,7 +33,16 @@ from tests.kvstore.core.conftest import INT8, LAYOUT, LOSSLESS, MODEL, NAMESPACE
 from tests.kvstore.core.conftest import key as key_of
 from tests.kvstore.core.judged import CAPACITY_BLOCKS
 from tests.kvstore.core.model import PAUSE_S, Block, Lease, Moving
-from tests.kvstore.core.test_machine import CoreMachine, epochs, payload, picks, policies
+from tests.kvstore.core.test_machine import (
+    CoreMachine,
+    chains,
+    epochs,
+    leases,
+    payload,
+    picks,
+    policies,
+    qualities,
+)
 
 ENCODED_NBYTES = NBYTES // 2
 MOVE_LEASE_S = 6.0
@@ -91,6 +100,38 @@ class TierMachine(CoreMachine):
             frame = self.placed.pop((freed.ref.slot, freed.ref.generation), None)
             if frame is not None:
                 frame.surely = False
+
+    # -- what gives the rest something to meet -----------------------------------------------------
+
+    restart = pause = refuse = renew = compact = start_writing = None  # type: ignore[assignment]
+    """Rules of the machine above that say nothing new here."""
+
+    @rule(keys=chains, of=st.integers(1, 2), quality=qualities, moved=st.integers(0, 4))
+    def fill(self, keys: list[int], of: int, quality: Quality, moved: int) -> None:
+        """A chain is written and let go of, and so many of the moves that it leads to stand."""
+        self.put(keys, of, quality, None)
+        self.what_was_freed_is_discarded()
+        self.start_moves(4)
+        for _ in range(moved):
+            if self.moves:
+                self.what_was_freed_is_discarded()
+                self.finish_move(0)
+
+    @precondition(lambda self: any(b.is_live for b in self.model.blocks))
+    @rule(pick=picks, lease_s=leases)
+    def hit(self, pick: int, lease_s: float) -> None:
+        """A match of what is there."""
+        live = [b for b in self.model.blocks if b.is_live and b.epoch >= self.model.oldest]
+        if live:
+            block = live[pick % len(live)]
+            self.match([block.key], block.epoch, block.quality, 0, lease_s)
+
+    @rule(keys=st.integers(1, 4))
+    def press(self, keys: int) -> None:
+        """Somebody needs room on the host, and gives it back."""
+        txn_id = self.begin([200 + n for n in range(keys)], 3, LOSSLESS, 9.0)
+        del self.model.writing[txn_id]
+        self.shard.core.abort(txn_id)
 
     # -- moves -------------------------------------------------------------------------------------
 
@@ -283,5 +324,5 @@ class TierMachine(CoreMachine):
 
 TestTierMachine = TierMachine.TestCase
 TestTierMachine.settings = settings(
-    max_examples=100, stateful_step_count=40, derandomize=True, deadline=None, database=None
+    max_examples=300, stateful_step_count=40, derandomize=True, deadline=None, database=None
 )
