@@ -25,12 +25,7 @@ from kvstore.core.shard import ShardCore
 from kvstore.core.state import Namespace, Offer
 from kvstore.core.versions import State, Version
 from kvstore.driver_config import DriverConfig
-from kvstore.errors import (
-    ConfigError,
-    DeadlineExceeded,
-    OverLimit,
-    Unavailable,
-)
+from kvstore.errors import ConfigError, DeadlineExceeded, OverLimit, Unavailable
 from kvstore.frame import HEADER_NBYTES
 from kvstore.hashing import namespace_id, tenant_salt
 from kvstore.intake import Intake
@@ -163,8 +158,7 @@ class ShardDriver:
     async def open_namespace(self, spec: NamespaceSpec, tenant: str, *, timeout_s: float) -> NamespaceId:
         opened = namespace_id(tenant_salt(self.config.cluster_secret, tenant), spec)
         self.serving().open_namespace(opened, Namespace(spec.model_id, spec.layout, tenant))
-        note = NamespaceNote(opened, spec.model_id, tenant, spec.layout)
-        await self._note(note, timeout_s)
+        await self._note(NamespaceNote(opened, spec.model_id, tenant, spec.layout), timeout_s)
         return opened
 
     async def register_epoch(self, model_id: str, epoch: Epoch, *, timeout_s: float) -> None:
@@ -376,7 +370,8 @@ class ShardDriver:
         return self.lost(again) if copy is None else copy
 
     def failed_to_read(self, error: OSError) -> MissReason:
-        self._count_fault("read", error)
+        self.core.counters["storage_error:read"] += 1
+        log.warning("storage failed", shard=self.shard, what="read", error=str(error))
         return self.core.missed(MissReason.SHARD_UNAVAILABLE)
 
     def lost(self, version: Version) -> MissReason:
@@ -400,7 +395,3 @@ class ShardDriver:
                 retired += 1
         self._settle()
         return retired
-
-    def _count_fault(self, what: str, error: OSError) -> None:
-        self.core.counters[f"storage_error:{what}"] += 1
-        log.warning("storage failed", shard=self.shard, what=what, error=str(error))

@@ -13,7 +13,7 @@ from kvstore.core.versions import ON_HOST, ON_NVME
 from kvstore.errors import Unavailable
 from kvstore.frame import decode_frame
 from kvstore.mover import RETRY_S
-from kvstore.nouns import DROP, KVLayout, MissReason, Quality, Tier
+from kvstore.nouns import DROP, KVLayout, MissReason, Quality, Snapshot, Tier
 from kvstore.transport.base import Purge
 from tests.kvstore.durable import E1, ENCODED_NBYTES, Tiered, encode, wanted
 from tests.kvstore.oracle import FRAME_NBYTES, SPEC, TIMEOUT, get, payload, put, refs_in
@@ -294,7 +294,5 @@ async def _turns(count: int) -> None:
         await asyncio.sleep(0)
 
 
-def _snapshot(shard: Tiered) -> object:
-    from kvstore.nouns import Snapshot
-
+def _snapshot(shard: Tiered) -> Snapshot:
     return Snapshot(shard.namespace, E1)

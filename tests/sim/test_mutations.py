@@ -6,8 +6,6 @@ python -m tests.sim.test_mutations purge quota   some of it
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import dataclasses
 import logging
 import sys
@@ -23,11 +21,9 @@ from kvstore.core.epochs import EpochTable
 from kvstore.core.holds import Holds
 from kvstore.core.index import Index
 from kvstore.core.leases import LeaseTable
-from kvstore.core.moves import Move, Moves
 from kvstore.core.offers import Offers
 from kvstore.core.past import Past
 from kvstore.core.purging import Purging
-from kvstore.core.restoring import restore
 from kvstore.core.retiring import Retiring
 from kvstore.core.shard import ShardCore
 from kvstore.core.spaces import Space
@@ -37,15 +33,9 @@ from kvstore.core.versions import State, Versions
 from kvstore.driver_config import DriverConfig
 from kvstore.frame import HEADER_NBYTES, decode_header
 from kvstore.lineage import Lineage
-from kvstore.mover import Mover
-from kvstore.notes import Notes
-from kvstore.nouns import BlockRef, EpochPolicy, LeaseId, MissReason, NamespaceId, Refusal, Revision, Snapshot
-from kvstore.tiers.durable import AdvanceNote, Note, PurgeNote
-from kvstore.tiers.hierarchy import Tiers
+from kvstore.nouns import BlockRef, EpochPolicy, LeaseId, MissReason, NamespaceId, Refusal, Snapshot
 from kvstore.tiers.host import HostTier
-from kvstore.transport.base import Purge, Purged
-from kvstore.upkeep import Upkeep
-from tests.kvstore.tiers.durable_memory import DurableMemory
+from tests.sim.tier_mutations import TIER_MUTATIONS
 from tests.sim.world import run_seed
 
 Patch = pytest.MonkeyPatch
@@ -262,134 +252,6 @@ def tardy(patch: Patch) -> None:
     patch.setattr("kvstore.core.shard.run_of", before)
 
 
-# -- tiers -------------------------------------------------------------------------------------------------
-
-
-def moves_purged(patch: Patch) -> None:
-    """A move ends as it began, whatever was purged, dropped or retired meanwhile."""
-    patch.setattr(Moves, "is_wanted", lambda moves, move: True)
-
-
-def lands_forbidden(patch: Patch) -> None:
-    """An encoded version lands although its key was purged, and so its source."""
-    patch.setattr(Moves, "is_wanted", lambda moves, move: move.lease in moves._holds.by_lease)
-    patch.setattr("kvstore.core.moves.FORBIDDEN", 0)
-
-
-def not_discarded(patch: Patch) -> None:
-    """What a move wrote for nobody is left where it was written."""
-
-    def end(mover: Mover, move: Move, open_moves: set[Move]) -> None:
-        open_moves.discard(move)
-        mover._core.moves.done(move)
-        mover._core.index.freed.clear()
-
-    patch.setattr(Mover, "_end", end)
-
-
-def unverified_moves(patch: Patch) -> None:
-    """What is read for a move is believed, and the reader believes it too."""
-    patch.setattr("kvstore.mover.is_frame_of", lambda *_: True)
-    patch.setattr("kvstore.session.verify_identity", lambda *_: None)
-
-
-def before_the_sync(patch: Patch) -> None:
-    """A version counts as kept as soon as it is written."""
-
-    async def at_once(*_: object) -> None:
-        """Nothing is waited for."""
-
-    patch.setattr(DurableMemory, "sync", at_once)
-
-
-def failed_sync(patch: Patch) -> None:
-    """A sync that failed is taken for one that did not."""
-    sync = DurableMemory.sync
-
-    async def sync_anyhow(tier: DurableMemory) -> None:
-        with contextlib.suppress(OSError):
-            await sync(tier)
-
-    patch.setattr(DurableMemory, "sync", sync_anyhow)
-
-
-def recovers_dropped(patch: Patch) -> None:
-    """A recovery forgets which epochs were advanced to, and dropped."""
-
-    async def keep(notes: Notes, note: Note) -> None:
-        if not isinstance(note, AdvanceNote):
-            await _keep(notes, note)
-
-    patch.setattr(Notes, "keep", keep)
-
-
-_keep = Notes.keep
-
-
-def recovers_purged(patch: Patch) -> None:
-    """A purge is not noted."""
-
-    async def keep(notes: Notes, note: Note) -> None:
-        if not isinstance(note, PurgeNote):
-            await _keep(notes, note)
-
-    patch.setattr(Notes, "keep", keep)
-
-
-def purge_noted_late(patch: Patch) -> None:
-    """A purge is noted behind what is written while it is swept."""
-
-    async def purge(upkeep: Upkeep, scope: Purge) -> Purged:
-        core = upkeep._core
-        core.purge(scope.namespace, scope.keys, scope.epoch)
-        upkeep.settle()
-        while await upkeep._sweep():
-            pass
-        await asyncio.sleep(0.2)
-        await upkeep._notes.keep(PurgeNote(scope.namespace, scope.keys, scope.epoch))
-        return Purged(Revision(core.config.incarnation, core.revision), 0, 0)
-
-    patch.setattr(Upkeep, "purge", purge)
-
-
-def moves_untold(patch: Patch) -> None:
-    """Versions move without saying."""
-    patch.setattr(Retiring, "tell_moved", lambda *_: None)
-
-
-def looked_for_once(patch: Patch) -> None:
-    """A reader that finds a version on no tier, since it moves, is told that it is lost."""
-
-    async def once(tiers: Tiers, look: Callable[[Any], Any]) -> Any:
-        frame = await look(tiers.host)
-        return frame if frame is not None or tiers.durable is None else await look(tiers.durable)
-
-    patch.setattr(Tiers, "_found", once)
-
-
-def reads_below_alone(patch: Patch) -> None:
-    """What left the host is not looked for below."""
-
-    async def above(tiers: Tiers, look: Callable[[Any], Any]) -> Any:
-        return await look(tiers.host)
-
-    patch.setattr(Tiers, "_found", above)
-
-
-def failed_moves_stay(patch: Patch) -> None:
-    """A move that failed keeps its room."""
-
-    def failed(moves: Moves, move: Move) -> None:
-        moves._end(move)
-
-    patch.setattr(Moves, "failed", failed)
-
-
-def born_at_nought(patch: Patch) -> None:
-    """What is restored is made at revision 0."""
-    patch.setattr(ShardCore, "restore", lambda core, *block: restore(core.index, core.epochs, *block, 0))
-
-
 MUTATIONS: dict[Callable[[Patch], None], int] = {
     generation: 100,
     incarnation: 150,
@@ -417,20 +279,7 @@ MUTATIONS: dict[Callable[[Patch], None], int] = {
     horizon: 100,
     compaction: 100,
     tardy: 20,
-    moves_purged: 60,
-    lands_forbidden: 200,
-    not_discarded: 60,
-    unverified_moves: 60,
-    before_the_sync: 60,
-    failed_sync: 60,
-    recovers_dropped: 60,
-    recovers_purged: 60,
-    purge_noted_late: 200,
-    moves_untold: 20,
-    looked_for_once: 200,
-    reads_below_alone: 20,
-    failed_moves_stay: 20,
-    born_at_nought: 60,
+    **TIER_MUTATIONS,
 }
 """What is broken -> within how many seeds it is found."""
 

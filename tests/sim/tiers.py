@@ -13,16 +13,17 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final
 
+from kvstore.arrival import is_frame_of
 from kvstore.core.state import DemoteWhen, Encoding, Tiering
 from kvstore.core.versions import ON_NVME, State, Version
 from kvstore.driver import ShardDriver
 from kvstore.frame import decode_frame
-from kvstore.nouns import BlockKey, KVLayout, NamespaceId, Quality, Tier
+from kvstore.nouns import BlockKey, BlockRef, KVLayout, NamespaceId, Quality, Tier
 from kvstore.tiers.base import Place
 from kvstore.tiers.host import HostTier
 from kvstore.transport.sim_host import SimHost
-from tests.kvstore.oracle import FRAME_NBYTES
-from tests.kvstore.tiers.durable_memory import Disk, DurableMemory
+from tests.kvstore.oracle import FRAME_NBYTES, LAYOUT
+from tests.kvstore.tiers.durable_memory import Disk, DurableMemory, frame_of
 from tests.sim.witness import covers
 from tests.sim.writings import Broken
 
@@ -86,6 +87,9 @@ class SimTier(HostTier):
         await self._wait()
         return await super().borrow(place)
 
+    def at_rest(self, ref: BlockRef) -> memoryview | None:
+        return self._find(Place(ref.slot, ref.generation))
+
 
 class SimDisk(Disk):
     """What outlives the lives of a host."""
@@ -134,10 +138,20 @@ class SimDurable(DurableMemory):
             others = sorted(self._places)
             if self._rng.random() < 0.5:  # a read that went to another place
                 return (
-                    memoryview(bytearray(self._places[self._rng.choice(others)][1].what)) if others else None
+                    memoryview(bytearray(frame_of(self._places[self._rng.choice(others)][1])))
+                    if others
+                    else None
                 )
             copy[self._rng.randrange(copy.nbytes)] ^= 1 << self._rng.randrange(8)
         return copy
+
+
+def at_rest(driver: ShardDriver, host: SimTier) -> None:
+    """Whatever reads gave back: what a shard keeps on its host is what it should be, to the byte."""
+    for row in driver.core.index.rows():
+        frame = host.at_rest(row.ref)
+        if frame is not None and not is_frame_of(frame, row.meta(LAYOUT.fingerprint)):
+            raise Broken(f"carried up although it was broken: {row}")
 
 
 async def comes_back(world: World, host: SimHost, disk: SimDisk) -> None:

@@ -39,7 +39,7 @@ from tests.sim.client import CHAIN_BLOCKS, Client
 from tests.sim.deeds import DEEDS, trespass
 from tests.sim.history import History
 from tests.sim.mirror import Mirror
-from tests.sim.tiers import SimDisk, SimTier, below, comes_back, moves_of
+from tests.sim.tiers import SimDisk, SimTier, at_rest, below, comes_back, moves_of
 from tests.sim.witness import Witness, WitnessedDriver
 from tests.sim.writings import Broken, Writings
 
@@ -196,6 +196,8 @@ async def _live(seed: int) -> Report:
 def _nothing_is_left(host: SimHost) -> None:
     driver = host.driver
     driver.check_integrity()
+    assert isinstance(driver.storage, SimTier)
+    at_rest(driver, driver.storage)
     usage = driver.core.usage()
     if driver.core.leases or usage.staged_nbytes or usage.retired_nbytes or usage.ownerless_nbytes:
         raise Broken(f"left behind on {host.shard}: {driver.core.leases} leases, {usage}")

@@ -37,8 +37,7 @@ class Judged(RuleBasedStateMachine):
         self.room_was_made = False
 
     def make_shard(self, incarnation: Incarnation) -> Shard:
-        limits = {"pause_s": PAUSE_S, "slots_max": 2 * CAPACITY_BLOCKS}
-        return Shard(CAPACITY_BLOCKS, incarnation=incarnation, **limits)
+        return Shard(CAPACITY_BLOCKS, incarnation=incarnation, pause_s=PAUSE_S, slots_max=2 * CAPACITY_BLOCKS)
 
     def lies_on_host(self, block: Block) -> bool:
         """Or is on its way there."""

@@ -11,10 +11,8 @@ from kvstore.core.moves import LEASE_S
 from kvstore.core.state import DemoteWhen, Encoding, Tiering
 from kvstore.core.uses import Uses
 from kvstore.core.versions import ON_HOST, ON_NVME
-from kvstore.nouns import DROP, ChangeKind, KVLayout, MissReason, Refusal, Revision, Tier
+from kvstore.nouns import DROP, KVLayout, Refusal, Tier
 from tests.kvstore.core.conftest import (
-    E1,
-    E2,
     INT8,
     LOSSLESS,
     MODEL,
@@ -36,7 +34,7 @@ def made_small(_layout: KVLayout) -> Encoding:
 def tiered(host: int = 8, below: int = 16, limits: dict[str, int] | None = None, **tiering: object) -> Shard:
     options = {"when": DemoteWhen.COMMITTED} | tiering
     made = Tiering(nvme_nbytes=below * NBYTES, **options)  # type: ignore[arg-type]
-    return Shard(host, tiering=made, **(limits or {}))
+    return Shard(host, tiering=made, **(limits or {}))  # type: ignore[arg-type]
 
 
 def fill_host(shard: Shard, blocks: int, first: int = 500) -> None:
@@ -389,148 +387,3 @@ def test_readers_pin_what_moves_and_let_go_of_it_at_any_time() -> None:
     assert all(shard.core.moves.done(move) for move in moves)
     assert [shard.residences(n) for n in CHAIN] == [BOTH] * 4
     shard.core.check_integrity()
-
-
-# -- lossy ---------------------------------------------------------------------------------------------
-
-
-def lossy(host: int = 4, **tiering: object) -> Shard:
-    return tiered(host, encode=made_small, **tiering)
-
-
-def test_a_lesser_version_lands_beside_the_better_one() -> None:
-    shard = lossy()
-    (better,) = shard.put([0])
-    assert shard.move() == 1
-    assert shard.core.index.nvme.used_nbytes == SMALL
-    for least in (LOSSLESS, INT8):
-        assert shard.match([0], min_quality=least).versions[0].ref == better
-    assert not shard.start()  # it is there: not made again
-    shard.hits([0])
-    assert not shard.start()
-
-
-def test_the_lesser_version_is_seen_when_the_better_one_went_by_who_asked_for_so_little() -> None:
-    shard = lossy()
-    shard.put([0])
-    shard.move()
-    fill_host(shard, 4)
-    assert shard.match([0]).miss is MissReason.LOW_QUALITY
-    (seen,) = shard.match([0], min_quality=INT8).versions
-    assert (seen.quality, seen.tier, seen.nbytes) == (INT8, Tier.NVME, SMALL)
-
-
-def test_the_lesser_version_is_retired_by_a_better_one() -> None:
-    shard = lossy()
-    shard.put([0])
-    shard.move()
-    fill_host(shard, 4)
-    held = shard.match([0], min_quality=INT8)
-    (better,) = shard.put([0])
-    assert shard.match([0], min_quality=INT8).versions[0].ref == better
-    assert shard.residences(0, INT8) == 0
-    for move in shard.start():  # of the lesser one, which the match wanted on the host
-        assert shard.core.moves.done(move) == (move.source.quality is LOSSLESS)
-    shard.core.check_integrity()
-    shard.release(held.lease)
-    shard.core.check_integrity()
-
-
-def test_a_lesser_version_that_somebody_published_meanwhile_wins() -> None:
-    shard = lossy()
-    shard.put([0])
-    (move,) = shard.start()
-    row = move.source
-    shard.core.report(row)
-    assert shard.put([0], quality=INT8) == (Refusal.STAGED,)
-    assert not shard.core.moves.done(move)
-    (published,) = shard.put([0], quality=INT8)
-    assert shard.match([0], min_quality=INT8).versions[0].ref == published
-
-
-def test_what_is_lossy_already_goes_down_as_it_is_and_comes_up_as_it_is() -> None:
-    shard = lossy()
-    (ref,) = shard.put([0], quality=INT8)
-    assert shard.move() == 1
-    assert shard.residences(0, INT8) == BOTH
-    fill_host(shard, 4)
-    assert shard.match([0], min_quality=INT8).versions[0].ref == ref
-    assert shard.move() == 1
-    assert shard.residences(0, INT8) == BOTH
-
-
-@pytest.mark.parametrize(
-    "options", [{"exclusive": True}, {"when": DemoteWhen.CROWDED, "watermarks": (0.2, 0.0)}]
-)
-def test_the_better_one_leaves_where_a_tier_is_to_hold_no_copies(options: dict[str, object]) -> None:
-    shard = lossy(**options)
-    shard.put([0])
-    assert shard.move() == 1
-    assert shard.residences(0) == 0
-    assert shard.residences(0, INT8) == ON_NVME
-
-
-def test_an_epoch_that_was_purged_takes_its_lesser_versions_along() -> None:
-    shard = lossy()
-    shard.put([0], E1)
-    shard.put([0], E2)
-    shard.move()
-    shard.core.purge(NAMESPACE, None, 1)
-    while shard.core.sweep(10):
-        pass
-    assert shard.tiers([0], E1, INT8) == [None]
-    assert shard.tiers([0], E2, INT8) == [Tier.HOST]
-    assert shard.core.index.nvme.used_nbytes == SMALL
-
-
-# -- order, watch --------------------------------------------------------------------------------------
-
-
-def test_below_too_a_block_goes_only_after_what_was_built_on_it() -> None:
-    """Whatever order they came down in."""
-    shard = tiered(host=4, below=4)
-    refs = [ref for ref in shard.put(CHAIN) if not isinstance(ref, Refusal)]
-    shard.move()
-    evictables = shard.core.index.nvme.evictables
-    for ref in reversed(refs):  # the root was used last, says this use
-        shard.core.index.nvme.evictables.use("default", shard.core.index.uses.last(ref.slot))
-    for slot in [ref.slot for ref in refs]:
-        evictables.use("default", shard.core.index.uses.last(slot))  # and now the leaf
-    assert evictables.victim(None, shard.now) == refs[3].slot
-
-
-def test_a_watcher_knows_on_which_tier_everything_lies() -> None:
-    shard = lossy(exclusive=False)
-    told: dict[tuple[bytes, int, int], int] = {}
-    at = Revision(shard.core.config.incarnation, 0)
-
-    def follow() -> None:
-        nonlocal at
-        at, changes = shard.core.past.changed_since(at, (NAMESPACE,), 1000)
-        for change in changes:
-            name = change.key, change.epoch, change.quality
-            if change.kind in (ChangeKind.COMMITTED, ChangeKind.MOVED):
-                assert (name in told) == (change.kind is ChangeKind.MOVED)
-                told[name] = change.tier
-            elif change.kind is ChangeKind.RETIRED:
-                del told[name]
-        _, listed, _ = shard.core.past.listing(NAMESPACE, None, 0, 1000)
-        assert told == {(v.key, v.epoch.number, int(v.quality)): int(v.tier) for v in listed}
-
-    shard.put([0])
-    shard.put([100], quality=INT8)
-    follow()
-    shard.move()
-    follow()
-    fill_host(shard, 4)
-    follow()
-    assert set(told.values()) == {Tier.NVME}
-    shard.match([0], min_quality=INT8)
-    shard.match([100], min_quality=INT8)
-    shard.move()
-    follow()
-    assert set(told.values()) == {Tier.HOST}
-    shard.put([0])
-    follow()
-    shard.core.purge(NAMESPACE, (key(100),), None)
-    follow()

@@ -91,8 +91,9 @@ class TierMachine(CoreMachine):
         super().start()
 
     def make_shard(self, incarnation: Incarnation) -> Shard:
-        limits = {"pause_s": PAUSE_S, "slots_max": 64}
-        return Shard(CAPACITY_BLOCKS, incarnation=incarnation, tiering=self.tiering, **limits)
+        return Shard(
+            CAPACITY_BLOCKS, incarnation=incarnation, tiering=self.tiering, pause_s=PAUSE_S, slots_max=64
+        )
 
     def discard(self, freed: Freed) -> None:
         super().discard(freed)

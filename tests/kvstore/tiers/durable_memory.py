@@ -123,7 +123,7 @@ class DurableMemory:
     async def read(self, place: Place) -> memoryview | None:
         await self._operate("read")
         stored = self._at(place)
-        copy = None if stored is None else memoryview(bytearray(_frame(stored)))
+        copy = None if stored is None else memoryview(bytearray(frame_of(stored)))
         await self._operate("read")
         return copy
 
@@ -156,12 +156,12 @@ class DurableMemory:
         self.disk.reclaim(self._reclaimed)
 
     def nbytes(self) -> int:
-        return sum(len(_frame(stored)) for _, stored in self._places.values())
+        return sum(len(frame_of(stored)) for _, stored in self._places.values())
 
     def flip_byte(self, place: Place, offset: int) -> bool:
         stored = self._at(place)
         if stored is not None:
-            _frame(stored)[offset] ^= 1
+            frame_of(stored)[offset] ^= 1
         return stored is not None
 
     # -- what survives -----------------------------------------------------------------------------
@@ -229,6 +229,6 @@ def covers(purge: PurgeNote, meta: BlockMeta) -> bool:
     return purge.namespace == meta.namespace and of_all and purge.epoch in (None, meta.epoch.number)
 
 
-def _frame(stored: Stored) -> bytearray:
+def frame_of(stored: Stored) -> bytearray:
     assert isinstance(stored.what, bytearray), "a place that holds a note"
     return stored.what
