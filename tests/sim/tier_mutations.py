@@ -99,7 +99,7 @@ def purge_noted_late(patch: Patch) -> None:
         upkeep.settle()
         while await upkeep._sweep():
             pass
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(1.0)
         await upkeep._notes.keep(PurgeNote(scope.namespace, scope.keys, scope.epoch))
         return Purged(Revision(core.config.incarnation, core.revision), 0, 0)
 
@@ -149,16 +149,16 @@ def born_at_nought(patch: Patch) -> None:
 
 
 TIER_MUTATIONS: dict[Callable[[Patch], None], int] = {
-    lands_forbidden: 200,
+    lands_forbidden: 60,
     not_discarded: 60,
-    unverified_moves: 60,
+    unverified_moves: 150,
     before_the_sync: 60,
     failed_sync: 60,
     recovers_dropped: 60,
     recovers_purged: 60,
-    purge_noted_late: 200,
+    purge_noted_late: 300,
     moves_untold: 20,
-    looked_for_once: 200,
+    looked_for_once: 150,
     reads_below_alone: 20,
     failed_moves_stay: 20,
     born_at_nought: 60,

@@ -32,6 +32,7 @@ from kvstore.driver_config import DriverConfig
 from kvstore.hashing import KeyChain
 from kvstore.nouns import Incarnation, NamespaceId, ShardId
 from kvstore.publication import TXN_LEASE_S
+from kvstore.tiers.base import Place
 from kvstore.transport.sim import Faults, SimNetwork
 from kvstore.transport.sim_host import SimClock, SimHost, VirtualTimeLoop
 from tests.kvstore.oracle import FRAME_NBYTES, SECRET, chain
@@ -39,7 +40,7 @@ from tests.sim.client import CHAIN_BLOCKS, Client
 from tests.sim.deeds import DEEDS, trespass
 from tests.sim.history import History
 from tests.sim.mirror import Mirror
-from tests.sim.tiers import SimDisk, SimTier, at_rest, below, comes_back, moves_of
+from tests.sim.tiers import SimDisk, SimTier, below, comes_back, moves_of
 from tests.sim.witness import Witness, WitnessedDriver
 from tests.sim.writings import Broken, Writings
 
@@ -89,6 +90,7 @@ class World:
         self.quotas = {tenant: int(share * self.capacity) for tenant in self.tenants if tenant != "default"}
         self.limits = CoreLimits(changes_max=self.rng.choice((12, 1 << 16)))
         self.below = below(self.rng)
+        self.carried: list[Place] = []
         self.disks: dict[ShardId, SimDisk] = {}
         self.witness, self.writings = Witness(), Writings()
         self.history = History(self.witness, holds=not self.storage_broken)
@@ -121,7 +123,7 @@ class World:
         )
         if host.crashes:
             self.report.moves.update(moves_of(host.driver))
-        tier, disk = SimTier(host, self.rng, self.storage_broken), self.disks.get(host.shard)
+        tier, disk = SimTier(host, self.rng, self.storage_broken, self.carried), self.disks.get(host.shard)
         durable = None if disk is None else disk.new_life(host, self.below, self.storage_broken)
         return WitnessedDriver(config, tier, host.clock, self.witness, durable)
 
@@ -179,6 +181,8 @@ async def _live(seed: int) -> Report:
                 await watcher
             await mirror.check()
         world.report.register_ops = world.history.check()
+        if world.carried:
+            raise Broken(f"broken frames were carried up, to {world.carried}")
         for host in world.hosts.values():
             world.report.moves.update(moves_of(host.driver))
         for shard, disk in world.disks.items():
@@ -196,8 +200,6 @@ async def _live(seed: int) -> Report:
 def _nothing_is_left(host: SimHost) -> None:
     driver = host.driver
     driver.check_integrity()
-    assert isinstance(driver.storage, SimTier)
-    at_rest(driver, driver.storage)
     usage = driver.core.usage()
     if driver.core.leases or usage.staged_nbytes or usage.retired_nbytes or usage.ownerless_nbytes:
         raise Broken(f"left behind on {host.shard}: {driver.core.leases} leases, {usage}")
