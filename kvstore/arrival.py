@@ -46,10 +46,10 @@ def copy_and_verify(
     return None if as_expected else Refusal.MISMATCH
 
 
-def is_intact(frame: memoryview) -> bool:
-    """Does the frame still say about its payload what is true?"""
+def is_frame_of(frame: memoryview, expected: BlockMeta) -> bool:
+    """Does the frame say of its payload what is true, and is it the block that should lie there?"""
     try:
-        decode_frame(frame)
+        found, _ = decode_frame(frame)
     except CorruptBlock:
         return False
-    return True
+    return found.meta == expected

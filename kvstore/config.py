@@ -219,7 +219,7 @@ class StoreConfig(BaseModel):
             quotas={n: t.quota_nbytes for n, t in self.tenants.items() if t.quota_nbytes is not None},
             policy=self.policy,
             tiering=self.nvme.tiering(nvme_nbytes) if self.nvme else Tiering(),
-            cold_codec=self.nvme.cold_codec if self.nvme else None,
+            encode_frame=self.nvme.encode_frame if self.nvme and self.nvme.cold_codec else None,
             admission=self.nvme.admission if self.nvme else "always",
             reap_interval_s=self.reap_interval_s,
             faults=self.faults,

@@ -20,14 +20,13 @@ from typing import Final, TypeVar
 import structlog
 
 from kvstore.announcements import Announcements
-from kvstore.arrival import is_intact
+from kvstore.arrival import is_frame_of
 from kvstore.clock import Clock, MonotonicClock
 from kvstore.core.shard import ShardCore
 from kvstore.core.state import Namespace, Offer
 from kvstore.core.versions import State, Version
 from kvstore.driver_config import DriverConfig
 from kvstore.errors import ConfigError, DeadlineExceeded, OverLimit, Unavailable
-from kvstore.frame import HEADER_NBYTES
 from kvstore.hashing import namespace_id, tenant_salt
 from kvstore.intake import Intake
 from kvstore.mover import Mover
@@ -54,7 +53,7 @@ from kvstore.nouns import (
 from kvstore.policies import POLICIES
 from kvstore.policies.admission import ADMISSIONS
 from kvstore.recovery import recover
-from kvstore.tiers.base import Breakable, TierStorage
+from kvstore.tiers.base import TierStorage
 from kvstore.tiers.copying import beside_the_loop
 from kvstore.tiers.durable import AdvanceNote, DurableTier, EpochNote, NamespaceNote, Note
 from kvstore.tiers.hierarchy import Tiers
@@ -115,12 +114,18 @@ class ShardDriver:
         return self.config.shard
 
     async def start(self) -> None:
-        """Read what survived; from here on the shard does by itself what it owes nobody in particular (see
-        upkeep.py, mover.py). Raises OSError and ConfigError when what survived cannot be read."""
+        """Recover; from here on the shard does by itself what it owes nobody in particular (upkeep.py)."""
+        await self.recover()
+        self._upkeep.start()
+
+    async def recover(self) -> None:
+        """Read what survived, and begin to move (mover.py). Before anything else is asked of the shard.
+
+        Raises OSError and ConfigError when what survived cannot be read.
+        """
         if self.mover is not None:
             await recover(self.core, self.tiers, self._notes)
             self.mover.start()
-        self._upkeep.start()
 
     async def close(self) -> None:
         self._closed = True
@@ -157,8 +162,7 @@ class ShardDriver:
     async def open_namespace(self, spec: NamespaceSpec, tenant: str, *, timeout_s: float) -> NamespaceId:
         opened = namespace_id(tenant_salt(self.config.cluster_secret, tenant), spec)
         self.serving().open_namespace(opened, Namespace(spec.model_id, spec.layout, tenant))
-        note = NamespaceNote(opened, spec.model_id, tenant, spec.layout)
-        await self._note(note, timeout_s)
+        await self._note(NamespaceNote(opened, spec.model_id, tenant, spec.layout), timeout_s)
         return opened
 
     async def register_epoch(self, model_id: str, epoch: Epoch, *, timeout_s: float) -> None:
@@ -170,7 +174,10 @@ class ShardDriver:
     ) -> Revision:
         revision = self.serving().advance_epoch(model_id, number, policy)
         self._settle()
-        if self.core.epochs.of(model_id).current == number:  # else it went on long ago
+        model = self.core.epochs.of(model_id)
+        if model.current == number:  # else it went on long ago
+            epoch = self.core.epochs.bound[model.bound[number]].epoch
+            await self._note(EpochNote(model_id, epoch), timeout_s)  # another's, perhaps still on its way
             await self._note(AdvanceNote(model_id, number, policy), timeout_s)
         return revision
 
@@ -310,14 +317,9 @@ class ShardDriver:
 
     def flip_stored_byte(self) -> BlockKey | None:
         """Flip one payload byte of a live block that begins a chain; its key. None: no such block here."""
-        if not self.config.faults or not isinstance(self.storage, Breakable):
+        if not self.config.faults:
             raise ConfigError("faults are off on this shard: set store.faults = true to break blocks")
-        heads = (v for v in self.core.index.rows() if v.state is State.LIVE and not v.chain_index)
-        victim = next(heads, None)
-        if victim is None:
-            return None
-        middle = (HEADER_NBYTES + victim.nbytes) // 2
-        return victim.key if self.storage.flip_byte(place_of(victim.ref), middle) else None
+        return self.tiers.flip_stored_byte(self.core.index)
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -328,7 +330,6 @@ class ShardDriver:
     def _settle(self) -> None:
         """After whatever may have freed slots or let go of versions, in the same turn of the loop."""
         self._upkeep.settle()
-        self._move()
 
     def _move(self) -> None:
         if self.mover is not None and self.core.moves.any_wanted():
@@ -367,7 +368,8 @@ class ShardDriver:
         return self.lost(again) if copy is None else copy
 
     def failed_to_read(self, error: OSError) -> MissReason:
-        self._count_fault("read", error)
+        self.core.counters["storage_error:read"] += 1
+        log.warning("storage failed", shard=self.shard, what="read", error=str(error))
         return self.core.missed(MissReason.SHARD_UNAVAILABLE)
 
     def lost(self, version: Version) -> MissReason:
@@ -384,13 +386,10 @@ class ShardDriver:
             copy = await self._read_frame(namespace, ref)
             if isinstance(version, MissReason) or isinstance(copy, MissReason):
                 continue  # already counted: reused since, or storage could not tell
-            intact = await beside_the_loop(copy.nbytes, functools.partial(is_intact, copy))
+            expected = version.meta(self.core.namespace(namespace).layout.fingerprint)
+            intact = await beside_the_loop(copy.nbytes, functools.partial(is_frame_of, copy, expected))
             if not intact and version.state is State.LIVE:
                 self.core.report(version)
                 retired += 1
         self._settle()
         return retired
-
-    def _count_fault(self, what: str, error: OSError) -> None:
-        self.core.counters[f"storage_error:{what}"] += 1
-        log.warning("storage failed", shard=self.shard, what=what, error=str(error))

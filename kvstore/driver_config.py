@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from kvstore.codecs import Codec
-from kvstore.codecs.frames import encode_frame, encoded_frame_nbytes
 from kvstore.core.seams import MakePredictor
-from kvstore.core.state import CoreConfig, CoreLimits, Encoding, Foresight, Tiering
+from kvstore.core.state import CoreConfig, CoreLimits, Foresight, Tiering
 from kvstore.errors import ConfigError
-from kvstore.nouns import Incarnation, KVLayout, ShardId
+from kvstore.mover import EncodeFrame
+from kvstore.nouns import Incarnation, ShardId
 from kvstore.policies import POLICIES
 from kvstore.policies.admission import ADMISSIONS
 from kvstore.policies.continuation import Continuation
@@ -33,7 +31,7 @@ class DriverConfig:
     policy: str = "default"
     tiering: Tiering = field(default_factory=Tiering)
     admission: str = "predicted_reuse"  # what is worth a place on the tier below, by name
-    cold_codec: Codec | None = None  # what the tier below makes of lossless blocks; None: keeps them
+    encode_frame: EncodeFrame | None = None  # what the tier below keeps of a lossless frame; None: itself
     make_predictor: MakePredictor = Continuation  # how likely sessions go on
     foresight: Foresight = field(default_factory=Foresight)
     reap_interval_s: float = 0.5
@@ -47,21 +45,9 @@ class DriverConfig:
             self.limits,
             self.quotas,
             self.cluster_secret,
-            dataclasses.replace(self.tiering, encode=self._encoding if self.cold_codec else None),
+            self.tiering,
             self.foresight,
         )
-
-    def encode_frame(self, frame: memoryview, layout: KVLayout) -> memoryview | None:
-        """What the tier below keeps of a lossless frame; None: its values cannot be encoded."""
-        assert self.cold_codec is not None, "nothing is encoded without a codec"
-        return encode_frame(frame, self.cold_codec, layout)
-
-    def _encoding(self, layout: KVLayout) -> Encoding | None:
-        """A layout that the codec cannot do goes down as it is."""
-        codec = self.cold_codec
-        if codec is None or not codec.fits(layout):
-            return None
-        return Encoding(codec.quality, encoded_frame_nbytes(codec, layout))
 
     def __post_init__(self) -> None:
         if len(self.cluster_secret) < 16:

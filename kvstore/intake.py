@@ -16,7 +16,7 @@ from kvstore.core.shard import ShardCore
 from kvstore.core.transactions import Txn
 from kvstore.core.versions import Version
 from kvstore.errors import KVStrataError, Unavailable
-from kvstore.nouns import BlockMeta, Refusal, TxnId
+from kvstore.nouns import Refusal, TxnId
 from kvstore.tiers.base import TierStorage
 from kvstore.upkeep import place_of
 
@@ -68,14 +68,5 @@ class Intake:
         if nbytes != version.nbytes:
             return Refusal.MISMATCH, payload
         layout = self._core.namespace(txn.namespace).layout
-        expected = BlockMeta(
-            namespace=txn.namespace,
-            key=version.key,
-            parent=version.parent,
-            chain_index=version.chain_index,
-            placement=version.placement,
-            epoch=version.epoch,
-            quality=version.quality,
-            fingerprint=layout.fingerprint,
-        )
+        expected = version.meta(layout.fingerprint)
         return await arrive(self._storage, header, payload, expected, layout)

@@ -4,8 +4,8 @@ One task beside the others, woken when something may have to move. What is read 
 a byte that went wrong on one tier is never carried to the next, its version is retired instead. A frame is
 written below only while its version is live, and takes its place in the durable order in the same turn of
 the loop: a purge that comes later finds it. Bounds: `batch_nbytes` of each direction under way, an eighth of
-the host at most, one sync a batch. A disk that fails costs the moves of its batch, and is left alone for
-RETRY_S.
+the host at most, one sync a batch, and nobody else syncs: what a failed sync forgets is this batch. A disk
+that fails costs the moves of its batch, and nothing moves for RETRY_S.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Final
 
 import structlog
 
-from kvstore.arrival import is_intact
+from kvstore.arrival import is_frame_of
 from kvstore.clock import Clock
 from kvstore.core.moves import Move
 from kvstore.core.shard import ShardCore
@@ -85,16 +85,9 @@ class Mover:
             return 0
         moves = self._core.moves.start(self._clock.now(), self._batch_nbytes)
         self._settle()
-        up = [move for move in moves if move.to is Tier.HOST]
-        down = [move for move in moves if move.to is Tier.NVME]
-        open_moves = set(moves)
-        try:
-            await self._promote(up, open_moves)
-            await self._demote(down, open_moves)
-        finally:  # cancelled or not: no move stays under way
-            for move in open_moves:
-                self._core.moves.failed(move)
-            self._settle()
+        self._wanted.clear()  # what is wanted still could not be started now: to have settled is no news
+        if moves:
+            await self._perform(moves)
         async with self._moved:
             self._moved.notify_all()
         return len(moves)
@@ -129,22 +122,39 @@ class Mover:
                 while await self.step():
                     pass
             except Exception:  # whatever failed, the next block may be moved
+                self._not_before = self._clock.now() + RETRY_S
                 self._core.counters["mover_failed"] += 1
                 log.exception("a batch of moves failed, and the mover goes on", shard=self._core.config.shard)
+
+    async def _perform(self, moves: Sequence[Move]) -> None:
+        up = [move for move in moves if move.to is Tier.HOST]
+        down = [move for move in moves if move.to is Tier.NVME]
+        open_moves = set(moves)
+        try:
+            await self._promote(up, open_moves)
+            await self._demote(down, open_moves)
+        finally:  # cancelled or not: no move stays under way
+            for move in open_moves:
+                self._core.moves.failed(move)
+            self._settle()
 
     async def _promote(self, moves: Sequence[Move], open_moves: set[Move]) -> None:
         began, nbytes = self._clock.now(), 0
         for move in moves:
-            frame = await self._checked(move)
-            if frame is None:
-                continue
-            nbytes += frame.nbytes
-            room = await self._copied(frame, self._tiers.host)
-            if not self._core.moves.is_wanted(move):
-                self._tiers.host.give_up(room)
-                continue
-            await self._tiers.host.write(_place(move.target.ref), room)
-            self._end(move, open_moves)
+            try:
+                frame = await self._checked(move)
+                if frame is None:
+                    continue
+                nbytes += frame.nbytes
+                room = await self._copied(frame, self._tiers.host)
+                if not self._core.moves.is_wanted(move):
+                    self._tiers.host.give_up(room)
+                    continue
+                await self._tiers.host.write(_place(move.target.ref), room)
+            except OSError as error:
+                self._failed("host", error)
+            else:
+                self._end(move, open_moves)
         self.promoted.measured(nbytes, self._clock.now() - began)
 
     async def _demote(self, moves: Sequence[Move], open_moves: set[Move]) -> None:
@@ -164,8 +174,7 @@ class Mover:
                 await self._durable.sync()
         except OSError as error:
             self._not_before = self._clock.now() + RETRY_S
-            self._core.counters[f"nvme_failed:{error.errno}"] += 1
-            log.warning("nothing moves down for a while", shard=self._core.config.shard, why=str(error))
+            self._failed("nvme", error)
             for move in queued:
                 self._durable.discard(_place(move.target.ref))
             return
@@ -192,11 +201,19 @@ class Mover:
             made = await beside_the_loop(frame.nbytes, lambda: encode(frame, layout))
         finally:
             self._tiers.give_back(frame)
+        if made is not None and made.nbytes != move.target.nbytes:
+            sizes = {"made": made.nbytes, "promised": move.target.nbytes}
+            log.error("a codec does not keep to its size", shard=self._core.config.shard, **sizes)
+            self._durable.give_up(made)
+            made = None
         if made is None:
             self._core.counters["not_encodable"] += 1
-        elif made.nbytes != move.target.nbytes:
-            raise AssertionError(f"a codec made {made.nbytes} bytes where it promised {move.target.nbytes}")
+            self._core.moves.unfit(move)
         return made
+
+    def _failed(self, to: str, error: OSError) -> None:
+        self._core.counters[f"{to}_failed:{error.errno}"] += 1
+        log.warning("a move failed", shard=self._core.config.shard, to=to, why=str(error))
 
     async def _copied(self, frame: memoryview, storage: TierStorage) -> memoryview:
         """In memory of the storage's own. Gives the borrowed frame back."""
@@ -209,23 +226,21 @@ class Mover:
 
     async def _checked(self, move: Move) -> memoryview | None:
         """The source's frame, borrowed, if it is what it says. What is lost or broken is retired."""
-        place = _place(move.source.ref)
-        try:
-            frame = await self._tiers.borrow(place)
-        except OSError as error:
-            self._core.counters[f"move_read_failed:{error.errno}"] += 1
-            return None
+        frame = await self._tiers.borrow(_place(move.source.ref))
         if frame is not None:
             intact = False
+            expected = move.source.meta(self._core.namespace(move.source.namespace).layout.fingerprint)
             try:
-                intact = await beside_the_loop(frame.nbytes, lambda: is_intact(frame))
+                intact = await beside_the_loop(frame.nbytes, lambda: is_frame_of(frame, expected))
             finally:
                 if not intact:
                     self._tiers.give_back(frame)
             if intact:
                 return frame
-        self._core.report(move.source)
-        self._settle()
+        if self._core.moves.is_wanted(move):
+            self._core.counters["moves_of_broken"] += 1
+            self._core.report(move.source)
+            self._settle()
         return None
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from kvstore.codecs import CODECS, Codec
-from kvstore.core.state import DemoteWhen, Tiering
+from kvstore.codecs.frames import encode_frame, encoded_frame_nbytes
+from kvstore.core.state import DemoteWhen, Encoding, Tiering
 from kvstore.errors import ConfigError
-from kvstore.nouns import ShardId
+from kvstore.nouns import KVLayout, ShardId
 from kvstore.policies.admission import ADMISSIONS
 from kvstore.tiers.nvme.config import NvmeConfig
 
@@ -65,9 +66,19 @@ class NvmeSection(BaseModel):
         return None if self.codec == "lossless" else CODECS[self.codec]
 
     def tiering(self, nvme_nbytes: int) -> Tiering:
-        return Tiering(nvme_nbytes, self.write, self.exclusive)
+        encode = None if self.cold_codec is None else self._encoding
+        return Tiering(nvme_nbytes, self.write, self.exclusive, encode)
+
+    def encode_frame(self, frame: memoryview, layout: KVLayout) -> memoryview | None:
+        """What the tier keeps of a lossless frame; None: its values cannot be encoded."""
+        return encode_frame(frame, CODECS[self.codec], layout)
 
     def files(self, shard: ShardId) -> NvmeConfig:
         """Raises ConfigError for sizes that do not go together."""
         folders = tuple(directory / shard for directory in self.directories)
         return NvmeConfig(folders, self.disk_nbytes, self.segment_nbytes, direct=self.direct)
+
+    def _encoding(self, layout: KVLayout) -> Encoding | None:
+        """A layout that the codec cannot do goes down as it is."""
+        codec = CODECS[self.codec]
+        return Encoding(codec.quality, encoded_frame_nbytes(codec, layout)) if codec.fits(layout) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import structlog
 
@@ -10,9 +11,9 @@ from kvstore.core.shard import ShardCore
 from kvstore.core.state import Namespace
 from kvstore.errors import KVStrataError
 from kvstore.notes import Notes
-from kvstore.nouns import NamespaceId
+from kvstore.nouns import BlockMeta, NamespaceId
 from kvstore.tiers.base import Place
-from kvstore.tiers.durable import AdvanceNote, EpochNote, NamespaceNote, Recovered
+from kvstore.tiers.durable import AdvanceNote, EpochNote, NamespaceNote, Recovered, RecoveredBlock
 from kvstore.tiers.hierarchy import Tiers
 
 log = structlog.get_logger(__name__)
@@ -25,8 +26,9 @@ async def recover(core: ShardCore, tiers: Tiers, notes: Notes) -> None:
     _replay(core, recovered)
     notes.replayed(recovered.notes)
     found: Counter[str] = Counter(recovered.counters)
-    core.changes.advance()  # all of it was there from this life's first revision on
-    for block in recovered.blocks:
+    blocks = _newest(recovered.blocks, core.index.nvme.capacity_nbytes)
+    found["crowded_out"] = len(recovered.blocks) - len(blocks)
+    for block in blocks:
         ref = core.restore(block.frame.meta, block.nbytes)
         found["restored" if ref is not None else "not_restored"] += 1
         if ref is not None:
@@ -36,6 +38,19 @@ async def recover(core: ShardCore, tiers: Tiers, notes: Notes) -> None:
     core.counters.update({f"recovery:{name}": count for name, count in found.items()})
     if found := +found:  # without what was not found
         log.info("recovered", shard=core.config.shard, **found)
+
+
+def _newest(blocks: Sequence[RecoveredBlock], nbytes_max: int) -> list[RecoveredBlock]:
+    """What was given up and not yet overwritten is found too: it must not take the place of what came after.
+
+    Of each version the last copy; oldest first, as they were written and are to go."""
+    chosen: dict[BlockMeta, RecoveredBlock] = {}
+    nbytes = 0
+    for block in reversed(blocks):
+        if block.frame.meta not in chosen and nbytes + block.nbytes <= nbytes_max:
+            chosen[block.frame.meta] = block
+            nbytes += block.nbytes
+    return list(reversed(chosen.values()))
 
 
 def _replay(core: ShardCore, recovered: Recovered) -> None:

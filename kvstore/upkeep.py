@@ -45,8 +45,9 @@ class Upkeep:
         notes: Notes,
         clock: Clock,
         watchers: Watchers,
-        wake_mover: Callable[[], None] = lambda: None,
+        settled: Callable[[], None],
     ) -> None:
+        """`settled` is called at the end of each `settle`."""
         self._config = config
         self._core = core
         self._tiers = tiers
@@ -54,7 +55,7 @@ class Upkeep:
         self._compactable = tiers.host if isinstance(tiers.host, Compactable) else None
         self._clock = clock
         self._watchers = watchers
-        self._wake_mover = wake_mover
+        self._settled = settled
         self._ticking: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -69,12 +70,14 @@ class Upkeep:
             self._ticking = None
 
     def settle(self) -> None:
-        """After whatever may have freed slots, in the same loop step: nothing of a freed one is left behind,
-        and watchers are told."""
+        """After whatever may have freed slots or let go of versions, in the same loop step: nothing of a
+        freed one is left behind, watchers are told, and what is to move is noticed."""
         freed = self._core.index.freed
-        while freed:
-            self._tiers.free(freed.pop())
+        for one in freed:  # in their order: a version may have left one tier, and then altogether
+            self._tiers.free(one)
+        freed.clear()
         self._watchers.wake()
+        self._settled()
 
     def reap(self) -> None:
         expired = self._core.reap(self._clock.now())
@@ -85,7 +88,7 @@ class Upkeep:
     async def tick(self) -> None:
         self.reap()
         self._core.look_ahead(self._clock.now())
-        self._wake_mover()
+        self._settled()
         for _ in range(SWEEPS_A_TICK):
             if not await self._sweep():
                 break
@@ -93,7 +96,7 @@ class Upkeep:
             await self._compactable.compact(COMPACT_NBYTES_A_TICK)
 
     async def purge(self, scope: Purge) -> Purged:
-        """Delete, sweep, and sync. What was freed meanwhile by another purge is counted here too."""
+        """Delete, note it, and sweep. What was freed meanwhile by another purge is counted here too."""
         core = self._core
         versions, nbytes = core.purge(scope.namespace, scope.keys, scope.epoch)
         revision = Revision(self._config.incarnation, core.revision)
@@ -103,7 +106,6 @@ class Upkeep:
         await self._notes.keep(PurgeNote(scope.namespace, scope.keys, scope.epoch))
         while await self._sweep():
             pass
-        await self._tiers.sync()
         versions += core.counters["swept"] - before[0]
         return Purged(revision, versions, nbytes + core.counters["swept_nbytes"] - before[1])
 

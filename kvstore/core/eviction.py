@@ -43,8 +43,8 @@ class Evictables:
         self._order = 0
         self._named = NONE  # the last victim: if it leaves now, it was evicted
 
-    def enter(self, slot: int) -> None:
-        """The slot's version lies on this tier from now on. It is pinned."""
+    def born(self, slot: int) -> None:
+        """The slot holds a new version, on this tier or not: nothing was built on it yet."""
         missing = slot + 1 - len(self._places)
         if missing > 0:
             self._links.grow(missing)
@@ -52,8 +52,11 @@ class Evictables:
                 flags.extend(bytes(missing))
             for column in (self._children, self._idle_since):
                 column.frombytes(bytes(missing * column.itemsize))
-        self._entered[slot] = 1
         self._children[slot] = 0
+
+    def enter(self, slot: int) -> None:
+        """The slot's version lies on this tier from now on. It is pinned."""
+        self._entered[slot] = 1
         parent = self._uses.parent(slot)
         if parent != NONE and parent < len(self._children):
             self._children[parent] += 1

@@ -77,8 +77,7 @@ class Index:
             tenant = namespace.tenant
             quota = self._config.quotas.get(tenant, _UNLIMITED)
             account = self.accounts.setdefault(tenant, Account(tenant, quota))
-            space = Space(namespace_id, len(self.by_index), namespace, account)
-            self.spaces[namespace_id] = space
+            space = self.spaces[namespace_id] = Space(namespace_id, len(self.by_index), namespace, account)
             self.by_index.append(space)
         return space
 
@@ -86,9 +85,8 @@ class Index:
         """Raises NotFound: the shard restarted since, open it again."""
         space = self.spaces.get(namespace_id)
         if space is None:
-            raise NotFound(
-                f"namespace {namespace_id.hex()} is not open on {self._config.shard}: open it first"
-            )
+            shard = self._config.shard
+            raise NotFound(f"namespace {namespace_id.hex()} is not open on {shard}: open it first")
         return space
 
     def space_of(self, slot: int) -> Space:
@@ -143,10 +141,9 @@ class Index:
     def stage(self, space: Space, epoch_id: int, quality: Quality, offer: Offer, room: Room) -> int:
         table, slot = self.versions, self.versions.take()
         table.name(slot, offer.key, offer.parent, offer.placement)
-        table.states[slot] = _STAGED
+        table.states[slot], table.nbytes[slot] = _STAGED, offer.nbytes
         table.spaces[slot], table.epochs[slot] = space.index, epoch_id
         table.qualities[slot], table.chain_indexes[slot] = quality, offer.chain_index
-        table.nbytes[slot] = offer.nbytes
         space.staged.setdefault(offer.key, []).append(slot)
         self.occupy(slot, room, room.held)
         return slot
@@ -168,6 +165,7 @@ class Index:
             table.next[before] = slot
         self.uses.born(slot, self._parent(slot))
         for room in self.rooms:
+            room.evictables.born(slot)
             if table.residences[slot] & room.held:
                 room.evictables.enter(slot)
 
@@ -275,8 +273,7 @@ class Index:
 
     def is_purged(self, slot: int) -> bool:
         """As part of a namespace or an epoch, not by its key: it stands in the table until it is swept."""
-        versions = self.versions
-        return versions.created[slot] <= self.space_of(slot).floor(versions.epochs[slot])
+        return self.versions.created[slot] <= self.space_of(slot).floor(self.versions.epochs[slot])
 
     def is_dead(self, slot: int) -> bool:
         """Live by its state, yet purged, or of an epoch that was dropped: nobody will ever see it."""
@@ -297,8 +294,8 @@ class Index:
 
     def _rank(self, slot: int) -> tuple[int, int, int]:
         table = self.versions
-        number = self._epochs.bound[table.epochs[slot]].epoch.number
-        return number, table.qualities[slot], table.created[slot]
+        epoch = self._epochs.bound[table.epochs[slot]].epoch
+        return epoch.number, table.qualities[slot], table.created[slot]
 
     def _on_host(self, slots: Sequence[int]) -> Sequence[int]:
         if not self.nvme.capacity_nbytes:
@@ -334,9 +331,8 @@ class Index:
 
     def _unstage(self, space: Space, slot: int) -> None:
         key = self.versions.key(slot)
-        staged = space.staged[key]
-        staged.remove(slot)
-        if not staged:
+        space.staged[key].remove(slot)
+        if not space.staged[key]:
             del space.staged[key]
 
     def _unlink(self, space: Space, slot: int) -> None:

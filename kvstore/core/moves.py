@@ -16,7 +16,7 @@ under it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from typing import Final
 
@@ -27,9 +27,19 @@ from kvstore.core.rooms import Room
 from kvstore.core.seams import AdmissionPolicy
 from kvstore.core.state import DemoteWhen, Encoding, Offer, Tiering
 from kvstore.core.uses import Use
-from kvstore.core.versions import FORBIDDEN, ON_HOST, ON_NVME, TO_HOST, TO_NVME, WRITTEN, State, Version
+from kvstore.core.versions import (
+    FORBIDDEN,
+    ON_HOST,
+    ON_NVME,
+    TO_HOST,
+    TO_NVME,
+    UNFIT,
+    WRITTEN,
+    State,
+    Version,
+)
 from kvstore.errors import OverLimit
-from kvstore.nouns import ChangeKind, LeaseId, Quality, Tier
+from kvstore.nouns import BlockRef, ChangeKind, LeaseId, Quality, Tier
 
 OWNER: Final = "tiering"
 LEASE_S: Final = 60.0
@@ -102,7 +112,7 @@ class Moves:
         self._counters = counters
         self._down = Wanted(tiering.queue_nbytes_max)
         self._up = Wanted(tiering.queue_nbytes_max)
-        self._under_way: dict[int, Move] = {}  # by the target's slot
+        self._under_way: dict[BlockRef, Move] = {}  # by the target
         self._draining = False
         if tiering.nvme_nbytes and tiering.when is not DemoteWhen.CROWDED:
             index.on_use = self._used
@@ -112,7 +122,7 @@ class Moves:
 
     def staged(self) -> Set[int]:
         """Slots of encoded versions that are not there yet."""
-        return {slot for slot, move in self._under_way.items() if move.is_encoded}
+        return {target.slot for target, move in self._under_way.items() if move.is_encoded}
 
     def under_way_nbytes(self, to: Tier) -> int:
         return sum(move.target.nbytes for move in self._under_way.values() if move.to is to)
@@ -148,10 +158,9 @@ class Moves:
         try:
             while self.under_way_nbytes(Tier.HOST) < nbytes_max and (wanted := self._up.take()):
                 started += self._promote(*wanted, now)
-            for slot, generation in self._candidates():
-                started += self._demote(slot, generation, now)
-                if self.under_way_nbytes(Tier.NVME) >= nbytes_max:
-                    break
+            while self.under_way_nbytes(Tier.NVME) < nbytes_max and (wanted := self._down.take()):
+                started += self._demote(*wanted, now)
+            self._drain(started, now, nbytes_max)
         except OverLimit:  # every lease is taken: clients come first
             self._counters["moves_without_lease"] += 1
         return started
@@ -190,6 +199,12 @@ class Moves:
                 self._index.leave(target.slot, self._room(move.to))
         self._end(move)
 
+    def unfit(self, move: Move) -> None:
+        """The tier below cannot keep this version at all: it is not named again. The move must still fail."""
+        source = move.source.ref
+        if self._index.versions.is_current(source.slot, source.generation):
+            self._index.versions.written[source.slot] |= UNFIT
+
     # -- inside ------------------------------------------------------------------------------------
 
     def _room(self, tier: Tier) -> Room:
@@ -212,31 +227,29 @@ class Moves:
     def _is_candidate(self, slot: int) -> bool:
         table = self._index.versions
         on_host_alone = table.residences[slot] & (ON_HOST | ON_NVME | TO_NVME) == ON_HOST
-        return on_host_alone and table.states[slot] == _LIVE and self._lesser_of(slot) is None
+        fit = table.states[slot] == _LIVE and not table.written[slot] & UNFIT
+        return on_host_alone and fit and self._lesser_of(slot) is None
 
-    def _candidates(self) -> Iterator[tuple[int, int]]:
-        if not self._tiering.nvme_nbytes:
+    def _drain(self, started: list[Move], now: float, nbytes_max: int) -> None:
+        """Of a crowded host, who is next to go: below if it may, else for good, to the low watermark."""
+        if self._tiering.when is not DemoteWhen.CROWDED or not self._tiering.nvme_nbytes:
             return
-        while (wanted := self._down.take()) is not None:
-            yield wanted
-        if self._tiering.when is DemoteWhen.CROWDED:
-            yield from self._crowded()
-
-    def _crowded(self) -> Iterator[tuple[int, int]]:
-        """Who is next to go, until the host is emptied to the low watermark."""
         index, host = self._index, self._index.host
         high, low = (share * host.capacity_nbytes for share in self._tiering.watermarks)
         self._draining = self._draining or host.used_nbytes > high
-        while self._draining:
-            slot = host.evictables.victim(None, index.now)
+        while self._draining and self.under_way_nbytes(Tier.NVME) < nbytes_max:
             going = sum(m.source.nbytes for m in self._under_way.values() if m.to is Tier.NVME)
+            slot = host.evictables.victim(None, index.now)
             self._draining = slot is not None and host.used_nbytes - going > low
             if slot is None or not self._draining:
-                return
-            if not self._is_candidate(slot) or not self._admits(slot):
+                break
+            if not (index.is_live(slot) and self._is_candidate(slot) and self._admits(slot)):
                 self._retiring.evict_from(host, slot)
-            else:
-                yield slot, index.versions.generations[slot]
+                continue
+            moves = self._demote(slot, index.versions.generations[slot], now)
+            if not moves:
+                break  # no room below: it stays until its own room is needed
+            started += moves
 
     def _promote(self, slot: int, generation: int, now: float) -> list[Move]:
         index, table = self._index, self._index.versions
@@ -281,7 +294,7 @@ class Moves:
 
     def _begin(self, slot: int, target: int, to: Tier, lease: LeaseId) -> Move:
         move = Move(self._index.row(slot), self._index.row(target), to, lease)
-        self._under_way[target] = move
+        self._under_way[move.target.ref] = move
         return move
 
     def _make_room_below(self, nbytes: int) -> bool:
@@ -329,7 +342,7 @@ class Moves:
         return True
 
     def _end(self, move: Move) -> None:
-        del self._under_way[move.target.ref.slot]
+        del self._under_way[move.target.ref]
         self._index.unpin(self._holds.end(move.lease), used=False)
 
     def _leave_behind(self, move: Move) -> None:

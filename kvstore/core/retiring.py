@@ -50,7 +50,7 @@ class Retiring:
     def tell_moved(self, slot: int) -> None:
         """At a revision of its own: the version lies elsewhere from now on."""
         self._changes.advance()
-        if not self._index.is_purged(slot):
+        if not self._index.is_dead(slot):
             self.tell(ChangeKind.MOVED, slot)
 
     def tell(self, kind: ChangeKind, slot: int) -> None:

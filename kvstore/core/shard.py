@@ -309,7 +309,12 @@ class ShardCore:
             self.release([txn.answer.lease])
 
     def restore(self, meta: BlockMeta, nbytes: int) -> BlockRef | None:
-        """A block that the tier below kept since the shard's last life: see restoring.py."""
+        """A block that the tier below kept since the shard's last life: see restoring.py.
+
+        It is told of in listings alone: watches begin after what was restored."""
+        if not self.revision:
+            self.changes.advance()  # what was created at revision 0 would count as purged
+        self.changes.forget(self.revision)
         return restore(self.index, self.epochs, meta, nbytes, self.revision)
 
     # -- deletion and upkeep -----------------------------------------------------------------------

@@ -19,8 +19,10 @@ from kvstore.errors import OverLimit
 from kvstore.nouns import (
     KEY_NBYTES,
     BlockKey,
+    BlockMeta,
     BlockRef,
     Epoch,
+    LayoutFingerprint,
     NamespaceId,
     Quality,
     Tier,
@@ -28,8 +30,9 @@ from kvstore.nouns import (
 
 NONE: Final = -1
 """No slot."""
-WRITTEN, FORBIDDEN = 1, 2
-"""Flags of a version: its whole frame is stored; it was purged by its key, or while it was being written."""
+WRITTEN, FORBIDDEN, UNFIT = 1, 2, 4
+"""Flags of a version: its whole frame is stored; it was purged by its key, or while it was being written; the
+tier below cannot make its own of it."""
 ON_HOST, ON_NVME, TO_HOST, TO_NVME = 1, 2, 4, 8
 """Residences of a version: where its frame lies (or, staged, is to lie); where a copy is on its way to."""
 _FASTEST: Final = bytes(
@@ -63,6 +66,19 @@ class Version(NamedTuple):
     retired: int  # 0: it is not
     written: bool  # the whole frame arrived and was verified
     pins: int  # by how many leases it is held
+
+    def meta(self, fingerprint: LayoutFingerprint) -> BlockMeta:
+        """What its frame must say of itself."""
+        return BlockMeta(
+            self.namespace,
+            self.key,
+            self.parent,
+            self.chain_index,
+            self.placement,
+            self.epoch,
+            self.quality,
+            fingerprint,
+        )
 
 
 class Versions:

@@ -6,36 +6,34 @@ frame on each. What the core gives up on one tier alone is discarded there alone
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Awaitable, Callable
+from typing import Final
+
 from kvstore.core.index import Index
 from kvstore.core.rooms import Freed
-from kvstore.core.versions import WRITTEN
-from kvstore.nouns import Tier
-from kvstore.tiers.base import Place, TierStorage
+from kvstore.core.versions import WRITTEN, State
+from kvstore.frame import HEADER_NBYTES
+from kvstore.nouns import BlockKey, Tier
+from kvstore.tiers.base import Breakable, Place, TierStorage
 from kvstore.tiers.durable import DurableTier
+
+LOOKS_MAX: Final = 8
 
 
 class Tiers:
     def __init__(self, host: TierStorage, durable: DurableTier | None = None) -> None:
         self.host = host
         self.durable = durable
+        self._departures = 0  # of versions that left a tier and live on
 
     async def read(self, place: Place) -> memoryview | None:
         """A copy that the caller owns; None when the place holds nothing. Raises OSError."""
-        frame = await self.host.read(place)
-        if frame is None and self.durable is not None:
-            frame = await self.durable.read(place)
-            if frame is None:  # it may have moved up and left while we asked below
-                frame = await self.host.read(place)
-        return frame
+        return await self._found(lambda storage: storage.read(place))
 
     async def borrow(self, place: Place) -> memoryview | None:
         """The frame, to be read only, until `give_back`. Raises OSError."""
-        frame = await self.host.borrow(place)
-        if frame is None and self.durable is not None:
-            frame = await self.durable.borrow(place)
-            if frame is None:
-                frame = await self.host.borrow(place)
-        return frame
+        return await self._found(lambda storage: storage.borrow(place))
 
     def give_back(self, frame: memoryview) -> None:
         self.host.give_back(frame)
@@ -45,12 +43,35 @@ class Tiers:
     def free(self, freed: Freed) -> None:
         """What the core does not need any more, where it does not."""
         place = Place(freed.ref.slot, freed.ref.generation)
+        self._departures += freed.lives_on
         if freed.tier is Tier.NVME and self.durable is not None:
             self.durable.discard(place)
         if freed.tier is Tier.HOST and freed.lives_on:
             self.host.leave(place)
         elif not freed.lives_on:
             self.host.discard(place)  # or what tells readers past the shard to ask it
+
+    async def _found(self, look: Callable[[TierStorage], Awaitable[memoryview | None]]) -> memoryview | None:
+        """Whatever moves meanwhile: what was up while we looked below, or left while we looked above, is
+        looked for again, so that nothing is answered None that lies somewhere."""
+        for _ in range(LOOKS_MAX):
+            departures = self._departures
+            frame = await look(self.host)
+            if frame is None and self.durable is not None:
+                frame = await look(self.durable)
+            if frame is not None or departures == self._departures:
+                return frame
+        raise OSError(errno.EBUSY, f"a frame went on moving while it was looked for {LOOKS_MAX} times")
+
+    def flip_stored_byte(self, index: Index) -> BlockKey | None:
+        """Flip one payload byte of a live block that begins a chain; its key. None: no such block on a tier
+        that can be broken."""
+        heads = (v for v in index.rows() if v.state is State.LIVE and not v.chain_index)
+        victim = next(heads, None)
+        if victim is None or not isinstance(self.host, Breakable):
+            return None
+        place = Place(victim.ref.slot, victim.ref.generation)
+        return victim.key if self.host.flip_byte(place, (HEADER_NBYTES + victim.nbytes) // 2) else None
 
     def check_integrity(self, index: Index) -> None:
         """Each tier holds just what the core knows to lie there. Raises AssertionError. Nothing may be on its
@@ -62,7 +83,3 @@ class Tiers:
             written = sum(table.nbytes[slot] for slot in there if table.written[slot] & WRITTEN)
             stored = storage.nbytes()
             assert stored == written, f"{stored} bytes stored on {room.tier.name}, {written} written"
-
-    async def sync(self) -> None:
-        if self.durable is not None:
-            await self.durable.sync()

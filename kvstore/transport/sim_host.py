@@ -70,11 +70,16 @@ class SimHost:
         self._awake = asyncio.Event()
         self._awake.set()
         self._calls: dict[asyncio.Task[Any], None] = {}  # in the order they came in: no history hangs on ids
-        self.driver = make(self)
+        self._ends: list[asyncio.Task[None]] = []  # of past lives
+        self._begin()
         self._reaper = asyncio.create_task(self._reap_forever())
 
     async def awake(self) -> None:
         await self._awake.wait()
+
+    @property
+    def is_awake(self) -> bool:
+        return self._awake.is_set()
 
     def pause(self) -> None:
         self._awake.clear()
@@ -88,7 +93,16 @@ class SimHost:
         self.doom = None
         for call in self._calls:
             call.cancel()
-        self.driver = self._make(self)
+        self._starting.cancel()
+        self._ends.append(asyncio.create_task(self.driver.close()))
+        self._begin()
+
+    async def ready(self) -> None:
+        """Until the host runs and its shard has recovered. Raises what kept it from that."""
+        await self.awake()
+        await self._up.wait()
+        if self._starting.done() and not self._starting.cancelled():
+            self._starting.result()
 
     def run(
         self, step: str, call: Callable[[ShardDriver], Awaitable[Answer]], before_s: float, after_s: float
@@ -97,7 +111,7 @@ class SimHost:
 
         async def served() -> Answer:
             await asyncio.sleep(before_s)
-            await self.awake()
+            await self.ready()
             if self.doom == step and before_s < after_s:
                 self.crash()
                 await asyncio.sleep(0)  # ends here
@@ -114,8 +128,20 @@ class SimHost:
 
     async def close(self) -> None:
         self.resume()
-        self._reaper.cancel()
-        await asyncio.gather(self._reaper, *self._calls, return_exceptions=True)
+        for task in (self._reaper, self._starting):
+            task.cancel()
+        await self.driver.close()
+        await asyncio.gather(self._reaper, self._starting, *self._ends, *self._calls, return_exceptions=True)
+
+    def _begin(self) -> None:
+        self.driver, self._up = self._make(self), asyncio.Event()
+        self._starting = asyncio.create_task(self._recover(self.driver, self._up))
+
+    async def _recover(self, driver: ShardDriver, up: asyncio.Event) -> None:
+        try:
+            await driver.recover()
+        finally:
+            up.set()
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         del self._calls[task]
@@ -125,5 +151,5 @@ class SimHost:
     async def _reap_forever(self) -> None:
         while True:
             await asyncio.sleep(self.tick_s)
-            await self.awake()
+            await self.ready()
             await self.driver.tick()

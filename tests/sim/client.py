@@ -268,13 +268,14 @@ class Client:
     def check_not_purged(
         self, pinned: PinnedBlock, namespace: NamespaceId, writing: Writing, since: int
     ) -> None:
-        """No match begun after an acknowledged purge finds what was begun before it."""
-        incarnation, begun = pinned.ref.incarnation, self.world.witness.begun
+        """No match begun after an acknowledged purge finds what was begun before it, whatever crashed in
+        between."""
+        shard, begun = pinned.ref.shard, self.world.witness.begun
         for purge in self.world.history.purges:
-            if purge.incarnation == incarnation and purge.acked < since:
+            if purge.shard == shard and purge.acked < since:
                 if not covers(purge.scope, namespace, pinned.key, pinned.epoch.number):
                     continue
-                if begun.get((incarnation, writing.number), 0) < purge.served:
+                if begun.get((shard, writing.number), 0) < purge.served:
                     raise Broken(f"purged and acknowledged, and matched since: {writing}")
 
     def sure(self, held: Held, shard: ShardId | None = None) -> bool:

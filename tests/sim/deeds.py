@@ -141,7 +141,7 @@ async def compute(client: Client) -> None:
     lineage, truth, foreign = Lineage(session.epoch), Quality.LOSSLESS, False
     for index, block in enumerate(held.blocks):
         lineage = lineage.absorb(block.epoch, held.qualities[index])
-        truth = min(truth, held.writings[index].quality)
+        truth = min(truth, held.qualities[index])  # of the bytes it read: they were looked at
         foreign = foreign or held.writings[index].epoch != session.epoch
     quality = lineage.publishable
     client.world.report.reasons[f"computed:{'kept' if quality is None else quality.name.lower()}"] += 1
@@ -162,7 +162,8 @@ async def _recompute(client: Client, session: StoreSession, made: KeyChain, bloc
     scope = Purge(session.namespace, tuple(made.keys[:blocks]), session.epoch.number)
     if client.world.rng.random() < 0.7:
         await _all(client, [t.purge(scope, timeout_s=TIMEOUT_S) for t in client.transports])
-        await _look_again(client, client.audits[-1])
+        if client.audits:
+            await _look_again(client, client.audits[-1])
 
 
 async def trespass(client: Client) -> None:

@@ -85,7 +85,7 @@ class OpenTxn:
 
 @dataclass(frozen=True, slots=True)
 class AckedPurge:
-    incarnation: Incarnation
+    shard: ShardId
     scope: Purge
     served: int
     acked: int
@@ -180,7 +180,7 @@ class History:
             p.step for p in self.witness.purges if p.scope is scope and p.incarnation == incarnation
         )
         op = self.op(Kind.PURGE, call)
-        self.purges.append(AckedPurge(incarnation, scope, served, self.witness.step()))
+        self.purges.append(AckedPurge(shard, scope, served, self.witness.step()))
         self.scopes.append((shard, incarnation, scope, op))
 
     def released(self, shard: ShardId, leases: Iterable[LeaseId]) -> None:
@@ -205,6 +205,8 @@ class History:
                 if where == shard and life in (None, incarnation) and covers(scope, namespace, key, epoch):
                     every.append(op)
             every += [op for where, number, op in self.drops if where == shard and epoch < number]
+            appeared = self.witness.appeared.get((incarnation, namespace, key, epoch), ())
+            every += [Op(Kind.WRITE, step, inf) for step in appeared]
             if not is_linearizable(every, self._is_held, self.qualities):
                 told = "\n".join(map(str, sorted(every, key=lambda op: op.invoked)))
                 raise NotLinearizable(f"{key.hex()[:8]} at epoch {epoch} on {shard}:\n{told}")

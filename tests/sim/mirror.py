@@ -32,7 +32,7 @@ class Mirror:
     def __init__(self, world: World, host: SimHost) -> None:
         self.world = world
         self.host = host
-        self.index: set[Entry] = set()
+        self.index: dict[Entry, int] = {}  # on which tier, the fastest
         self.at: Revision | None = None
         self._transport = SimTransport(host, world.network)
         self._namespaces: list[NamespaceId] = []
@@ -59,7 +59,7 @@ class Mirror:
         self._namespaces = [
             await transport.open_namespace(SPEC, tenant, timeout_s=TIMEOUT_S) for tenant in self.world.tenants
         ]
-        index: set[Entry] = set()
+        index: dict[Entry, int] = {}
         for namespace in self._namespaces:
             cursor, first = 0, True
             while cursor or first:
@@ -69,7 +69,7 @@ class Mirror:
                     entry = namespace, row.key, row.epoch.number, int(row.quality)
                     if entry in index or row.created > at.counter:
                         raise Broken(f"a listing at {at} names {row} twice, or too early")
-                    index.add(entry)
+                    index[entry] = int(row.tier)
         self.index, self.at = index, at
 
     async def _follow(self) -> None:
@@ -87,7 +87,7 @@ class Mirror:
                 oldest = (await self._transport.epochs(SPEC.model_id, timeout_s=TIMEOUT_S)).oldest
             for change in batch.changes:
                 self._apply(change)
-            self.index = {entry for entry in self.index if entry[2] >= oldest}
+            self.index = {entry: tier for entry, tier in self.index.items() if entry[2] >= oldest}
             self.at = batch.revision
             if self.world.rng.random() < 0.1:
                 await asyncio.sleep(self.world.rng.uniform(0.0, 3.0))  # a slow one
@@ -108,18 +108,22 @@ class Mirror:
         if change.kind is ChangeKind.COMMITTED:
             if entry in self.index:
                 raise Broken(f"{change} of a version that is there")
-            self.index.add(entry)
+            self.index[entry] = change.tier
+        elif change.kind is ChangeKind.MOVED and entry in self.index:  # else it is listed no more by now
+            self.index[entry] = change.tier
         elif change.kind is ChangeKind.RETIRED:
-            self.index.discard(entry)
+            self.index.pop(entry, None)
         elif change.kind is ChangeKind.PURGED:
             self.index = {
-                e for e in self.index if e[0] != change.namespace or (change.epoch and e[2] != change.epoch)
+                e: tier
+                for e, tier in self.index.items()
+                if e[0] != change.namespace or (change.epoch and e[2] != change.epoch)
             }
 
     async def check(self) -> None:
         """At a quiet moment. Raises Broken unless index, listing and what can be matched are one."""
         driver = self.host.driver
-        listed: set[Entry] = set()
+        listed: dict[Entry, int] = {}
         for namespace in self._namespaces:
             if namespace not in driver.core.index.spaces:
                 continue
@@ -127,11 +131,14 @@ class Mirror:
             while cursor or first:
                 page = await driver.listing(namespace, None, cursor, 1 << 20, timeout_s=TIMEOUT_S)
                 cursor, first = page.next_cursor, False
-                listed |= {(namespace, r.key, r.epoch.number, int(r.quality)) for r in page.versions}
+                for r in page.versions:
+                    listed[namespace, r.key, r.epoch.number, int(r.quality)] = int(r.tier)
         if self.index != listed:
             raise Broken(
                 f"the index of {self.host.shard} at {self.at}, revision {driver.core.revision} there: "
-                f"{_names(self.index - listed)} are not, {_names(listed - self.index)} are missing"
+                f"{_names(self.index.keys() - listed.keys())} are not, "
+                f"{_names(listed.keys() - self.index.keys())} are missing, "
+                f"{_names({e for e in listed if self.index.get(e, listed[e]) != listed[e]})} lie elsewhere"
             )
         current = epoch(self.world.epoch)
         for namespace in self._namespaces:

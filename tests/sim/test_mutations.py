@@ -19,9 +19,12 @@ from kvstore.core.chain import run_of, view_of
 from kvstore.core.changes import ChangeLog
 from kvstore.core.epochs import EpochTable
 from kvstore.core.holds import Holds
+from kvstore.core.index import Index
 from kvstore.core.leases import LeaseTable
 from kvstore.core.offers import Offers
+from kvstore.core.past import Past
 from kvstore.core.purging import Purging
+from kvstore.core.retiring import Retiring
 from kvstore.core.shard import ShardCore
 from kvstore.core.spaces import Space
 from kvstore.core.state import Offer
@@ -32,6 +35,7 @@ from kvstore.frame import HEADER_NBYTES, decode_header
 from kvstore.lineage import Lineage
 from kvstore.nouns import BlockRef, EpochPolicy, LeaseId, MissReason, NamespaceId, Refusal, Snapshot
 from kvstore.tiers.host import HostTier
+from tests.sim.tier_mutations import TIER_MUTATIONS
 from tests.sim.world import run_seed
 
 Patch = pytest.MonkeyPatch
@@ -145,10 +149,10 @@ def watch_torn(patch: Patch) -> None:
 def watch_of_evictions(patch: Patch) -> None:
     """Evictions go without saying."""
 
-    def evict(offers: Offers, slot: int) -> None:
-        offers._index.retire(slot, offers._changes.advance())
+    def evict(retiring: Retiring, slot: int) -> None:
+        retiring._index.retire(slot, retiring.advance())
 
-    patch.setattr(Offers, "evict", evict)
+    patch.setattr(Retiring, "evict", evict)
 
 
 def drop(patch: Patch) -> None:
@@ -212,13 +216,12 @@ def tenancy(patch: Patch) -> None:
 
 def key_of_another_tenant(patch: Patch) -> None:
     """Keys are looked up whatever namespace they are of."""
-    space = ShardCore._space
+    space = Index.space
 
-    def any_space(core: ShardCore, namespace: NamespaceId) -> Space:
-        spaces = core.index.spaces
-        return min(spaces.values(), key=lambda s: s.index) if namespace in spaces else space(core, namespace)
+    def any_space(index: Index, namespace: NamespaceId) -> Space:
+        return index.by_index[0] if namespace in index.spaces else space(index, namespace)
 
-    patch.setattr(ShardCore, "_space", any_space)
+    patch.setattr(Index, "space", any_space)
 
 
 def snapshot_gains(patch: Patch) -> None:
@@ -233,7 +236,7 @@ def horizon(patch: Patch) -> None:
 
 def compaction(patch: Patch) -> None:
     """Snapshots below the horizon are answered all the same."""
-    patch.setattr(ShardCore, "_cannot_read_at", lambda *_: None)
+    patch.setattr(Past, "cannot_read_at", lambda *_: None)
 
 
 def tardy(patch: Patch) -> None:
@@ -276,6 +279,7 @@ MUTATIONS: dict[Callable[[Patch], None], int] = {
     horizon: 100,
     compaction: 100,
     tardy: 20,
+    **TIER_MUTATIONS,
 }
 """What is broken -> within how many seeds it is found."""
 

@@ -10,7 +10,11 @@ bytes; a watcher follows each shard (mirror.py). `Broken` is raised with the pro
     at once           wrong bytes (writings.py), a broken pin, KV of an epoch that nobody allowed, a purged
                       block, a snapshot that changed, another tenant's block, a quota exceeded
     at the end        a history that is not linearizable (history.py), a watcher's index that is not what the
-                      shard lists, a listing that is not what a match sees, anything left behind
+                      shard lists, a listing that is not what a match sees, anything left behind; after one
+                      more crash what was purged, what is not what it says, and what was synced and is missing
+
+In most worlds a shard has a second, smaller tier that survives (tiers.py): blocks are demoted, encoded and
+promoted all the while, over a disk that is slow and fails, and crashes are followed by a recovery.
 """
 
 from __future__ import annotations
@@ -23,12 +27,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from kvstore.core.state import CoreLimits
+from kvstore.core.versions import State
 from kvstore.driver_config import DriverConfig
 from kvstore.hashing import KeyChain
 from kvstore.nouns import Incarnation, NamespaceId, ShardId
 from kvstore.publication import TXN_LEASE_S
 from kvstore.tiers.base import Place
-from kvstore.tiers.host import HostTier
 from kvstore.transport.sim import Faults, SimNetwork
 from kvstore.transport.sim_host import SimClock, SimHost, VirtualTimeLoop
 from tests.kvstore.oracle import FRAME_NBYTES, SECRET, chain
@@ -36,6 +40,7 @@ from tests.sim.client import CHAIN_BLOCKS, Client
 from tests.sim.deeds import DEEDS, trespass
 from tests.sim.history import History
 from tests.sim.mirror import Mirror
+from tests.sim.tiers import SimDisk, SimTier, below, comes_back, moves_of
 from tests.sim.witness import Witness, WitnessedDriver
 from tests.sim.writings import Broken, Writings
 
@@ -51,36 +56,6 @@ DOOMED = (*STEPS, "abort", "abort", "compact", "compact", "compact")
 """Calls that a host is to crash at: the rarer ones more often."""
 
 
-class SimTier(HostTier):
-    """Host memory that takes its time, stands still with its host, and may give back what it should not."""
-
-    def __init__(self, host: SimHost, rng: random.Random, broken: float) -> None:
-        super().__init__()
-        self._host = host
-        self._rng = rng
-        self._broken = broken
-        self._some: memoryview | None = None
-
-    async def write(self, place: Place, frame: memoryview) -> None:
-        await self._wait()
-        await super().write(place, frame)
-        self._some = memoryview(bytearray(frame))
-
-    async def read(self, place: Place) -> memoryview | None:
-        await self._wait()
-        copy = await super().read(place)
-        await self._wait()
-        if copy is not None and self._rng.random() < self._broken:
-            if self._some is not None and self._rng.random() < 0.5:
-                return memoryview(bytearray(self._some))  # a read that went to another place
-            copy[self._rng.randrange(copy.nbytes)] ^= 1 << self._rng.randrange(8)
-        return copy
-
-    async def _wait(self) -> None:
-        await asyncio.sleep(self._rng.random() * 0.005)
-        await self._host.awake()
-
-
 @dataclass(slots=True)
 class Report:
     """What a seed has met."""
@@ -92,6 +67,7 @@ class Report:
     blocks_matched: int = 0
     blocks_read: int = 0
     register_ops: int = 0
+    moves: Counter[str] = field(default_factory=Counter)
     virtual_s: float = 0.0
 
 
@@ -113,6 +89,9 @@ class World:
         share = self.rng.choice((0.3, 0.6))
         self.quotas = {tenant: int(share * self.capacity) for tenant in self.tenants if tenant != "default"}
         self.limits = CoreLimits(changes_max=self.rng.choice((12, 1 << 16)))
+        self.below = below(self.rng)
+        self.carried: list[Place] = []
+        self.disks: dict[ShardId, SimDisk] = {}
         self.witness, self.writings = Witness(), Writings()
         self.history = History(self.witness, holds=not self.storage_broken)
         self.epoch = 1
@@ -121,6 +100,8 @@ class World:
         for index in range(self.rng.choice((1, 2, 3))):
             shard = ShardId(f"shard-{index}")
             clock = SimClock(1 + self.rng.uniform(-0.02, 0.02), self.rng.uniform(0, 1e6))
+            if self.below.nvme_nbytes:
+                self.disks[shard] = SimDisk(self.rng, self.network.met, rough)
             self.hosts[shard] = SimHost(shard, self._new_driver, clock)
         self.clients = [
             Client(self, f"client-{index}", self.tenants[index % len(self.tenants)])
@@ -131,10 +112,20 @@ class World:
 
     def _new_driver(self, host: SimHost) -> WitnessedDriver:
         config = DriverConfig(
-            host.shard, self.capacity, SECRET, Incarnation(self.rng.getrandbits(64)), self.limits, self.quotas
+            host.shard,
+            self.capacity,
+            SECRET,
+            Incarnation(self.rng.getrandbits(64)),
+            self.limits,
+            self.quotas,
+            tiering=self.below,
+            encode_frame=None if self.below.encode is None else self.writings.encode,
         )
-        tier = SimTier(host, self.rng, self.storage_broken)
-        return WitnessedDriver(config, tier, host.clock, self.witness)
+        if host.crashes:
+            self.report.moves.update(moves_of(host.driver))
+        tier, disk = SimTier(host, self.rng, self.storage_broken, self.carried), self.disks.get(host.shard)
+        durable = None if disk is None else disk.new_life(host, self.below, self.storage_broken)
+        return WitnessedDriver(config, tier, host.clock, self.witness, durable)
 
     def chain(self, namespace: NamespaceId, of: int) -> KeyChain:
         made = self._chains.get((namespace, of))
@@ -176,6 +167,8 @@ async def _live(seed: int) -> Report:
         world.over = True
         await trouble
         world.network.faults = Faults(linger=0.0)
+        for disk in world.disks.values():
+            disk.rough = False
         for host in world.hosts.values():
             host.doom, host.tick_s = None, QUIET_TICK_S
         for client in world.clients:
@@ -188,6 +181,12 @@ async def _live(seed: int) -> Report:
                 await watcher
             await mirror.check()
         world.report.register_ops = world.history.check()
+        if world.carried:
+            raise Broken(f"broken frames were carried up, to {world.carried}")
+        for host in world.hosts.values():
+            world.report.moves.update(moves_of(host.driver))
+        for shard, disk in world.disks.items():
+            await comes_back(world, world.hosts[shard], disk)
     finally:
         for task in (trouble, *watching):
             task.cancel()
@@ -205,6 +204,9 @@ def _nothing_is_left(host: SimHost) -> None:
     if driver.core.leases or usage.staged_nbytes or usage.retired_nbytes or usage.ownerless_nbytes:
         raise Broken(f"left behind on {host.shard}: {driver.core.leases} leases, {usage}")
     dead = [slot for slot in driver.core.index.slots() if driver.core.index.is_dead(slot)]
+    hidden = [row for row in driver.core.index.rows() if row.state is not State.LIVE]
+    if hidden or len(driver.core.moves):
+        raise Broken(f"left behind on {host.shard}: {len(driver.core.moves)} moves, {hidden}")
     if dead:
         raise Broken(
             f"purged or dropped, and still on {host.shard}: {[driver.core.index.row(slot) for slot in dead]}"

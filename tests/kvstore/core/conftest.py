@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import pytest
 
-from kvstore.core.seams import MakePolicy
+from kvstore.core.moves import Move
+from kvstore.core.seams import MakeAdmission, MakePolicy
 from kvstore.core.shard import ShardCore
-from kvstore.core.state import CoreConfig, CoreLimits, Namespace, Offer
+from kvstore.core.state import CoreConfig, CoreLimits, Namespace, Offer, Tiering
 from kvstore.core.transactions import Txn
-from kvstore.core.versions import Version
+from kvstore.core.uses import Use, Uses
+from kvstore.core.versions import State, Version
 from kvstore.nouns import (
     ROOT_KEY,
     BlockKey,
@@ -27,6 +29,7 @@ from kvstore.nouns import (
     Revision,
     ShardId,
     Snapshot,
+    Tier,
     WeightsDigest,
 )
 from kvstore.policies import POLICIES
@@ -59,6 +62,19 @@ class Found:
     miss: MissReason | None
 
 
+class NoPrediction:
+    """A predictor that knows nothing: what an admission policy needs beside it."""
+
+    def __init__(self, uses: Uses) -> None:
+        self.uses = uses
+
+    def observe(self, use: Use) -> None:
+        """Of no interest."""
+
+    def probability(self, slot: int, within_s: float, now: float) -> float:
+        return 0.0
+
+
 class Shard:
     """A core; `now` moves only when told to, in steps the core takes for running."""
 
@@ -68,11 +84,16 @@ class Shard:
         quotas: Mapping[str, int] | None = None,
         incarnation: Incarnation = INCARNATION,
         policy: MakePolicy = POLICIES["lru"],
+        tiering: Tiering | None = None,
+        make_admission: MakeAdmission | None = None,
         **limits: float,
     ) -> None:
         bounds = CoreLimits(**limits)  # type: ignore[arg-type]
-        config = CoreConfig(ShardId("shard"), incarnation, blocks * NBYTES, bounds, quotas or {})
-        self.core = ShardCore(config, policy)
+        config = CoreConfig(
+            ShardId("shard"), incarnation, blocks * NBYTES, bounds, quotas or {}, tiering=tiering or Tiering()
+        )
+        predictor = NoPrediction if make_admission else None
+        self.core = ShardCore(config, policy, predictor, make_admission)
         self.now = 0.0
         self._requests = 0
         self.open(NAMESPACE, MODEL)
@@ -148,6 +169,38 @@ class Shard:
 
     def release(self, *leases: LeaseId | None) -> None:
         self.core.release([lease for lease in leases if lease is not None])
+
+    # -- moves, as a mover sees them to their end ------------------------------------------------------
+
+    def start(self, nbytes_max: int = 1 << 20) -> list[Move]:
+        started = self.core.moves.start(self.now, nbytes_max)
+        self.core.check_integrity()
+        return started
+
+    def move(self, nbytes_max: int = 1 << 20) -> int:
+        """Perform all there is to move. How many of these moves stand."""
+        stand = 0
+        while started := self.start(nbytes_max):
+            for move in started:
+                stand += self.core.moves.done(move)
+                self.core.check_integrity()
+        return stand
+
+    def tiers(self, keys: Sequence[int], of: Epoch = E1, least: Quality = LOSSLESS) -> list[Tier | None]:
+        """The fastest tier each of the keys lies on, one match a key; None: it is not seen."""
+        found: list[Tier | None] = []
+        for n in keys:
+            matched = self.match([n], of, min_quality=least)
+            found.append(matched.versions[0].tier if matched.versions else None)
+            if matched.lease is not None:
+                self.core.index.unpin(self.core._holds.end(matched.lease), used=False)
+        return found
+
+    def residences(self, n: int, quality: Quality = LOSSLESS) -> int:
+        """Flags of the live version of a key; 0 when there is none."""
+        table = self.core.index.versions
+        rows = [r for r in self.core.index.rows() if r.key == key(n) and r.quality is quality]
+        return next((table.residences[r.ref.slot] for r in rows if r.state is State.LIVE), 0)
 
     def revision(self) -> Revision:
         return Revision(INCARNATION, self.core.revision)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from hypothesis.stateful import RuleBasedStateMachine, invariant
 
+from kvstore.core.rooms import Freed
 from kvstore.core.transactions import Txn
-from kvstore.nouns import BlockKey, ChangeKind, Incarnation, Quality, Revision, TxnId
+from kvstore.core.versions import ON_HOST, TO_HOST
+from kvstore.nouns import BlockKey, ChangeKind, Incarnation, Quality, Revision, Tier, TxnId
 from tests.kvstore.core.conftest import MODEL, NAMESPACE, NBYTES, Shard
 from tests.kvstore.core.conftest import key as key_of
-from tests.kvstore.core.model import PAUSE_S, Model
+from tests.kvstore.core.model import PAUSE_S, Block, Model
 
 CAPACITY_BLOCKS = 6
 Entry = tuple[BlockKey, int, int]
@@ -23,19 +25,25 @@ class Judged(RuleBasedStateMachine):
     def start(self) -> None:
         self.lives += 1
         incarnation = Incarnation(self.lives)
-        self.shard = Shard(
-            CAPACITY_BLOCKS, incarnation=incarnation, pause_s=PAUSE_S, slots_max=2 * CAPACITY_BLOCKS
-        )
-        self.model = Model(CAPACITY_BLOCKS)
+        self.shard = self.make_shard(incarnation)
+        self.model = Model(CAPACITY_BLOCKS, self.lies_on_host)
         self.unswept = False
-        self.watched: set[Entry] = set()  # what a watcher believes to be there
+        self.watched: dict[Entry, int] = {}  # what a watcher believes to be there, and on which tier
         self.watched_to = Revision(incarnation, 0)
         self.txns: dict[TxnId, Txn] = {}
-        self.stored: dict[
-            tuple[int, int], bytes
-        ] = {}  # (slot, generation) -> bytes, as the driver keeps them
+        self.stored: dict[tuple[Tier, int, int], bytes] = {}
+        """(tier, slot, generation) -> bytes, as the driver keeps them."""
         self.missed: set[tuple[int, int, int, Quality]] = set()  # what a fixed revision did not see once
         self.room_was_made = False
+
+    def make_shard(self, incarnation: Incarnation) -> Shard:
+        return Shard(CAPACITY_BLOCKS, incarnation=incarnation, pause_s=PAUSE_S, slots_max=2 * CAPACITY_BLOCKS)
+
+    def lies_on_host(self, block: Block) -> bool:
+        """Or is on its way there."""
+        table = self.shard.core.index.versions
+        is_here = table.is_current(block.ref.slot, block.ref.generation)
+        return is_here and bool(table.residences[block.ref.slot] & (ON_HOST | TO_HOST))
 
     # -- what holds after every step ---------------------------------------------------------------
 
@@ -60,9 +68,12 @@ class Judged(RuleBasedStateMachine):
 
     @invariant()
     def what_was_freed_is_discarded(self) -> None:
-        for ref, _, _ in self.shard.core.index.freed:
-            self.stored.pop((ref.slot, ref.generation), None)
+        for freed in self.shard.core.index.freed:
+            self.discard(freed)
         self.shard.core.index.freed.clear()
+
+    def discard(self, freed: Freed) -> None:
+        self.stored.pop((freed.tier, freed.ref.slot, freed.ref.generation), None)
 
     @invariant()
     def the_watcher_knows_what_is_there(self) -> None:
@@ -72,20 +83,21 @@ class Judged(RuleBasedStateMachine):
         for change in changes:
             assert self.watched_to < (upto.incarnation, change.revision) <= upto
             if change.kind is ChangeKind.PURGED:
-                self.watched = {e for e in self.watched if change.epoch not in (0, e[1])}
+                self.watched = {e: t for e, t in self.watched.items() if change.epoch not in (0, e[1])}
             elif change.kind is ChangeKind.EPOCH:
                 oldest = core.epochs.show(MODEL).oldest
-                self.watched = {e for e in self.watched if e[1] >= oldest}
-            elif change.kind is ChangeKind.COMMITTED:
-                assert (change.key, change.epoch, change.quality) not in self.watched, "told twice"
-                self.watched.add((change.key, change.epoch, change.quality))
+                self.watched = {e: t for e, t in self.watched.items() if e[1] >= oldest}
+            elif change.kind in (ChangeKind.COMMITTED, ChangeKind.MOVED):
+                entry = change.key, change.epoch, change.quality
+                assert (entry in self.watched) == (change.kind is ChangeKind.MOVED), "told twice, or never"
+                self.watched[entry] = change.tier
             else:
-                self.watched.discard((change.key, change.epoch, change.quality))
+                self.watched.pop((change.key, change.epoch, change.quality), None)
         self.watched_to = upto
         _, listed, _ = core.past.listing(NAMESPACE, None, 0, 1000)
-        assert self.watched == {(v.key, v.epoch.number, int(v.quality)) for v in listed}
+        assert self.watched == {(v.key, v.epoch.number, int(v.quality)): int(v.tier) for v in listed}
         live = {(key_of(b.key), b.epoch, int(b.quality)) for b in self.model.blocks if b.is_live}
-        assert self.watched == live
+        assert self.watched.keys() == live
 
     def _resumed(self) -> Revision:
         """Where the watcher goes on: where it was, unless that was compacted meanwhile."""
@@ -93,7 +105,7 @@ class Judged(RuleBasedStateMachine):
         if self.watched_to.counter >= core.changes.horizon:
             return self.watched_to
         at, listed, _ = core.past.listing(NAMESPACE, None, 0, 1000)
-        self.watched = {(v.key, v.epoch.number, int(v.quality)) for v in listed}
+        self.watched = {(v.key, v.epoch.number, int(v.quality)): int(v.tier) for v in listed}
         self.watched_to = at
         return at
 
@@ -102,8 +114,9 @@ class Judged(RuleBasedStateMachine):
         self.shard.core.check_integrity()
         usage = self.shard.core.usage()
         staged = sum(len(w.staged) for w in self.model.writing.values())
-        here = [b for b in self.model.blocks if not b.gone]
+        here = [b for b in self.model.blocks if not b.gone and self.lies_on_host(b)]
         assert usage.staged_nbytes == staged * NBYTES
-        assert usage.live_nbytes == sum(b.retired is None for b in here) * NBYTES
-        assert usage.retired_nbytes == sum(b.retired is not None for b in here) * NBYTES
-        assert self.shard.core.leases == len(self.model.leases) + len(self.model.writing)
+        assert usage.live_nbytes == sum(b.nbytes for b in here if b.retired is None)
+        assert usage.retired_nbytes == sum(b.nbytes for b in here if b.retired is not None)
+        moving = sum(bool(moving.lease.blocks) for moving in self.model.moving.values())
+        assert self.shard.core.leases == len(self.model.leases) + len(self.model.writing) + moving

@@ -7,12 +7,13 @@ after the fact, and judges: only blocks that nobody held may go, and only when r
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from kvstore.nouns import BlockRef, Quality
 
 PAUSE_S = 2.0
+BLOCK_NBYTES = 100
 
 
 @dataclass(eq=False)
@@ -29,6 +30,7 @@ class Block:
     purged: bool = False
     dead: bool = False  # purged or dropped as a whole while it was pinned: nobody will ever see it
     gone: bool = False  # its bytes are no more
+    nbytes: int = BLOCK_NBYTES
 
     @property
     def is_live(self) -> bool:
@@ -59,9 +61,24 @@ class Writing:
     forbidden: set[int] = field(default_factory=set)  # purged while they were being written
 
 
+@dataclass(eq=False)
+class Moving:
+    """A move under way: of `block`, to be another of a lesser quality if it is encoded."""
+
+    block: Block
+    lease: Lease
+    encoded: bool
+    forbidden: bool = False  # purged while it moved
+
+
 class Model:
-    def __init__(self, capacity_blocks: int) -> None:
+    def __init__(
+        self, capacity_blocks: int, lies_on_host: Callable[[Block], bool] = lambda block: True
+    ) -> None:
+        """Where a block lies the model is told, too: bytes are judged by what is stored there."""
         self.capacity_blocks = capacity_blocks
+        self.lies_on_host = lies_on_host
+        self.moving: dict[object, Moving] = {}
         self.blocks: list[Block] = []  # all that ever were
         self.leases: dict[int, Lease] = {}
         self.writing: dict[int, Writing] = {}
@@ -77,11 +94,15 @@ class Model:
 
     def pins(self) -> Counter[Block]:
         held = [*self.leases.values(), *(w.lease for w in self.writing.values())]
+        held += [moving.lease for moving in self.moving.values()]
         return Counter(block for lease in held for block in lease.blocks)
 
-    def held_blocks(self) -> int:
-        """Blocks whose bytes may not go: pinned, live or retired, and staged."""
-        return len(self.pins()) + sum(len(w.staged) for w in self.writing.values())
+    def has_room(self) -> bool:
+        """For one block on the host, if all went there that may: what is not pinned, live or retired, and not
+        staged."""
+        held = sum(block.nbytes for block in self.pins() if self.lies_on_host(block))
+        held += BLOCK_NBYTES * sum(len(w.staged) for w in self.writing.values())
+        return held + BLOCK_NBYTES <= self.capacity_blocks * BLOCK_NBYTES
 
     def best(self, blocks: Iterable[Block], epoch: int, least: Quality) -> Block | None:
         fit = [b for b in blocks if b.epoch == epoch and b.quality >= least]
@@ -111,6 +132,9 @@ class Model:
 
     def is_staged(self, key: int, epoch: int, quality: Quality) -> bool:
         """Is somebody writing something as good?"""
+        made = [m.block for m in self.moving.values() if m.encoded and not m.forbidden]
+        if quality <= Quality.INT8 and any((b.key, b.epoch) == (key, epoch) for b in made):
+            return True
         return any(
             w.keys[i] == key and w.epoch == epoch and w.quality >= quality
             for w in self.writing.values()
@@ -121,6 +145,9 @@ class Model:
         for table in (self.leases, self.writing):
             for name in [n for n, held in table.items() if _lease(held).expires <= self.time]:
                 del table[name]
+        for moving in self.moving.values():
+            if moving.lease.expires <= self.time:
+                moving.lease.blocks.clear()
 
 
 def _lease(held: Lease | Writing) -> Lease:

@@ -8,6 +8,7 @@ from kvstore.core.state import Offer
 from kvstore.errors import EpochConflict, EpochUnknown, OverLimit
 from kvstore.nouns import Epoch, NamespaceId, Refusal, WeightsDigest
 from tests.kvstore.core.conftest import E1, E2, E3, LOSSLESS, MODEL, NAMESPACE, NBYTES, Shard, key
+from tests.kvstore.core.test_moves import CHAIN, tiered
 
 OTHER = NamespaceId(bytes([1] * 16))
 
@@ -167,3 +168,14 @@ def test_epochs_and_models_are_bounded() -> None:
         shard.core.register_epoch(MODEL, Epoch(4, WeightsDigest(bytes(16))))
     with pytest.raises(OverLimit, match="models_max"):
         shard.core.register_epoch("another", E1)
+
+
+def test_below_too_a_block_goes_only_after_what_was_built_on_it() -> None:
+    """Whatever order they came down in."""
+    shard = tiered(host=4, below=4)
+    refs = [ref for ref in shard.put(CHAIN) if not isinstance(ref, Refusal)]
+    shard.move()
+    evictables = shard.core.index.nvme.evictables
+    for ref in refs:  # the root was used longest ago, and the leaf last
+        evictables.use("default", shard.core.index.uses.last(ref.slot))
+    assert evictables.victim(None, shard.now) == refs[3].slot

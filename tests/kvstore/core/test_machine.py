@@ -24,6 +24,7 @@ from kvstore.nouns import (
     Quality,
     Refusal,
     Revision,
+    Tier,
     TxnId,
     allow_stale,
 )
@@ -93,7 +94,7 @@ class CoreMachine(Judged):
             return Refusal.EXISTS
         if staged:
             return Refusal.STAGED
-        if self.model.held_blocks() >= self.model.capacity_blocks:
+        if not self.model.has_room():
             return Refusal.NO_SPACE
         writing.staged.add(i)
         return None
@@ -111,7 +112,7 @@ class CoreMachine(Judged):
         i = waiting[which % len(waiting)]
         version = self.shard.core.granted(self.txns[txn_id], i)
         assert version is not None
-        place = version.ref.slot, version.ref.generation
+        place = Tier.HOST, version.ref.slot, version.ref.generation
         self.stored[place] = payload(writing.keys[i], writing.epoch, writing.quality)
         self.shard.core.written(self.txns[txn_id], i, None, self.shard.now)
         writing.written.add(i)
@@ -156,7 +157,7 @@ class CoreMachine(Judged):
         if i in writing.exists:
             block = writing.exists[i]
             return Refusal.PURGED if block.purged or block.dead else Refusal.CHECKSUM
-        if i in writing.forbidden:
+        if was is None and i in writing.forbidden:
             return Refusal.PURGED
         if was is None and writing.epoch < self.model.oldest:
             return Refusal.EPOCH
@@ -200,8 +201,8 @@ class CoreMachine(Judged):
         matched = self.shard.match(keys, epoch(of), min_quality=least, lag=lag, lease_s=lease_s)
         assert [v.ref for v in matched.versions] == [block.ref for block in run]
         assert (matched.miss is None) == (len(run) == len(keys))
-        for block in run:
-            place = block.ref.slot, block.ref.generation
+        for block, version in zip(run, matched.versions, strict=True):
+            place = version.tier, block.ref.slot, block.ref.generation
             assert self.stored[place] == payload(block.key, block.epoch, block.quality)
         assert (matched.lease is None) == (not run)
         if matched.lease is not None:
@@ -238,6 +239,9 @@ class CoreMachine(Judged):
 
     @rule(of=epochs, policy=policies, swept=st.booleans())
     def advance(self, of: int, policy: EpochPolicy, swept: bool) -> None:
+        self._advance(of, policy, swept)
+
+    def _advance(self, of: int, policy: EpochPolicy, swept: bool) -> None:
         model = self.model
         self.shard.core.advance_epoch(MODEL, of, policy)
         if of >= model.current:
@@ -294,6 +298,9 @@ class CoreMachine(Judged):
         leases = [LeaseId(lease) for lease in self.model.leases]
         txns = list(self.txns)
         self.start()
+        self.nothing_names_what_was(refs, leases, txns)
+
+    def nothing_names_what_was(self, refs: list[BlockRef], leases: list[LeaseId], txns: list[TxnId]) -> None:
         core = self.shard.core
         assert all(core.resolve(NAMESPACE, ref) is MissReason.STALE_REFERENCE for ref in refs)
         assert not any(core.renew(lease, 9.0, self.shard.now) for lease in leases)
