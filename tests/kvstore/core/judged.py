@@ -35,6 +35,7 @@ class Judged(RuleBasedStateMachine):
         """(tier, slot, generation) -> bytes, as the driver keeps them."""
         self.missed: set[tuple[int, int, int, Quality]] = set()  # what a fixed revision did not see once
         self.room_was_made = False
+        self.looked_at = 0  # revision of the last look at who is still there
 
     def make_shard(self, incarnation: Incarnation) -> Shard:
         return Shard(CAPACITY_BLOCKS, incarnation=incarnation, pause_s=PAUSE_S, slots_max=2 * CAPACITY_BLOCKS)
@@ -59,12 +60,15 @@ class Judged(RuleBasedStateMachine):
                 freed = block.retired is not None or block.dead
                 assert freed or self.room_was_made, "evicted although nobody asked for room"
                 block.gone = True
+                if block.retired is None:
+                    block.evicted = self.looked_at, self.shard.core.revision
             else:
                 hidden = block.retired is not None or block.dead
                 lies_about = block.dead and self.unswept
                 assert not hidden or pins[block] or lies_about, "hidden, held by nobody, and still here"
                 assert version.pins == pins[block]
         self.room_was_made = False
+        self.looked_at = self.shard.core.revision
 
     @invariant()
     def what_was_freed_is_discarded(self) -> None:

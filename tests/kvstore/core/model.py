@@ -31,12 +31,16 @@ class Block:
     dead: bool = False  # purged or dropped as a whole while it was pinned: nobody will ever see it
     gone: bool = False  # its bytes are no more
     nbytes: int = BLOCK_NBYTES
+    evicted: tuple[int, int] | None = None  # at a revision after the first, at the second at the latest
 
     @property
     def is_live(self) -> bool:
         return self.retired is None and not self.gone and not self.dead
 
-    def stood_at(self, revision: int) -> bool:
+    def stood_at(self, revision: int, *, surely: bool) -> bool:
+        """`surely`: or also if it may have been evicted by then."""
+        if self.evicted is not None and self.evicted[0 if surely else 1] <= revision:
+            return False
         return self.created <= revision and (self.retired is None or self.retired > revision)
 
 
@@ -126,9 +130,13 @@ class Model:
         for block in chosen:
             block.dead = block.dead or block.is_live
 
-    def stood(self, key: int, epoch: int, least: Quality, revision: int) -> Block | None:
-        """What a snapshot at the revision saw when it was taken."""
-        return self.best((b for b in self.blocks if b.key == key and b.stood_at(revision)), epoch, least)
+    def stood(self, key: int, epoch: int, least: Quality, revision: int) -> list[Block | None]:
+        """What a snapshot at the revision saw when it was taken; two answers when nobody can tell."""
+        blocks = [b for b in self.blocks if b.key == key and not b.dead]
+        return [
+            self.best((b for b in blocks if b.stood_at(revision, surely=surely)), epoch, least)
+            for surely in (True, False)
+        ]
 
     def is_staged(self, key: int, epoch: int, quality: Quality) -> bool:
         """Is somebody writing something as good?"""

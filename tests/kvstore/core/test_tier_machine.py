@@ -325,5 +325,5 @@ class TierMachine(CoreMachine):
 
 TestTierMachine = TierMachine.TestCase
 TestTierMachine.settings = settings(
-    max_examples=300, stateful_step_count=40, derandomize=True, deadline=None, database=None
+    max_examples=150, stateful_step_count=40, derandomize=True, deadline=None, database=None
 )
