@@ -99,7 +99,7 @@ def epochs(patch: Patch) -> None:
         view = view_of(*asked)
         return view if isinstance(view, MissReason) else view._replace(oldest=0, number=1 << 62)
 
-    patch.setattr("kvstore.core.shard.view_of", any_epoch)
+    patch.setattr("kvstore.core.past.view_of", any_epoch)
 
 
 def no_reaping(patch: Patch) -> None:
@@ -174,7 +174,7 @@ def stale_lag(patch: Patch) -> None:
             return view
         return view._replace(oldest=view.number - snapshot.stale_lag_max)
 
-    patch.setattr("kvstore.core.shard.view_of", as_asked)
+    patch.setattr("kvstore.core.past.view_of", as_asked)
 
 
 def floor(patch: Patch) -> None:
@@ -249,7 +249,7 @@ def tardy(patch: Patch) -> None:
         fresh = next((i for i, slot in enumerate(slots) if versions.created[slot] == newest), len(slots))
         return slots[:fresh], MissReason.ABSENT if fresh < len(slots) else miss
 
-    patch.setattr("kvstore.core.shard.run_of", before)
+    patch.setattr("kvstore.core.past.run_of", before)
 
 
 MUTATIONS: dict[Callable[[Patch], None], int] = {
