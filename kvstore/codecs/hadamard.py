@@ -5,9 +5,9 @@ all (QuaRot, arXiv 2404.00456; block-diagonal in SAW-INT4, arXiv 2604.19157). En
 rotates back: H is symmetric and H H = 16, so what encodes is H x and what decodes is H y / 16.
 
 *Forward* are four stages of float32 additions in a fixed order. *Back* acts on codes, which are small
-integers: sums are exact in any order, and the product of matrices that a BLAS computes is too. 16 channels,
-not 64: the product of a block costs 0.2 ms where 64 costs 0.7 (one core), and no model's perplexity told
-them apart (docs/devlog.md).
+integers: sums are exact in any order, so a BLAS or a table may do them. 16 channels, not 64: the product of
+a block costs 0.2 ms where 64 costs 0.7 (one core), and no model's perplexity told them apart
+(docs/devlog.md).
 """
 
 from __future__ import annotations
