@@ -28,6 +28,7 @@ class Plan:
     rounds: int = 9  # of speed; one more before them warms up
 
 
+BLOCKS = 32  # far beyond the caches, together
 QUICK = Plan(windows=1, window_tokens=128, rounds=1)
 
 
@@ -60,8 +61,6 @@ def pydoc_topics() -> str:
 
 def run(folder: Path, text: str, plan: Plan, progress: Progress) -> Result:
     """Raises ModelError's kinds, and ValueError for a text that is too short."""
-    import torch
-
     from cli.bench.codec_quality import Quality
 
     quality = Quality(folder, text, plan.windows, plan.window_tokens)
@@ -73,13 +72,35 @@ def run(folder: Path, text: str, plan: Plan, progress: Progress) -> Result:
         codec.name: _over_windows(quality, codec, progress, len(quality) * i, steps)
         for i, codec in enumerate(codecs, 1)
     }
+    speeds, memcpy = _alone(quality.layout, blocks, codecs, plan.rounds, progress)
+    return Result(plan, quality.layout, lossless, seen, speeds, memcpy)
+
+
+def speed_only(plan: Plan, progress: Progress) -> tuple[dict[str, Speed], Spread]:
+    """Speeds over blocks like a small model's: no model and no text, and nothing about what is lost."""
+    layout, draw = KVLayout(30, 0, 3, 64, "float32"), np.random.default_rng(0)
+    shape = (layout.layers, 2, layout.block_tokens, layout.kv_heads, layout.head_dim)
+    blocks = []
+    for _ in range(BLOCKS if plan.rounds > 1 else 1):
+        kv = draw.standard_normal(shape, dtype=np.float32)
+        kv[:, 0] *= 0.2 + np.abs(draw.standard_normal(layout.head_dim, dtype=np.float32))
+        blocks.append(memoryview(kv.tobytes()))
+    codecs = [codec for codec in CODECS.values() if codec.number]
+    return _alone(layout, blocks, codecs, plan.rounds, progress)
+
+
+def _alone(
+    layout: KVLayout, blocks: list[memoryview], codecs: list[Codec], rounds: int, progress: Progress
+) -> tuple[dict[str, Speed], Spread]:
+    """`measure` in one thread, as a memcpy has."""
+    import torch
+
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as a memcpy has
+    torch.set_num_threads(1)
     try:
-        speeds, memcpy = measure(quality.layout, blocks, codecs, plan.rounds, progress)
+        return measure(layout, blocks, codecs, rounds, progress)
     finally:
         torch.set_num_threads(threads)
-    return Result(plan, quality.layout, lossless, seen, speeds, memcpy)
 
 
 def _over_windows(quality: Quality, codec: Codec | None, progress: Progress, done: int, steps: int) -> Seen:

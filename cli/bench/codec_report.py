@@ -9,7 +9,8 @@ from kvstore.codecs import CODECS
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from cli.bench.codec import Result
+    from cli.bench.codec import Result, Speed
+    from cli.bench.figures import Spread
 
 
 def document(result: Result) -> dict[str, Any]:
@@ -19,6 +20,20 @@ def document(result: Result) -> dict[str, Any]:
         "memcpy_gb_s": round(result.memcpy.median, 4),
         "ppl_lossless": round(result.lossless.perplexity, 4),
         "tokens": result.plan.windows * result.plan.window_tokens,
+    }
+
+
+def speed_document(speeds: dict[str, Speed], memcpy: Spread) -> dict[str, Any]:
+    """The JSON of `kvstrata bench codec --speed-only`; its shape is a contract."""
+    rows = [{"name": name, **_speed(speed, memcpy)} for name, speed in speeds.items()]
+    return {"codecs": rows, "memcpy_gb_s": round(memcpy.median, 4)}
+
+
+def _speed(speed: Speed, memcpy: Spread) -> dict[str, float]:
+    return {
+        "encode_gb_s": round(speed.encode.median, 4),
+        "decode_gb_s": round(speed.decode.median, 4),
+        "decode_of_memcpy": round(speed.decode.median / memcpy.median, 4),
     }
 
 
@@ -34,9 +49,7 @@ def _codec(result: Result, name: str) -> dict[str, Any]:
         "divergence": round(divergence(result.lossless, seen), 4),
         "first_divergence": first_divergence(result.lossless, seen),
         "kept_lossless": seen.kept_lossless,
-        "encode_gb_s": round(speed.encode.median, 4),
-        "decode_gb_s": round(speed.decode.median, 4),
-        "decode_of_memcpy": round(speed.decode.median / result.memcpy.median, 4),
+        **_speed(speed, result.memcpy),
     }
 
 

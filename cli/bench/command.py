@@ -79,6 +79,9 @@ def codec(
     quick: Annotated[
         bool, typer.Option("--quick", help="Prove that it runs, in seconds. The figures mean nothing.")
     ] = False,
+    speed: Annotated[
+        bool, typer.Option("--speed-only", help="Only how fast: needs no model. Prints one JSON document.")
+    ] = False,
     json_out: Annotated[bool, typer.Option("--json", help="One JSON document; on an error none.")] = False,
 ) -> None:
     """What each codec costs a real model in perplexity, and its speed beside a memcpy.
@@ -88,16 +91,22 @@ def codec(
     from engine.process import prepare_process
 
     prepare_process()
-    from cli.bench.codec import QUICK, Plan, pydoc_topics, run
-    from cli.bench.codec_report import document, draw
+    from cli.bench.codec import QUICK, Plan, pydoc_topics, run, speed_only
+    from cli.bench.codec_report import document, draw, speed_document
     from engine.registry import DEFAULT_MODEL, resolve_model
     from kvstore.errors import KVStrataError
 
+    plan = QUICK if quick else Plan()
+    if speed:
+        with _progress() as progress:
+            measured = speed_only(plan, progress)
+        one_json(speed_document(*measured))
+        return
     try:
         read = pydoc_topics() if text is None else text.read_text(encoding="utf-8")
         folder = resolve_model(model or DEFAULT_MODEL)
         with _progress() as progress:
-            result = run(folder, read, QUICK if quick else Plan(), progress)
+            result = run(folder, read, plan, progress)
     except (KVStrataError, OSError, ValueError) as error:
         fail(str(error))
     if json_out:

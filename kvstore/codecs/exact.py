@@ -107,11 +107,10 @@ def store_short(values: Tensor, into: Tensor) -> None:
 def load_short(stored: Tensor, name: str, *, signed: bool = False) -> Tensor:
     """float32 of what `store_short` wrote (int16). Raises CorruptBlock for what no encoder writes: NaN,
     infinities, magnitudes beyond `_STORED_MAX`, and negative ones where there can be none."""
-    torch = the_torch()
     halves = stored.numpy().view(np.uint16)  # a negative one is a great number here
     if int((halves & 0x7FFF if signed else halves).max()) > _STORED_MAX:
         raise CorruptBlock(MissReason.BAD_HEADER, f"{name}: a scale that no encoder writes")
-    loaded: Tensor = stored.view(torch.bfloat16).to(torch.float32)
+    loaded: Tensor = the_torch().from_numpy((halves.astype(np.uint32) << 16).view(np.float32))
     return loaded
 
 
@@ -123,6 +122,14 @@ def float32_room(target: Tensor) -> Tensor:
         return target
     room: Tensor = torch.empty(target.shape)
     return room
+
+
+def multiplied(values: Tensor, scale: Tensor, target: Tensor) -> None:
+    """Settle `values` (float32, which may be lost) times `scale` in the target, of the same shape."""
+    if target.dtype is the_torch().float32:
+        the_torch().mul(values, scale, out=target)  # a pass less
+    else:
+        settle(values.mul_(scale), target)
 
 
 def settle(values: Tensor, target: Tensor) -> None:

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from kvstore.codecs import channel_keys, rotated_values
 from kvstore.codecs.base import Codec
-from kvstore.codecs.exact import float32_room, is_encodable, kv_of, new_bytes, settle, the_torch
+from kvstore.codecs.exact import is_encodable, kv_of, new_bytes, the_torch
 from kvstore.codecs.rotated_values import FOUR_BITS, Levels
 from kvstore.nouns import KVLayout, Quality
 
@@ -45,8 +45,5 @@ class K4V4(Codec):
     def decode(self, layout: KVLayout, encoded: memoryview, out: memoryview) -> None:
         self.check_sizes(layout, encoded, out)
         target, border = kv_of(out, layout), channel_keys.nbytes(layout)
-        room = float32_room(target)
-        channel_keys.decode(layout, encoded[:border], room[:, 0], self.name)
-        values = rotated_values.decode(layout, self.levels, encoded[border:], self.name)
-        room[:, 1].copy_(values.view_as(room[:, 1]))
-        settle(room, target)
+        channel_keys.decode(layout, encoded[:border], target[:, 0], self.name)
+        rotated_values.decode(layout, self.levels, encoded[border:], target[:, 1], self.name)

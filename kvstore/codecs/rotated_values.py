@@ -25,6 +25,7 @@ takes the one with the least squared error, reckoned in integers, so that no ord
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,17 +38,23 @@ from kvstore.codecs.base import ENCODABLE_MIN
 from kvstore.codecs.exact import (
     bytes_of,
     load_short,
+    multiplied,
     reciprocals,
     short_above,
     store_short,
     the_torch,
 )
+from kvstore.codecs.words import Bytes, Words, fields, words
 from kvstore.nouns import KVLayout
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Z_MAX: Final = 2048
+_TO_EVEN: Final = 12582912.0
+"""1.5 * 2**23: what it is added to is rounded half to even, and is an integer in the lower bits."""
+_TO_EVEN_BITS: Final = 0x4B400000
+_LOW: Final = 1 << 12  # what parts squared distances
 PLANES: Final = {4: ((4, 0),), 3: ((2, 0), (1, 2))}
 """How codes of so many bits are cut: (bits of a plane, which of the code's it begins at)."""
 
@@ -94,65 +101,96 @@ def nbytes(layout: KVLayout, levels: Levels) -> int:
 
 
 def encode(x: Tensor, layout: KVLayout, levels: Levels, into: memoryview) -> None:
-    """Encode float32 values [row, head_dim], all of them finite."""
+    """Encode float32 values [row, head_dim], all of them finite.
+
+    What the search asks of a number depends on z alone, so it is looked up: a row's sums are a bag of rows
+    of a table.
+    """
     torch = the_torch()
     y = hadamard.rotated(x)
-    amax = short_above(y.abs().amax(-1, keepdim=True))
+    amax = short_above(torch.maximum(y.amax(-1, keepdim=True), -y.amin(-1, keepdim=True)))
     amax = torch.where(amax < ENCODABLE_MIN, 0.0, amax)
-    z = ((y * reciprocals(amax)) * float(Z_MAX)).round_().to(torch.int32)
-    magnitude, half = z.abs().to(torch.int16), 1 << (levels.bits - 1)
-    least: Tensor | None = None
-    for reach in levels.reaches:
-        j, error = _nearest(magnitude, levels.targets(reach))
-        scale = short_above(amax * levels.per_amax(reach))
-        if least is None:
-            least, best_j, best_scale = error, j, scale
-            continue
-        better = error < least
-        least = torch.where(better, error, least)
-        best_j = torch.where(better, j, best_j)
-        best_scale = torch.where(better, scale, best_scale)
-    codes = torch.where(z < 0, half - 1 - best_j, half + best_j).to(torch.uint8)
+    y.mul_(reciprocals(amax) * float(Z_MAX)).add_(_TO_EVEN)  # a power of two: it is the same product
+    z = y.view(torch.int32).sub_(_TO_EVEN_BITS - Z_MAX)  # from 0 on
+    errors, codes_of_z = _searched(levels)
+    sums = torch.nn.functional.embedding_bag(z, errors, mode="sum").to(torch.int32)
+    reaches = len(levels.reaches)
+    best = np.argmin((sums[:, :reaches] + sums[:, reaches : 2 * reaches] * _LOW).numpy(), axis=1)
+    best = torch.from_numpy(best).to(torch.int32).unsqueeze(1)
+    per_amax = torch.tensor([levels.per_amax(reach) for reach in levels.reaches])
     data = bytes_of(into)
-    store_short(best_scale, _stored_scales(data, layout))
+    store_short(short_above(amax * per_amax[best]), _stored_scales(data, layout))
+    z.add_(best, alpha=2 * Z_MAX + 1)
+    codes = codes_of_z.index_select(0, z.reshape(-1)).numpy().reshape(z.shape)
     for bits, first, plane in _planes(data, layout, levels):
-        plane.zero_()
-        for i, part in enumerate(codes.chunk(8 // bits, dim=1)):
-            plane.bitwise_or_(((part >> first) & ((1 << bits) - 1)) << (i * bits))
+        parts = np.split(codes, 8 // bits, axis=1)
+        packed = np.zeros_like(parts[0])
+        for i, part in enumerate(parts):
+            packed |= ((part >> first) & ((1 << bits) - 1)) << (i * bits)
+        plane.numpy()[:] = packed
 
 
-def decode(layout: KVLayout, levels: Levels, encoded: memoryview, name: str) -> Tensor:
-    """Float32 values [row, head_dim]. Raises CorruptBlock."""
-    torch = the_torch()
+def decode(layout: KVLayout, levels: Levels, encoded: memoryview, target: Tensor, name: str) -> None:
+    """Fill values [layer, token, kv_head, head_dim] of the layout's dtype. Raises CorruptBlock.
+
+    Channels stay in the runs they are packed in until the last product, if the rotation fits into a run.
+    """
     data = bytes_of(encoded)
     scale = load_short(_stored_scales(data, layout), name)
-    codes = torch.empty(len(scale), layout.head_dim, dtype=torch.uint8)
+    codes = _unpacked(data, layout, levels)
+    if codes.shape[-1] % hadamard.SIZE:
+        codes = codes.transpose(1, 0, 2).reshape(1, len(scale), layout.head_dim)
+    values = hadamard.rotated_levels(codes, _of_codes(levels))
+    by_layer = (layout.layers, -1, len(codes), codes.shape[-1])
+    rows = values.view(len(codes), layout.layers, -1, codes.shape[-1]).permute(1, 2, 0, 3)
+    multiplied(rows, scale.view(layout.layers, -1, 1, 1), target.view(by_layer))
+
+
+def _unpacked(data: Tensor, layout: KVLayout, levels: Levels) -> Bytes:
+    """Codes: [run, row, channel of the run]."""
+    rows, part = _rows(layout), layout.head_dim // 8
+    codes: Words | None = None
     for bits, first, plane in _planes(data, layout, levels):
-        for i, part in enumerate(codes.chunk(8 // bits, dim=1)):
-            some = (plane >> (i * bits)) & ((1 << bits) - 1)
-            if first:
-                part.bitwise_or_(some << first)
-            else:
-                part.copy_(some)
-    odd = codes.to(torch.int16).mul_(2).sub_((1 << levels.bits) - 1)
-    level = (odd * odd).add_(levels.alpha).mul_(odd).to(torch.float32)
-    values = torch.empty(level.shape)
-    hadamard.rotated_codes(level, values)
-    decoded: Tensor = values.mul_(scale)
-    return decoded
+        packed = words(plane.numpy().copy(), part)  # in memory of its own it is aligned
+        cut = fields(packed, bits)
+        if codes is None:
+            codes = cut
+        else:  # a plane of fewer bits has shorter runs: some of them are one of the first plane's
+            cut <<= first
+            width = cut.shape[-1]
+            of_runs = cut.reshape(len(codes), -1, rows, width).swapaxes(1, 2)
+            codes.reshape(len(codes), rows, -1, width)[:] |= of_runs
+    assert codes is not None
+    return codes.view(np.uint8)
 
 
-def _nearest(magnitude: Tensor, targets: list[int]) -> tuple[Tensor, Tensor]:
-    """The nearest target of each magnitude (int16), and a row's sum of squared distances (int32)."""
+@functools.cache
+def _of_codes(levels: Levels) -> tuple[int, ...]:
+    """The level of each code."""
+    odd = range(1 - (1 << levels.bits), 1 << levels.bits, 2)
+    return tuple(u * (levels.alpha + u * u) for u in odd)
+
+
+@functools.cache
+def _searched(levels: Levels) -> tuple[Tensor, Tensor]:
+    """Of every z from -Z_MAX on: squared distances, float32 [z, reaches' lower parts, upper parts, nothing]
+    (a table's row is whole vectors), and codes, uint8 [reach and z].
+
+    Squares are parted, so that sums of float32 are exact (4,096 of them below 2**12 are) in any order.
+    """
     torch = the_torch()
-    j = torch.zeros_like(magnitude)
-    chosen = torch.full_like(magnitude, targets[0])
-    for below, above in itertools.pairwise(targets):
-        beyond = (magnitude > (below + above) // 2).to(torch.int16)  # as a bool it would make int64 of all
-        j.add_(beyond)
-        chosen.add_(beyond, alpha=above - below)
-    distance = (magnitude - chosen).to(torch.int32)
-    return j, (distance * distance).sum(-1, keepdim=True, dtype=torch.int32)
+    z = np.arange(-Z_MAX, Z_MAX + 1)
+    half, reaches = 1 << (levels.bits - 1), len(levels.reaches)
+    errors = np.zeros((len(z), -(-2 * reaches // 8) * 8), dtype=np.float32)
+    codes = np.empty((reaches, len(z)), dtype=np.uint8)
+    for k, reach in enumerate(levels.reaches):
+        targets = levels.targets(reach)
+        borders = [(below + above) // 2 for below, above in itertools.pairwise(targets)]
+        j = np.searchsorted(borders, abs(z))  # how many are below
+        squares = np.square(abs(z) - np.array(targets)[j])
+        errors[:, k], errors[:, reaches + k] = squares % _LOW, squares // _LOW
+        codes[k] = np.where(z < 0, half - 1 - j, half + j)
+    return torch.from_numpy(errors), torch.from_numpy(codes.ravel())
 
 
 def _stored_scales(data: Tensor, layout: KVLayout) -> Tensor:

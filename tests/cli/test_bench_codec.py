@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +93,11 @@ def test_a_text_that_is_too_short_is_one_line(folder: Path, tmp_path: Path) -> N
     ran = CliRunner().invoke(app, asked)
     assert ran.exit_code == 1
     assert "give a longer one" in ran.output
+
+
+def test_speed_alone_needs_no_model() -> None:
+    ran = CliRunner().invoke(app, ["bench", "codec", "--quick", "--speed-only"])
+    assert ran.exit_code == 0, ran.output
+    said = json.loads(ran.stdout)
+    assert [row["name"] for row in said["codecs"]] == [name for name in CODECS if name != "lossless"]
+    assert all(row["encode_gb_s"] > 0 and row["decode_of_memcpy"] > 0 for row in said["codecs"])

@@ -151,7 +151,7 @@ def born_at_nought(patch: Patch) -> None:
 TIER_MUTATIONS: dict[Callable[[Patch], None], int] = {
     lands_forbidden: 60,
     not_discarded: 60,
-    unverified_moves: 150,
+    unverified_moves: 450,
     before_the_sync: 60,
     failed_sync: 60,
     recovers_dropped: 60,
@@ -159,7 +159,7 @@ TIER_MUTATIONS: dict[Callable[[Patch], None], int] = {
     purge_noted_late: 300,
     moves_untold: 20,
     looked_for_once: 150,
-    reads_below_alone: 20,
+    reads_below_alone: 60,
     failed_moves_stay: 20,
     born_at_nought: 60,
 }
