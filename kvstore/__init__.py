@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         Refusal,
         allow_stale,
     )
+    from kvstore.retention import RetentionRange
     from kvstore.session import StoreSession
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Quality",
     "Refusal",
     "Resync",
+    "RetentionRange",
     "Silent",
     "StoreClient",
     "StoreSession",
@@ -48,6 +50,7 @@ _HOMES = {
     "Changed": "merged_watch",
     "Resync": "merged_watch",
     "Silent": "merged_watch",
+    "RetentionRange": "retention",
     "digest16": "hashing",
 }
 

@@ -43,6 +43,7 @@ from kvstore.nouns import (
 from kvstore.peers import Peers, this_process
 from kvstore.prefetching import PrefetchMode, PrefetchResult
 from kvstore.publication import TXN_LEASE_S
+from kvstore.retention import RetentionRange, check_ranges
 from kvstore.tensors import Framework, KVArray, as_framework, bits_of, blocks_of, empty_bits, put_block
 from kvstore.tiers.copying import beside_the_loop
 from kvstore.transaction import Transaction
@@ -99,6 +100,7 @@ class ByTokens(ABC):
         quality: Quality,
         owner: str,
         pin_for_s: float | None,
+        retention: Sequence[RetentionRange] = (),
         timeout_s: float,
     ) -> Published: ...
 
@@ -123,6 +125,7 @@ class ByTokens(ABC):
         start: int = 0,
         over: Lineage | None = None,
         quality: Quality = Quality.LOSSLESS,
+        retention: Sequence[RetentionRange] = (),
         timeout_s: float = PUT_TIMEOUT_S,
     ) -> Put:
         """Store the KV of a sequence's whole blocks; visible to every later `get` when this returns.
@@ -130,10 +133,13 @@ class ByTokens(ABC):
         `token_ids` is the sequence from its first token on; `kv` is `[layer][k,v][token][kv_head][head_dim]`
         of the layout's dtype, numpy or torch, for `token_ids[start:]`, where `start` is a multiple of
         `block_tokens`. `over` is the lineage of the KV it was computed over (a `Hit` has it): stale or lossy
-        KV makes what follows lesser, or not publishable at all (refused as EPOCH).
+        KV makes what follows lesser, or not publishable at all (refused as EPOCH). `retention` says which
+        blocks are to go first or last when room is needed, by tokens of the sequence; a block that is there
+        already takes what is said of it, and keeps what it has where nothing is.
 
         Raises ValueError for arrays that do not fit the layout; a block that is not taken is in `refused`.
         """
+        check_ranges(retention)
         quality_or_none = publishable(quality, over)
         made, size = self._chain(token_ids), self.layout.block_tokens
         bits = self._checked(kv, token_ids, start)
@@ -142,7 +148,12 @@ class ByTokens(ABC):
             return Put(start, {Refusal.EPOCH: count} if count else {})
         blocks = await self._cut(made, bits, start // size)
         done = await self.publish(
-            blocks, quality=quality_or_none, owner=this_process(), pin_for_s=None, timeout_s=timeout_s
+            blocks,
+            quality=quality_or_none,
+            owner=this_process(),
+            pin_for_s=None,
+            retention=retention,
+            timeout_s=timeout_s,
         )
         return put_of(done.blocks, start, size)
 

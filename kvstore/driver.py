@@ -245,7 +245,7 @@ class ShardDriver:
         *,
         timeout_s: float,
     ) -> TxnOpened:
-        asked = [Offer(o.key, o.parent, o.chain_index, o.placement, o.nbytes) for o in offers]
+        asked = [Offer(o.key, o.parent, o.chain_index, o.placement, o.nbytes, o.retention) for o in offers]
         now = self._clock.now()
         txn = self.serving().begin(namespace, epoch, quality, asked, owner, lease_s, request_id, now)
         self._settle()

@@ -18,7 +18,7 @@ from kvstore.nouns import (
     BlockKey,
     BlockMeta,
     Epoch,
-    LayoutFingerprint,
+    KVLayout,
     LeaseId,
     NamespaceId,
     PinnedBlock,
@@ -28,6 +28,7 @@ from kvstore.nouns import (
     TxnId,
 )
 from kvstore.peers import ERRAND_TIMEOUT_S, Peers
+from kvstore.retention import RetentionRange, of_block
 from kvstore.transport.base import REQUEST_ID_NBYTES, BlockOffer, ShardTransport
 
 TXN_LEASE_S: Final = 30.0
@@ -38,9 +39,10 @@ class Publication:
     namespace: NamespaceId
     epoch: Epoch
     quality: Quality
-    fingerprint: LayoutFingerprint
+    layout: KVLayout
     owner: str
     pin_for_s: float | None
+    retention: Sequence[RetentionRange] = ()
 
     async def transact(
         self, peers: Peers, transport: ShardTransport, blocks: Sequence[PublishBlock], deadline: Deadline
@@ -58,9 +60,11 @@ class Publication:
         deadline: Deadline,
     ) -> Staged:
         """Begin, and write what was granted: seen by nobody yet. Raises what the transport raises."""
+        size = self.layout.block_tokens
+        retentions = [of_block(self.retention, b.chain_index, size) for b in blocks]
         offers = [
-            BlockOffer(b.key, b.parent, b.chain_index, b.placement, HEADER_NBYTES + b.payload.nbytes)
-            for b in blocks
+            BlockOffer(b.key, b.parent, b.chain_index, b.placement, HEADER_NBYTES + b.payload.nbytes, said)
+            for b, said in zip(blocks, retentions, strict=True)
         ]
         request_id = secrets.token_bytes(REQUEST_ID_NBYTES)
         opened = await transport.begin(
@@ -90,7 +94,7 @@ class Publication:
             block.placement,
             self.epoch,
             self.quality,
-            self.fingerprint,
+            self.layout.fingerprint,
         )
         return encode_header(meta, block.payload)
 

@@ -48,6 +48,7 @@ from kvstore.peers import ERRAND_TIMEOUT_S, Peers, miss_of, refusal_of
 from kvstore.prefetching import PrefetchMode, PrefetchResult, announce_over, wait_of
 from kvstore.publication import Publication
 from kvstore.reading import read_into
+from kvstore.retention import RetentionRange, check_ranges
 from kvstore.tiers.copying import beside_the_loop
 from kvstore.transport.base import Announced, ReadItem, ShardTransport
 
@@ -192,12 +193,19 @@ class StoreSession(ByTokens):
         quality: Quality,
         owner: str,
         pin_for_s: float | None,
+        retention: Sequence[RetentionRange] = (),
         timeout_s: float,
     ) -> Published:
-        """Commit the blocks on their shards, in parallel: one transaction for each OFFERS_MAX of a shard."""
+        """Commit the blocks on their shards, in parallel: one transaction for each OFFERS_MAX of a shard.
+
+        `retention` speaks of the tokens of the sequence the blocks are of. Raises ConfigError for too much.
+        """
+        check_ranges(retention)
         deadline = Deadline(timeout_s)
         parts = parts_of(place([block.placement for block in blocks], self._peers.weights))
-        as_what = Publication(self.namespace, self.epoch, quality, self.layout.fingerprint, owner, pin_for_s)
+        as_what = Publication(
+            self.namespace, self.epoch, quality, self.layout, owner, pin_for_s, tuple(retention)
+        )
         answers: list[PinnedBlock | Refusal] = [Refusal.SHARD_UNAVAILABLE] * len(blocks)
         leases: list[tuple[ShardId, LeaseId]] = []
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ from kvstore.matching import all_of, parts_of, place
 from kvstore.nouns import PinnedBlock, Quality, Refusal, ShardId
 from kvstore.peers import ERRAND_TIMEOUT_S, refusal_of, this_process
 from kvstore.publication import Publication, Staged
+from kvstore.retention import RetentionRange, check_ranges
 from kvstore.tensors import KVArray
 
 if TYPE_CHECKING:
@@ -61,6 +63,7 @@ class Transaction:
         start: int = 0,
         over: Lineage | None = None,
         quality: Quality = Quality.LOSSLESS,
+        retention: Sequence[RetentionRange] = (),
         timeout_s: float | None = None,
     ) -> None:
         """Send the KV to its shards, arguments as of `StoreSession.put`. Nobody sees it yet.
@@ -69,6 +72,7 @@ class Transaction:
         """
         if self._over:
             raise ConfigError("this transaction is over: begin another with session.transaction()")
+        check_ranges(retention)
         size = self._session.layout.block_tokens
         at = publishable(quality, over)
         made, bits = self._session._chain(token_ids), self._session._checked(kv, token_ids, start)
@@ -79,7 +83,7 @@ class Transaction:
         staged = _Staged(start, [Refusal.SHARD_UNAVAILABLE] * len(blocks), [])
         self._puts.append(staged)
         deadline = Deadline(self._timeout_s if timeout_s is None else timeout_s)
-        await self._stage(staged, blocks, at, deadline)
+        await self._stage(staged, blocks, at, tuple(retention), deadline)
 
     async def commit(self) -> tuple[Put, ...]:
         """Make visible what was put. Done by leaving the block; a second time it is the same answer."""
@@ -122,10 +126,17 @@ class Transaction:
 
     # -- inside ------------------------------------------------------------------------------------
 
-    async def _stage(self, put: _Staged, blocks: list[PublishBlock], at: Quality, deadline: Deadline) -> None:
+    async def _stage(
+        self,
+        put: _Staged,
+        blocks: list[PublishBlock],
+        at: Quality,
+        retention: Sequence[RetentionRange],
+        deadline: Deadline,
+    ) -> None:
         session = self._session
         publication = Publication(
-            session.namespace, session.epoch, at, session.layout.fingerprint, this_process(), None
+            session.namespace, session.epoch, at, session.layout, this_process(), None, retention
         )
 
         async def stage_on(shard: ShardId, mine: list[int]) -> None:

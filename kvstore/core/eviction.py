@@ -1,8 +1,14 @@
 """Who goes first when room is needed, of one tier.
 
-Idle versions (live, pinned by nobody) stand in one queue per tenant and epoch, each kept by a replacement
-policy. Advancing an epoch therefore moves nothing: the queues of past epochs are simply emptied first, the
-oldest epoch first. Among current epochs, of several models, the version that was let go longest ago goes.
+Idle versions (live, pinned by nobody) stand in one queue per tenant, epoch and priority, each kept by a
+replacement policy. Advancing an epoch therefore moves nothing: the queues of past epochs are simply emptied
+first, the oldest epoch first.
+
+*Tenants and priorities.* Of the heads of all queues (of epochs that are equally old) the one let go longest
+ago, of whatever priority, says which tenant gives something up; then it is that tenant's head of the lowest
+priority that goes, and of equal ones the one let go longest ago. So what a tenant says is dear it pays for
+with what it said is not, never with what others hold. A version whose time is over (retention.py) enters the
+queue of the default priority, as if it had just been used, before the next victim is named.
 
 *Prefixes.* A chain without its middle is not reachable, so a version goes only after what was built on it,
 whatever the policy says: who comes up as the victim and has others built on it is lifted out of its queue,
@@ -10,25 +16,48 @@ and put back when the last of them goes. So is who is pinned, until it is let go
 waits for something that is pinned, the deepest of these goes all the same: what `can_make_room` promised
 holds. A version that was written before what it is built on is known to nobody as its child.
 
-Cost: O(1) a use, O(queues that are not empty) a victim, and each version is lifted once a use at most.
+Cost: O(1) a use, O(queues) a victim (101 a tenant and epoch at most), O(log n) the end of a priority; each
+version is lifted once a use at most.
 Failure is an answer: no victim.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
+from typing import NamedTuple
 
 from kvstore.core.epochs import EpochTable
 from kvstore.core.links import Links
+from kvstore.core.retention import PRIORITY_DEFAULT, Ends, Retentions
 from kvstore.core.seams import MakePolicy, Seen, VictimQueue
 from kvstore.core.uses import Use, Uses
 from kvstore.core.versions import NONE, Versions
 
-TenantsEpoch = tuple[str, int]
+Where = tuple[str, int, int]
+"""Tenant, epoch, priority."""
+
+
+class _Head(NamedTuple):
+    """Who goes first of one queue. The least of all heads says which tenant is to give something up."""
+
+    newness: int  # of its epoch, 0 for a current one
+    idle_since: int
+    tenant: str
+    priority: int
+    slot: int
 
 
 class Evictables:
-    def __init__(self, make_policy: MakePolicy, epochs: EpochTable, versions: Versions, uses: Uses) -> None:
+    def __init__(
+        self,
+        make_policy: MakePolicy,
+        epochs: EpochTable,
+        versions: Versions,
+        uses: Uses,
+        retentions: Retentions,
+        tenant_of: Callable[[int], str],
+    ) -> None:
         self._epochs = epochs
         self._versions = versions
         self._uses = uses
@@ -38,7 +67,11 @@ class Evictables:
         self._entered = bytearray()
         self._idle_since = array("Q")
         self._lifted: dict[int, VictimQueue] = {}
-        self._queues: dict[TenantsEpoch, VictimQueue] = {}
+        self._queues: dict[Where, VictimQueue] = {}
+        self._retentions = retentions
+        self._tenant_of = tenant_of
+        self._priorities = bytearray()  # of the queue the slot stands in, or will when it is let go of
+        self._ends = Ends()
         self._make_queue = make_policy(Seen(uses, self._links, self._places))
         self._order = 0
         self._named = NONE  # the last victim: if it leaves now, it was evicted
@@ -48,7 +81,7 @@ class Evictables:
         missing = slot + 1 - len(self._places)
         if missing > 0:
             self._links.grow(missing)
-            for flags in (self._places, self._entered):
+            for flags in (self._places, self._entered, self._priorities):
                 flags.extend(bytes(missing))
             for column in (self._children, self._idle_since):
                 column.frombytes(bytes(missing * column.itemsize))
@@ -57,16 +90,14 @@ class Evictables:
     def enter(self, slot: int) -> None:
         """The slot's version lies on this tier from now on. It is pinned."""
         self._entered[slot] = 1
+        self._priorities[slot] = self._retentions.priorities[slot]
         parent = self._uses.parent(slot)
         if parent != NONE and parent < len(self._children):
             self._children[parent] += 1
 
     def use(self, tenant: str, use: Use) -> None:
         """Versions on this tier, of one tenant and epoch, were just used and are idle now."""
-        where = tenant, self._versions.epochs[use.slots[0]]
-        queue = self._queues.get(where)
-        if queue is None:
-            queue = self._queues[where] = self._make_queue()
+        epoch = self._versions.epochs[use.slots[0]]
         if self._lifted:
             for slot in use.slots:
                 if slot in self._lifted:
@@ -76,7 +107,10 @@ class Evictables:
         idle_since = self._idle_since
         for order, slot in enumerate(use.slots, first):
             idle_since[slot] = order
-        queue.use(use)
+        if self._retentions.kept:
+            self._use_by_priority(tenant, epoch, use)
+        else:
+            self._queue((tenant, epoch, PRIORITY_DEFAULT)).use(use)
 
     def let_go(self, tenant: str, slot: int) -> None:
         """A version on this tier was held for something that is no use of it, and is idle again."""
@@ -85,15 +119,22 @@ class Evictables:
         elif slot in self._lifted and self._may_go(slot):
             self._put_back(slot)
 
+    def retained(self, slot: int) -> None:
+        """What a version on this tier is worth was said anew."""
+        self._ends.forget(slot)
+        self._move(slot, self._retentions.priorities[slot])
+        self._ends.expect(slot, self._retentions.end(slot, self._uses.used_s[slot]))
+
     def forget(self, tenant: str, slot: int) -> None:
         """The slot's version leaves this tier, or is not live any more."""
         if slot >= len(self._entered) or not self._entered[slot]:
             return
         self._entered[slot] = 0
+        self._ends.forget(slot)
         if self._places[slot]:
             if slot in self._lifted:
                 self._put_back(slot)
-            where = tenant, self._versions.epochs[slot]
+            where = tenant, self._versions.epochs[slot], self._priorities[slot]
             queue = self._queues[where]
             queue.remove(slot, slot == self._named)
             if not len(queue) and self._epochs.lag(where[1]) and queue not in self._lifted.values():
@@ -107,20 +148,18 @@ class Evictables:
 
     def victim(self, tenant: str | None, now: float) -> int | None:
         """The next to go, of one tenant or of all; None when nothing is idle."""
-        first, order = None, None
-        for where, queue in self._queues.items():
-            if tenant is not None and where[0] != tenant:
+        self._end_priorities(now)
+        heads = []
+        for (owner, epoch, priority), queue in self._queues.items():
+            if tenant not in (None, owner) or not len(queue):
                 continue
             slot = self._head(queue, now)
-            if slot is None:
-                continue
-            claim = -self._epochs.lag(where[1]), self._idle_since[slot]
-            if order is None or claim < order:
-                first, order = slot, claim
-        if first is None:
-            first = self._deepest_lifted(tenant)
-        self._named = NONE if first is None else first
-        return first
+            if slot is not None:
+                newness = -self._epochs.lag(epoch)
+                heads.append(_Head(newness, self._idle_since[slot], owner, priority, slot))
+        victim = _cheapest(heads) if heads else self._deepest_lifted(tenant)
+        self._named = NONE if victim is None else victim
+        return victim
 
     def holds(self, slot: int) -> bool:
         """Is it in a queue, or lifted out of one?"""
@@ -137,6 +176,46 @@ class Evictables:
             self._lifted[slot] = queue
         return slot
 
+    def _queue(self, where: Where) -> VictimQueue:
+        queue = self._queues.get(where)
+        if queue is None:
+            queue = self._queues[where] = self._make_queue()
+        return queue
+
+    def _use_by_priority(self, tenant: str, epoch: int, use: Use) -> None:
+        retentions, standing = self._retentions, self._priorities
+        by_priority: dict[int, list[int]] = {}
+        for slot in use.slots:
+            priority = retentions.priorities[slot]
+            by_priority.setdefault(priority, []).append(slot)
+            if standing[slot] != priority:  # its time was over, and begins anew
+                if self._places[slot]:
+                    self._queues[tenant, epoch, standing[slot]].remove(slot, False)
+                standing[slot] = priority
+            if priority != PRIORITY_DEFAULT:
+                self._ends.expect(slot, retentions.end(slot, use.now))
+        for priority, slots in by_priority.items():
+            self._queue((tenant, epoch, priority)).use(use._replace(slots=slots))
+
+    def _end_priorities(self, now: float) -> None:
+        for slot in self._ends.past(now):
+            end = self._retentions.end(slot, self._uses.used_s[slot])
+            if end > now:  # used since
+                self._ends.expect(slot, end)
+            else:
+                self._move(slot, PRIORITY_DEFAULT)
+
+    def _move(self, slot: int, priority: int) -> None:
+        """To the queue of another priority, if it stands in one."""
+        before, self._priorities[slot] = self._priorities[slot], priority
+        if before == priority or not self._places[slot]:
+            return
+        if slot in self._lifted:
+            self._put_back(slot)
+        tenant, epoch = self._tenant_of(slot), self._versions.epochs[slot]
+        self._queues[tenant, epoch, before].remove(slot, False)
+        self._queue((tenant, epoch, priority)).use(self._uses.last(slot))
+
     def _may_go(self, slot: int) -> bool:
         return not self._versions.pins[slot] and not self._children[slot]
 
@@ -148,3 +227,12 @@ class Evictables:
         queues = {id(queue) for where, queue in self._queues.items() if tenant in (None, where[0])}
         idle = (s for s, queue in self._lifted.items() if not versions.pins[s] and id(queue) in queues)
         return max(idle, key=versions.chain_indexes.__getitem__, default=None)
+
+
+def _cheapest(heads: list[_Head]) -> int:
+    """Whose turn it is says the least head; what of theirs goes, the priorities."""
+    if len(heads) == 1:
+        return heads[0].slot
+    turn = min(heads)
+    own = (head for head in heads if (head.newness, head.tenant) == (turn.newness, turn.tenant))
+    return min(own, key=lambda head: (head.priority, head.idle_since)).slot

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from kvstore.core.epochs import EpochTable
 from kvstore.core.eviction import Evictables
 from kvstore.core.leases import LeaseTable
+from kvstore.core.retention import Retention, Retentions
 from kvstore.core.rooms import Freed, Room, Rooms
 from kvstore.core.seams import MakePolicy
 from kvstore.core.spaces import Account, Space
@@ -49,7 +50,11 @@ class Index:
         self.accounts: dict[str, Account] = {}
         self.freed: list[Freed] = []  # what the driver is to discard; it drains the list
         self.uses = Uses(table)
-        queues = [Evictables(make_policy, epochs, table, self.uses) for _ in range(2)]
+        self.retentions = Retentions()
+        queues = [
+            Evictables(make_policy, epochs, table, self.uses, self.retentions, self._tenant_of)
+            for _ in range(2)
+        ]
         self.host = Room(Tier.HOST, ON_HOST, TO_HOST, config.capacity_nbytes, queues[0])
         self.nvme = Room(Tier.NVME, ON_NVME, TO_NVME, config.tiering.nvme_nbytes, queues[1])
         self.rooms = Rooms(self.host, self.nvme, table, leases)
@@ -144,6 +149,7 @@ class Index:
         table.states[slot], table.nbytes[slot] = _STAGED, offer.nbytes
         table.spaces[slot], table.epochs[slot] = space.index, epoch_id
         table.qualities[slot], table.chain_indexes[slot] = quality, offer.chain_index
+        self.retentions.put(slot, offer.retention)
         space.staged.setdefault(offer.key, []).append(slot)
         self.occupy(slot, room, room.held)
         return slot
@@ -192,7 +198,14 @@ class Index:
         for room in self.rooms:
             room.evictables.forget(space.account.tenant, slot)  # it may have been pinned where it stood
             self._vacate(slot, room, lives_on=False)
+        self.retentions.put(slot, None)
         table.give_back(slot)
+
+    def retain(self, slot: int, retention: Retention) -> None:
+        """From now on this is what a live version is worth, wherever it lies."""
+        self.retentions.put(slot, retention)
+        for room in self._rooms_of(slot):
+            room.evictables.retained(slot)
 
     def occupy(self, slot: int, room: Room, flag: int) -> None:
         """The version takes its bytes of a tier: it lies there (room.held), or is to come (room.coming)."""
@@ -286,6 +299,9 @@ class Index:
             head = self.versions.next[head]
 
     # -- inside ------------------------------------------------------------------------------------
+
+    def _tenant_of(self, slot: int) -> str:
+        return self.space_of(slot).account.tenant
 
     def _floor(self, slot: int) -> int:
         """Revision up to which everything of the slot's namespace and epoch is dead."""

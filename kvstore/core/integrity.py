@@ -89,6 +89,9 @@ def _check_room(index: Index) -> None:
     assert not homeless, "a version that lies nowhere"
     for room in index.rooms:
         _check_tier(index, room, used)
+    retained = [slot for slot in range(table.n_slots) if index.retentions.of(slot) is not None]
+    assert set(retained) <= set(used), "the retention of a version that is gone"
+    assert len(retained) == index.retentions.kept, "retentions are miscounted"
     idle = {slot for slot in used if _is_idle(index, slot) and table.residences[slot] & ON_HOST}
     assert sum(table.nbytes[slot] for slot in idle) == index.rooms.idle_nbytes, "idle bytes are miscounted"
     assert len(idle) == index.rooms.idle_versions, "idle versions are miscounted"

@@ -22,6 +22,7 @@ from typing import Final
 
 from kvstore.core.holds import Holds
 from kvstore.core.index import Index
+from kvstore.core.retention import PRIORITY_DEFAULT
 from kvstore.core.retiring import Retiring
 from kvstore.core.rooms import Room
 from kvstore.core.seams import AdmissionPolicy
@@ -220,9 +221,15 @@ class Moves:
                 self._counters["demotions_dropped"] += 1
 
     def _admits(self, slot: int) -> bool:
+        """Who is dearer than the default is, who is less dear is not, whatever the policy says."""
+        index = self._index
+        if index.retentions.kept:
+            priority = index.retentions.priority(slot, index.uses.used_s[slot], index.now)
+            if priority != PRIORITY_DEFAULT:
+                return priority > PRIORITY_DEFAULT
         if self._tiering.when is DemoteWhen.COMMITTED or self._admission is None:
             return True
-        return self._admission.admits(slot, self._index.now)
+        return self._admission.admits(slot, index.now)
 
     def _is_candidate(self, slot: int) -> bool:
         table = self._index.versions
@@ -287,8 +294,9 @@ class Moves:
             index.occupy(slot, index.nvme, TO_NVME)
             return [self._begin(slot, slot, Tier.NVME, lease)]
         offer = Offer(
-            table.key(slot), table.parent(slot), table.chain_indexes[slot], table.placement(slot), nbytes
-        )
+            table.key(slot), table.parent(slot), table.chain_indexes[slot], table.placement(slot), nbytes,
+            index.retentions.of(slot),
+        )  # fmt: skip
         lesser = index.stage(space, table.epochs[slot], encoding.quality, offer, index.nvme)
         return [self._begin(slot, lesser, Tier.NVME, lease)]
 
@@ -338,6 +346,7 @@ class Moves:
         table.written[slot] |= WRITTEN
         self._holds.hold(move.lease, space, slot)
         index.publish(slot, self._retiring.advance())
+        index.uses.used_s[slot] = index.uses.used_s[move.source.ref.slot]  # its retention goes on, not anew
         self._retiring.tell(ChangeKind.COMMITTED, slot)
         return True
 

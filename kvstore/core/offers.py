@@ -74,7 +74,7 @@ class Offers:
         if i not in txn.staged:  # it existed at begin, and may have been purged or found corrupt since
             if table.states[slot] == State.GONE:
                 return Refusal.PURGED if table.written[slot] & FORBIDDEN else Refusal.CHECKSUM
-            return Refusal.PURGED if self._index.is_dead(slot) else slot
+            return Refusal.PURGED if self._index.is_dead(slot) else self._retained(txn, i, slot)
         refusal = None
         if table.written[slot] & FORBIDDEN:
             refusal = Refusal.PURGED
@@ -122,13 +122,19 @@ class Offers:
             self._holds.hold(txn.lease, space, winner)
             self._index.drop(slot)
             txn.slots[i] = winner
-            return winner
+            return self._retained(txn, i, winner)
         for lesser in list(self._live(space, key, epoch_id)):
             self._retiring.retire(lesser, revision)
         self._holds.hold(txn.lease, space, slot)
         self._index.publish(slot, revision)
         self._retiring.tell(ChangeKind.COMMITTED, slot)
         self._counters["committed"] += 1
+        return slot
+
+    def _retained(self, txn: Txn, i: int, slot: int) -> int:
+        """The slot of a block that was there already: it takes the offer's retention, if that says any."""
+        if (retention := txn.offers[i].retention) is not None and self._index.is_live(slot):
+            self._index.retain(slot, retention)
         return slot
 
     def _live(self, space: Space, key: BlockKey, epoch_id: int) -> Iterator[int]:

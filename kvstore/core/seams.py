@@ -11,7 +11,7 @@ from kvstore.core.uses import Use, Uses
 
 class Seen(NamedTuple):
     """What policies see of the versions of one tier, and where they keep what they know of each: columns,
-    one entry a slot."""
+    one entry a slot. A queue is of one priority (retention.py): no policy sees any."""
 
     uses: Uses
     links: Links  # a slot is in one list at a time

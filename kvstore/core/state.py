@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from kvstore.core.retention import Retention
 from kvstore.nouns import (
     KEYS_MAX,
     OFFERS_MAX,
@@ -99,13 +100,15 @@ class Namespace:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """One block a writer offers; `nbytes` is the whole frame's."""
+    """One block a writer offers; `nbytes` is the whole frame's. `retention`: None says nothing, and leaves a
+    block that is there already as it is."""
 
     key: BlockKey
     parent: BlockKey
     chain_index: int
     placement: BlockKey
     nbytes: int
+    retention: Retention | None = None
 
 
 @dataclass(frozen=True, slots=True)

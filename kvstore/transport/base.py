@@ -14,6 +14,7 @@ from functools import partial
 from itertools import repeat
 from typing import Final, Protocol
 
+from kvstore.core.retention import Retention
 from kvstore.nouns import (
     ISOLATE,
     BlockKey,
@@ -159,6 +160,7 @@ class BlockOffer:
     chain_index: int
     placement: BlockKey
     nbytes: int  # of the whole frame
+    retention: Retention | None = None  # None: nothing is said of it
 
 
 @dataclass(frozen=True, slots=True)

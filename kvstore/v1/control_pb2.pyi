@@ -264,7 +264,7 @@ class ReleaseResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class BeginRequest(_message.Message):
-    __slots__ = ("namespace_id", "epoch", "quality", "keys", "parents", "placements", "chain_indexes", "nbytes", "owner", "lease_ms", "request_id")
+    __slots__ = ("namespace_id", "epoch", "quality", "keys", "parents", "placements", "chain_indexes", "nbytes", "owner", "lease_ms", "request_id", "priorities", "ttls_ms")
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FIELD_NUMBER: _ClassVar[int]
@@ -276,6 +276,8 @@ class BeginRequest(_message.Message):
     OWNER_FIELD_NUMBER: _ClassVar[int]
     LEASE_MS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    PRIORITIES_FIELD_NUMBER: _ClassVar[int]
+    TTLS_MS_FIELD_NUMBER: _ClassVar[int]
     namespace_id: bytes
     epoch: Epoch
     quality: int
@@ -287,7 +289,9 @@ class BeginRequest(_message.Message):
     owner: str
     lease_ms: int
     request_id: bytes
-    def __init__(self, namespace_id: _Optional[bytes] = ..., epoch: _Optional[_Union[Epoch, _Mapping]] = ..., quality: _Optional[int] = ..., keys: _Optional[bytes] = ..., parents: _Optional[bytes] = ..., placements: _Optional[bytes] = ..., chain_indexes: _Optional[_Iterable[int]] = ..., nbytes: _Optional[_Iterable[int]] = ..., owner: _Optional[str] = ..., lease_ms: _Optional[int] = ..., request_id: _Optional[bytes] = ...) -> None: ...
+    priorities: _containers.RepeatedScalarFieldContainer[int]
+    ttls_ms: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, namespace_id: _Optional[bytes] = ..., epoch: _Optional[_Union[Epoch, _Mapping]] = ..., quality: _Optional[int] = ..., keys: _Optional[bytes] = ..., parents: _Optional[bytes] = ..., placements: _Optional[bytes] = ..., chain_indexes: _Optional[_Iterable[int]] = ..., nbytes: _Optional[_Iterable[int]] = ..., owner: _Optional[str] = ..., lease_ms: _Optional[int] = ..., request_id: _Optional[bytes] = ..., priorities: _Optional[_Iterable[int]] = ..., ttls_ms: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class BeginResponse(_message.Message):
     __slots__ = ("txn", "refusals")

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from kvstore.client import StoreClient
+from kvstore.core.retention import Retention
 from kvstore.errors import ConfigError
 from kvstore.nouns import DTYPE_NBYTES, KVLayout, MissReason, NamespaceSpec, Refusal, allow_stale
+from kvstore.retention import RetentionRange
 from kvstore.session import StoreSession
 from kvstore.tensors import bits_of
 from tests.kvstore.oracle import epoch
@@ -170,3 +172,66 @@ async def test_what_is_pinned_survives_a_purge_until_it_is_let_go(
         assert await pin.renew(10.0)
     async with session.pin(TOKENS) as pin:
         assert (pin.n_tokens, pin.miss) == (0, MissReason.ABSENT)
+
+
+async def filled(
+    client: StoreClient, retention: list[RetentionRange]
+) -> tuple[StoreSession, dict[int, Retention | None]]:
+    session = await client.open(NamespaceSpec("m", layout(), bytes(16)), E1)
+    assert await session.put(TOKENS, random(41), retention=retention) == (40, {})
+    return session, said(client)
+
+
+def said(client: StoreClient) -> dict[int, Retention | None]:
+    """What the shards hold of each block, by its place in the chain."""
+    cores = [transport.core for transport in client._peers.transports.values()]  # type: ignore[attr-defined]
+    return {
+        row.chain_index: core.index.retentions.of(row.ref.slot) for core in cores for row in core.index.rows()
+    }
+
+
+async def test_ranges_of_tokens_say_what_their_blocks_are_worth(client: StoreClient) -> None:
+    """A block takes the highest priority that touches it, of equal ones the longest time."""
+    ranges = [
+        RetentionRange(0, 9, 80),
+        RetentionRange(8, 12, 90, 5.0),
+        RetentionRange(8, 10, 90, 7.0),
+        RetentionRange(30, None, 10, 60.0),
+        RetentionRange(36, 37, 10),
+    ]
+    _, worth = await filled(client, ranges)
+    cheap = Retention(10, 60.0)
+    assert worth == {
+        0: Retention(80), 1: Retention(80), 2: Retention(90, 7.0), 3: None, 4: None, 5: None, 6: None,
+        7: cheap, 8: cheap, 9: Retention(10),
+    }  # fmt: skip
+
+
+async def test_ranges_count_from_the_sequences_first_token_wherever_a_put_starts(client: StoreClient) -> None:
+    session, _ = await filled(client, [])
+    await session.put(
+        [*TOKENS[:36], *range(90, 95)], random(5), start=36, retention=[RetentionRange(38, 39, 70)]
+    )
+    assert sorted(r.priority for r in said(client).values() if r) == [70]
+
+
+async def test_a_transaction_says_it_and_a_second_put_says_it_anew(client: StoreClient) -> None:
+    session = await client.open(NamespaceSpec("m", layout(), bytes(16)), E1)
+    async with session.transaction() as txn:
+        await txn.put(TOKENS, random(41), retention=[RetentionRange(0, None, 80)])
+    assert set(said(client).values()) == {Retention(80)}
+    await session.put(TOKENS, random(41))
+    assert set(said(client).values()) == {Retention(80)}
+    await session.put(TOKENS, random(41), retention=[RetentionRange(0, None, 35)])
+    assert set(said(client).values()) == {None}
+
+
+@pytest.mark.parametrize("wrong", [(-1, 4), (4, 4), (8, 4), (0, 4, 101), (0, 4, 50, 0.0)])
+def test_a_range_that_cannot_be_is_refused_by_name(wrong: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError):
+        RetentionRange(*wrong)
+
+
+async def test_too_many_ranges_are_refused_before_anything_is_sent(client: StoreClient) -> None:
+    with pytest.raises(ConfigError, match="64 at most"):
+        await filled(client, [RetentionRange(0, 4)] * 65)

@@ -13,6 +13,7 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
+from kvstore.core.retention import Retention
 from kvstore.errors import ConfigError, OverLimit
 from kvstore.nouns import (
     KEY_NBYTES,
@@ -289,7 +290,26 @@ def begin_out(
         owner=owner,
         lease_ms=lease_ms(lease_s),
         request_id=request_id,
+        **_retentions_out(offers),
     )
+
+
+def _retentions_out(offers: Sequence[BlockOffer]) -> dict[str, list[int]]:
+    """Columns, if anything is said at all."""
+    said = [offer.retention for offer in offers]
+    if not any(said):
+        return {}
+    return {
+        "priorities": [1 + r.priority if r else 0 for r in said],
+        "ttls_ms": [max(1, round(r.ttl_s * 1000)) if r and r.ttl_s else 0 for r in said],
+    }
+
+
+def _retentions_in(message: control.BeginRequest, offers: int) -> list[Retention | None]:
+    if not message.priorities and not message.ttls_ms:
+        return [None] * offers
+    rows = zip(message.priorities, message.ttls_ms, strict=True)
+    return [Retention(p - 1, ttl_ms / 1000 if ttl_ms else None) if p else None for p, ttl_ms in rows]
 
 
 def offers_in(message: control.BeginRequest) -> list[BlockOffer]:
@@ -297,9 +317,12 @@ def offers_in(message: control.BeginRequest) -> list[BlockOffer]:
     keys, parents = split_keys(message.keys), split_keys(message.parents)
     placements = split_keys(message.placements)
     lengths = {len(keys), len(parents), len(placements), len(message.chain_indexes), len(message.nbytes)}
+    if message.priorities or message.ttls_ms:
+        lengths |= {len(message.priorities), len(message.ttls_ms)}
     if len(lengths) != 1:
         raise ConfigError(f"the columns of an offer have different lengths: {sorted(lengths)}")
-    columns = zip(keys, parents, message.chain_indexes, placements, message.nbytes, strict=True)
+    retentions = _retentions_in(message, len(keys))
+    columns = zip(keys, parents, message.chain_indexes, placements, message.nbytes, retentions, strict=True)
     return [BlockOffer(*row) for row in columns]
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from kvstore.core.moves import Move
+from kvstore.core.retention import Retention
 from kvstore.core.seams import MakeAdmission, MakePolicy
 from kvstore.core.shard import ShardCore
 from kvstore.core.state import CoreConfig, CoreLimits, Namespace, Offer, Tiering
@@ -114,11 +115,12 @@ class Shard:
         nbytes: int = NBYTES,
         lease_s: float = 10.0,
         request: bytes | None = None,
+        retention: Retention | None = None,
     ) -> Txn:
         """Offer the keys; key n is block n % 100 of the chain that starts at n - n % 100."""
         self._requests += 1
         request = self._requests.to_bytes(8, "big") if request is None else request
-        offers = [_offer(n, nbytes) for n in keys]
+        offers = [_offer(n, nbytes, retention) for n in keys]
         return self.core.begin(namespace, of, quality, offers, "writer", lease_s, request, self.now)
 
     def write(self, txn: Txn) -> None:
@@ -136,9 +138,10 @@ class Shard:
         quality: Quality = LOSSLESS,
         *,
         namespace: NamespaceId = NAMESPACE,
+        retention: Retention | None = None,
     ) -> tuple[BlockRef | Refusal, ...]:
         """Begin, write what was granted, commit."""
-        txn = self.begin(keys, of, quality, namespace=namespace)
+        txn = self.begin(keys, of, quality, namespace=namespace, retention=retention)
         self.write(txn)
         return self.commit(txn)
 
@@ -212,9 +215,9 @@ class Shard:
             self.core.reap(self.now)
 
 
-def _offer(n: int, nbytes: int) -> Offer:
+def _offer(n: int, nbytes: int, retention: Retention | None) -> Offer:
     index = n % 100
-    return Offer(key(n), key(n - 1) if index else ROOT_KEY, index, key(n - index), nbytes)
+    return Offer(key(n), key(n - 1) if index else ROOT_KEY, index, key(n - index), nbytes, retention)
 
 
 @pytest.fixture

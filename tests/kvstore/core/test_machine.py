@@ -13,6 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
+from kvstore.core.retention import Retention
 from kvstore.errors import LeaseExpired
 from kvstore.nouns import (
     DROP,
@@ -42,6 +43,9 @@ qualities = st.sampled_from([LOSSLESS, INT8])
 leases = st.floats(1.0, 9.0)
 picks = st.integers(0, 10)
 lags = st.integers(0, 2)
+retentions = st.none() | st.builds(
+    Retention, st.sampled_from([0, 35, 80, 100]), st.none() | st.floats(1.0, 9.0)
+)
 policies = st.sampled_from([ISOLATE, ISOLATE, allow_stale(1), allow_stale(2), DROP])
 
 
@@ -52,10 +56,23 @@ def payload(key: int, of: int, quality: Quality) -> bytes:
 class CoreMachine(Judged):
     # -- rules -------------------------------------------------------------------------------------
 
-    @rule(keys=chains | subsets, of=epochs, quality=qualities, pin_for_s=st.none() | leases)
-    def put(self, keys: list[int], of: int, quality: Quality, pin_for_s: float | None) -> None:
+    @rule(
+        keys=chains | subsets,
+        of=epochs,
+        quality=qualities,
+        pin_for_s=st.none() | leases,
+        retention=retentions,
+    )
+    def put(
+        self,
+        keys: list[int],
+        of: int,
+        quality: Quality,
+        pin_for_s: float | None,
+        retention: Retention | None,
+    ) -> None:
         """A writer that nothing stops: what fills the shard, so that the rest has something to meet."""
-        txn_id = self.begin(keys, of, quality, 9.0)
+        txn_id = self.begin(keys, of, quality, 9.0, retention)
         for _ in keys:
             self._write(txn_id, 0)
         self._commit(txn_id, pin_for_s)
@@ -64,7 +81,14 @@ class CoreMachine(Judged):
     def start_writing(self, keys: list[int], of: int, quality: Quality, lease_s: float) -> None:
         self.begin(keys, of, quality, lease_s)
 
-    def begin(self, keys: list[int], of: int, quality: Quality, lease_s: float) -> TxnId:
+    def begin(
+        self,
+        keys: list[int],
+        of: int,
+        quality: Quality,
+        lease_s: float,
+        retention: Retention | None = None,
+    ) -> TxnId:
         model = self.model
         writing = Writing(of, quality, Lease(model.time + lease_s, lease_s, []), keys)
         for i, key in enumerate(keys):
@@ -72,7 +96,7 @@ class CoreMachine(Judged):
             if live is not None:
                 writing.exists[i] = live
                 writing.lease.blocks.append(live)
-        txn = self.shard.begin(keys, epoch(of), quality, lease_s=lease_s)
+        txn = self.shard.begin(keys, epoch(of), quality, lease_s=lease_s, retention=retention)
         self.room_was_made = True
         expected: list[Refusal | None] = []
         if of < model.oldest:
@@ -157,11 +181,11 @@ class CoreMachine(Judged):
         if i in writing.exists:
             block = writing.exists[i]
             return Refusal.PURGED if block.purged or block.dead else Refusal.CHECKSUM
-        if was is None and i in writing.forbidden:
+        if was is not None:
+            return was
+        if i in writing.forbidden:
             return Refusal.PURGED
-        if was is None and writing.epoch < self.model.oldest:
-            return Refusal.EPOCH
-        return Refusal.UNWRITTEN if was is None else was
+        return Refusal.EPOCH if writing.epoch < self.model.oldest else Refusal.UNWRITTEN
 
     def _land(self, writing: Writing, i: int, said: BlockRef | Refusal, revision: int) -> Block | None:
         if i in writing.exists:

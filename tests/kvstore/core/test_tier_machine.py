@@ -110,7 +110,7 @@ class TierMachine(CoreMachine):
     @rule(keys=chains, of=st.integers(1, 2), quality=qualities, moved=st.integers(0, 4))
     def fill(self, keys: list[int], of: int, quality: Quality, moved: int) -> None:
         """A chain is written and let go of, and so many of the moves that it leads to stand."""
-        self.put(keys, of, quality, None)
+        self.put(keys, of, quality, None, None)
         self.what_was_freed_is_discarded()
         self.start_moves(4)
         for _ in range(moved):

@@ -12,8 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.access import TRUSTED, Caller, NamespaceOwners
+from kvstore.core.retention import Retention
 from kvstore.errors import ERRORS, ConfigError, KVStrataError
-from kvstore.nouns import ChangeKind, ShardId
+from kvstore.nouns import (
+    ROOT_KEY,
+    BlockKey,
+    ChangeKind,
+    Epoch,
+    NamespaceId,
+    Quality,
+    ShardId,
+    WeightsDigest,
+)
+from kvstore.transport.base import BlockOffer
 from kvstore.transport.grpc import faults, methods, wire, wire_history
 from kvstore.transport.grpc.control_service import Call, ControlService, Served
 from kvstore.transport.grpc.methods import Method
@@ -176,3 +187,40 @@ def test_the_table_names_every_call_of_the_protos() -> None:
     for method in methods.UNARY | streams:
         assert own[method.name].input_type.full_name == method.asked.DESCRIPTOR.full_name
         assert own[method.name].output_type.full_name == method.answer.DESCRIPTOR.full_name
+
+
+def begin_of(retentions: list[Retention | None]) -> control.BeginRequest:
+    offers = [
+        BlockOffer(BlockKey(bytes([i]) * 32), ROOT_KEY, 0, ROOT_KEY, 1, r) for i, r in enumerate(retentions)
+    ]
+    epoch = Epoch(1, WeightsDigest(bytes(16)))
+    return wire.begin_out(NamespaceId(bytes(16)), epoch, Quality.LOSSLESS, offers, "w", 1.0, bytes(16))
+
+
+RETENTIONS = st.none() | st.builds(
+    Retention, st.integers(0, 100), st.none() | st.integers(1, 2_592_000_000).map(lambda ms: ms / 1000)
+)
+
+
+@given(st.lists(RETENTIONS, max_size=5))
+def test_what_offers_are_worth_arrives_as_it_was_said(retentions: list[Retention | None]) -> None:
+    arrived = control.BeginRequest.FromString(begin_of(retentions).SerializeToString())
+    assert [offer.retention for offer in wire.offers_in(arrived)] == retentions
+
+
+def test_a_peer_that_knows_nothing_of_retention_says_nothing_and_is_told_nothing() -> None:
+    older = begin_of([None, None])
+    assert (list(older.priorities), list(older.ttls_ms)) == ([], [])
+    assert [offer.retention for offer in wire.offers_in(older)] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("priorities", "ttls_ms"),
+    [([1], [0]), ([1, 1], []), ([], [0, 0]), ([102, 1], [0, 0]), ([1, 1], [0, 1 << 63])],
+)
+def test_columns_of_retention_that_do_not_fit_are_refused(priorities: list[int], ttls_ms: list[int]) -> None:
+    request = begin_of([None, None])
+    request.priorities.extend(priorities)
+    request.ttls_ms.extend(ttls_ms)
+    with pytest.raises(ConfigError):
+        wire.offers_in(request)
