@@ -22,8 +22,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
 import structlog
 
 from engine.local_run import LocalRun
@@ -104,6 +102,7 @@ class EdgeShard:
         )
         self.driver = ShardDriver(config, self.tier, clock)
         self.driver.core.register_epoch(spec.model_id, epoch)
+        self.forgotten = 0  # how often something was deleted here because it was deleted elsewhere
         self._pool = pool
         self._clock = clock
         self._runs: dict[LocalRun, None] = {}  # in the order they came
@@ -183,7 +182,12 @@ class EdgeShard:
 
     def keep(self, run: LocalRun, indexes: Sequence[int], slots: Sequence[int], quality: Quality) -> None:
         """Commit full blocks of a running sequence under the slots they lie in. What is here already, as good
-        or better, stays as it is, and the sequence's own copy goes with the sequence."""
+        or better, stays as it is, and the sequence's own copy goes with the sequence.
+
+        Nothing is kept of a sequence that began before something was forgotten here: what it read may have
+        been deleted since."""
+        if run.begun_at != self.forgotten:
+            return
         for first in range(0, len(indexes), OFFERS_MAX):
             part = slice(first, first + OFFERS_MAX)
             try:
@@ -206,14 +210,6 @@ class EdgeShard:
     def end(self, run: LocalRun) -> None:
         self.take_back(run)
         del self._runs[run]
-
-    async def copy_block(self, slot: int) -> npt.NDArray[np.uint8]:
-        """One lent block in the frame's layout, copied beside the event loop."""
-        payload = np.empty(self._pool.block_nbytes, np.uint8)
-        await asyncio.to_thread(self._pool.copy_out, slot, payload)
-        return payload
-
-    # -- room --------------------------------------------------------------------------------------
 
     def make_room(self, n: int, keep: LocalRun | None) -> bool:
         """See that `n` slots are free, if giving up idle blocks and recalling what is lent to requests that
@@ -267,7 +263,12 @@ class EdgeShard:
 
     async def forget(self, namespace: NamespaceId | None = None, epoch: int | None = None) -> int:
         """Drop what is kept here, of one namespace or all: it was deleted elsewhere, or is to be read anew.
-        What runs goes on with what it was lent. How many blocks went."""
+        What runs goes on with what it was lent, and leaves nothing here. How many blocks went."""
+        self.forgotten += 1
+        return await self.empty(namespace, epoch)
+
+    async def empty(self, namespace: NamespaceId | None = None, epoch: int | None = None) -> int:
+        """As `forget`, where nothing speaks for a deletion: what runs may leave its blocks here."""
         opened = [space for space in self.namespaces() if namespace in (None, space)]
         purged = [
             await self.driver.purge(Purge(space, None, epoch), timeout_s=PURGE_TIMEOUT_S) for space in opened

@@ -104,6 +104,7 @@ class _Move:
         self.pulled = Pulled()
         self.ended_by: str | None = None
         self._edge = edge
+        self._begun_at = edge.forgotten
         self._source = source
         self._snapshot = snapshot
         self._keys = keys
@@ -129,6 +130,9 @@ class _Move:
         for begin in range(0, len(refs), BATCH_BLOCKS):
             batch = refs[begin : begin + BATCH_BLOCKS]
             arrived = await self._read(first + begin, batch)
+            if self._begun_at != self._edge.forgotten:  # what was read may have been deleted since
+                self.ended_by = MissReason.ABSENT.value
+                return
             landed = await self._land(arrived)
             self.pulled.blocks += landed
             if landed < len(batch):

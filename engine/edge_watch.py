@@ -74,7 +74,8 @@ class EdgeWatch:
         async for event in watch:
             if isinstance(event, Changed):
                 if event.shard not in self._seen:
-                    await self._resync()
+                    self._edge.counters["edge:resynced"] += await self._edge.empty()
+                    await self._follow_epochs()
                 for change in event.changes:
                     await self._obey(change)
             elif isinstance(event, Resync):

@@ -28,7 +28,7 @@ class LocalRun:
 
     __slots__ = (
         "_chain", "_edge", "_ended", "_in_engine", "_onboarded", "_quality",
-        "blocks", "handed_over", "leases", "namespace", "owner", "recalled", "slots",
+        "begun_at", "blocks", "handed_over", "leases", "namespace", "owner", "recalled", "slots",
     )  # fmt: skip
 
     def __init__(self, edge: EdgeShard, namespace: NamespaceId, chain: KeyChain, owner: str) -> None:
@@ -39,6 +39,7 @@ class LocalRun:
         self.leases: list[LeaseId] = []
         self.recalled = False  # what was lent is gone: neither it nor what stands behind it is there
         self.handed_over = False  # to the worker loop, which ends it from here on
+        self.begun_at = edge.forgotten  # how often something had been forgotten by then
         self._edge = edge
         self._chain = chain
         self._ended = False

@@ -13,7 +13,7 @@ from typing import Final
 
 from engine.boot import Worker
 from engine.onboard import Onboarded, misses_of
-from engine.types import CompletedBlock, FirstToken, Handoff, PrefillStats, TokenEvent
+from engine.types import FirstToken, Handoff, PrefillStats, TokenEvent
 from kvstore.answers import Match
 from kvstore.errors import DeadlineExceeded
 from kvstore.hashing import KeyChain
@@ -25,8 +25,8 @@ __all__ = ["assemble_handoff", "compute_first_token"]
 _NO_NAMESPACE: Final = NamespaceId(bytes(16))
 """Of a chain that was made while the store was away: none of its blocks leaves this process."""
 
-_EVICTED_THERE: Final = frozenset({MissReason.ABSENT, MissReason.OTHER_EPOCH, MissReason.LOW_QUALITY})
-"""Why the store's run may end before ours: it would take the blocks again. Any other reason it would not."""
+_GONE_THERE: Final = frozenset({MissReason.ABSENT, MissReason.OTHER_EPOCH, MissReason.LOW_QUALITY})
+"""The store has looked, and has no such block. (A shard that is away has not.)"""
 
 
 async def compute_first_token(worker: Worker, run: Prefilling) -> FirstToken:
@@ -38,16 +38,15 @@ async def compute_first_token(worker: Worker, run: Prefilling) -> FirstToken:
     if worker.loading.locked():
         worker.announcer.announce(run.session, chain.keys[: _usable_blocks(run, chain)])
     async with worker.turn_to_load():
-        match, stats = await _onboard_and_admit(worker, run, chain)
+        stats = await _onboard_and_admit(worker, run, chain)
     admitted = worker.clock.now()
-    await _publish_again(worker, run, match)
     event = await _drawn(worker, run)
     computing_s = worker.clock.now() - admitted
     worker.gate.computed(stats.cached_tokens, len(run.tokens), computing_s)
     return FirstToken(event, replace(stats, compute_s=stats.compute_s + computing_s))
 
 
-async def _onboard_and_admit(worker: Worker, run: Prefilling, chain: KeyChain) -> tuple[Match, PrefillStats]:
+async def _onboard_and_admit(worker: Worker, run: Prefilling, chain: KeyChain) -> PrefillStats:
     """What lies here -> match -> read the rest -> admit. The stats are whole but for the computing that
     begins now. All is matched, also what lies here: decode may be elsewhere, and goes on from what is
     pinned."""
@@ -90,7 +89,7 @@ async def _onboard_and_admit(worker: Worker, run: Prefilling, chain: KeyChain) -
         held, read, ended_by = 0, 0, MissReason.ABSENT
     run.onboarded = tuple(match.blocks[: held + read])
     by_tier = _by_tier(match.blocks[held : held + read], held, chain.block_tokens)
-    return match, PrefillStats(
+    return PrefillStats(
         prompt_tokens=len(run.tokens),
         cached_tokens=sum(by_tier.values()),
         cached_by_tier=by_tier,
@@ -112,21 +111,20 @@ async def _onboard_and_admit(worker: Worker, run: Prefilling, chain: KeyChain) -
 
 
 async def _obey(worker: Worker, run: Prefilling, match: Match) -> None:
-    """A dropped epoch is dropped here too: nothing more of it is served."""
-    if match.miss is MissReason.DROPPED_EPOCH and worker.edge is not None and run.local is not None:
-        run.local.give_up()
-        await worker.edge.forget(run.local.namespace, worker.store.epoch.number)
+    """What the store says it has no more is not used from here either: it may have been purged, which cannot
+    be told from eviction, and what was purged must not come back through a pool. It is computed, and written
+    anew.
 
-
-async def _publish_again(worker: Worker, run: Prefilling, match: Match) -> None:
-    """Blocks that lie here and the store has lost: decode reads them there. The engine computes meanwhile."""
-    local, edge = run.local, worker.edge
-    if local is None or edge is None or run.publication is None or match.miss not in _EVICTED_THERE:
+    A dropped epoch is dropped here too: nothing more of it is served.
+    """
+    local = run.local
+    if local is None or worker.edge is None:
         return
-    request = run.request
-    for index in range(len(match.blocks), len(local.blocks)):
-        payload = await edge.copy_block(local.slots[index])
-        run.publication.offer(CompletedBlock(request.request_id, request.attempt, index, payload))
+    if match.miss is MissReason.DROPPED_EPOCH:
+        local.give_up()
+        await worker.edge.forget(local.namespace, worker.store.epoch.number)
+    elif match.miss in _GONE_THERE and len(match.blocks) < len(local.blocks):
+        local.give_up()
 
 
 async def _drawn(worker: Worker, run: Prefilling) -> TokenEvent:

@@ -221,19 +221,22 @@ async def test_a_recalled_prefix_is_computed(folder: Path, alone: Alone) -> None
         await pair.assert_nothing_held()
 
 
-async def test_blocks_the_store_lost_are_published_again_from_the_pool(folder: Path, alone: Alone) -> None:
+async def test_what_was_purged_does_not_come_back_through_a_pool(folder: Path, alone: Alone) -> None:
+    """Promise 4. Before, the pool's copy was written into the store again."""
     driver = shard()
     async with pair_over(folder, [driver], engine=CACHING) as pair:
         first, _ = await pair.generate(request(prompt(64), name="a"))
         await settle(pair)
-        for space in driver.core.index.spaces:
-            driver.core.purge(space, None, None)
+        (space,) = driver.core.index.spaces
+        chain = KeyChain(space, 8)
+        chain.extend(prompt(64))
+        driver.core.purge(space, tuple(chain.keys), None)  # by key: no pool is told
         asked = request(prompt(64) + prompt(5, 1), name="b")
         first = await pair.prefill.prefill(asked)
-        assert first.stats.cached_by_tier == {"device": 64}
+        assert first.stats.cached_by_tier == {}, "all of it is computed"
         handoff = await pair.prefill.handoff("b", 1)
         assert handoff is not None
-        assert len(handoff.blocks) == 8, "decode reads in the store what lay in prefill's pool"
+        assert len(handoff.blocks) == 8, "and decode reads what was computed anew"
         assert pair.workers[1].edge is not None
         await pair.workers[1].edge.forget()
         assert await pair.decode_all(handoff) == alone(asked)
