@@ -102,12 +102,14 @@ class ShardDriver:
         self._notes = Notes(config.shard, durable)
         self._intake = Intake(self.core, storage, self._clock)
         self.mover: Mover | None = None
-        if durable is not None:
-            self.mover = Mover(self.core, self.tiers, durable, self._clock, self._settle, config.encode_frame)
-        self._announcements = Announcements(self.core, self.mover)
         self._upkeep = Upkeep(
             config, self.core, self.tiers, self._notes, self._clock, self._watchers, self._move
         )
+        if durable is not None:
+            # What the mover settles wakes nobody: it looks again by itself, and would wake itself for ever.
+            settle = self._upkeep.settle
+            self.mover = Mover(self.core, self.tiers, durable, self._clock, settle, config.encode_frame)
+        self._announcements = Announcements(self.core, self.mover)
         self._closed = False
 
     @property
@@ -170,8 +172,9 @@ class ShardDriver:
     ) -> Revision:
         revision = self.serving().advance_epoch(model_id, number, policy)
         self._settle()
-        if self.core.epochs.of(model_id).current == number:  # else it went on long ago
-            await self._note(AdvanceNote(model_id, number, policy), timeout_s)
+        is_current = self.core.epochs.of(model_id).current == number
+        noted = self._notes.advanced(model_id, AdvanceNote(model_id, number, policy) if is_current else None)
+        await self._within(noted, timeout_s, "a durable note")
         return revision
 
     async def epochs(self, model_id: str, *, timeout_s: float) -> EpochsOfModel:

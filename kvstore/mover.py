@@ -152,7 +152,7 @@ class Mover:
         queued: list[Move] = []
         try:
             for move in moves:
-                frame = await self._made(move)
+                frame = await self._made(move, open_moves)
                 if frame is None:
                     continue
                 if not self._core.moves.is_wanted(move):
@@ -181,7 +181,7 @@ class Mover:
             self._tiers.host.leave(place)
         self._settle()
 
-    async def _made(self, move: Move) -> memoryview | None:
+    async def _made(self, move: Move, open_moves: set[Move]) -> memoryview | None:
         """The frame that goes below, in memory of that tier's own."""
         frame = await self._checked(move)
         if frame is None or not move.is_encoded:
@@ -194,6 +194,9 @@ class Mover:
             self._tiers.give_back(frame)
         if made is None:
             self._core.counters["not_encodable"] += 1
+            open_moves.discard(move)
+            self._core.moves.unfit(move)
+            self._settle()
         elif made.nbytes != move.target.nbytes:
             raise AssertionError(f"a codec made {made.nbytes} bytes where it promised {move.target.nbytes}")
         return made
@@ -213,6 +216,7 @@ class Mover:
         try:
             frame = await self._tiers.borrow(place)
         except OSError as error:
+            self._not_before = self._clock.now() + RETRY_S
             self._core.counters[f"move_read_failed:{error.errno}"] += 1
             return None
         if frame is not None:

@@ -93,7 +93,11 @@ class Upkeep:
             await self._compactable.compact(COMPACT_NBYTES_A_TICK)
 
     async def purge(self, scope: Purge) -> Purged:
-        """Delete, sweep, and sync. What was freed meanwhile by another purge is counted here too."""
+        """Delete, note it, sweep. What was freed meanwhile by another purge is counted here too. Raises
+        Unavailable: out of sight, and maybe back after a restart.
+
+        Frames below need no sync for it: the note kills what was written before it, durable or not.
+        """
         core = self._core
         versions, nbytes = core.purge(scope.namespace, scope.keys, scope.epoch)
         revision = Revision(self._config.incarnation, core.revision)
@@ -103,7 +107,6 @@ class Upkeep:
         await self._notes.keep(PurgeNote(scope.namespace, scope.keys, scope.epoch))
         while await self._sweep():
             pass
-        await self._tiers.sync()
         versions += core.counters["swept"] - before[0]
         return Purged(revision, versions, nbytes + core.counters["swept_nbytes"] - before[1])
 

@@ -190,6 +190,15 @@ class Moves:
                 self._index.leave(target.slot, self._room(move.to))
         self._end(move)
 
+    def unfit(self, move: Move) -> None:
+        """The tier below can have nothing of it. What was to leave the host leaves it all the same, else it
+        would be named next again."""
+        self.failed(move)
+        ref, table = move.source.ref, self._index.versions
+        goes = self._tiering.when is DemoteWhen.CROWDED and table.is_current(ref.slot, ref.generation)
+        if goes and not table.pins[ref.slot] and self._is_candidate(ref.slot):
+            self._retiring.evict_from(self._index.host, ref.slot)
+
     # -- inside ------------------------------------------------------------------------------------
 
     def _room(self, tier: Tier) -> Room:

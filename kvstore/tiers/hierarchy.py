@@ -62,7 +62,3 @@ class Tiers:
             written = sum(table.nbytes[slot] for slot in there if table.written[slot] & WRITTEN)
             stored = storage.nbytes()
             assert stored == written, f"{stored} bytes stored on {room.tier.name}, {written} written"
-
-    async def sync(self) -> None:
-        if self.durable is not None:
-            await self.durable.sync()
