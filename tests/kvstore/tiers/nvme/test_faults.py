@@ -17,7 +17,7 @@ from kvstore.tiers.nvme import journal
 from kvstore.tiers.nvme.tier import NvmeTier
 from tests.kvstore.tiers.nvme.blocks import Block, namespace_of, verified
 from tests.kvstore.tiers.nvme.crash_files import CrashFiles, Inline, Operation, World
-from tests.kvstore.tiers.nvme.history import History, Oracle, adopt_all, blocks_of, small
+from tests.kvstore.tiers.nvme.history import History, Oracle, Written, adopt_all, blocks_of, small
 from tests.kvstore.tiers.nvme.test_reclaiming import Held
 
 
@@ -118,6 +118,7 @@ async def test_any_operation_may_fail(code: int) -> None:
                 written.discarding = 0
             else:
                 assert verified(frame) == written.block
+        await power_lost(history, block, at)
         await history.tier.close()
         again = NvmeTier(small(), CrashFiles(history.files.world.as_it_is()), Inline())
         found = await again.recover()
@@ -126,6 +127,17 @@ async def test_any_operation_may_fail(code: int) -> None:
         assert {written.block for written in history.held.values() if written.discarding} <= set(there)
         await adopt_all(again, found)
         await again.close()
+
+
+async def power_lost(history: Careful, block: Block, seed: int) -> None:
+    """What was kept by a sync that succeeded, before and after the fault, is on the disk itself."""
+    history.oracle.writes.append(Written(block, 0, kept=0))
+    world = history.files.world.survivor(random.Random(seed))
+    tier = NvmeTier(small(), CrashFiles(world), Inline())
+    found = await tier.recover()
+    history.oracle.check(found, history.now)
+    await adopt_all(tier, found)
+    await tier.close()
 
 
 async def test_a_failed_sync_is_never_tried_again() -> None:
