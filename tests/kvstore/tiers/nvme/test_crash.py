@@ -10,14 +10,15 @@ import random
 
 import pytest
 
+from kvstore.tiers.base import Place
 from kvstore.tiers.nvme import journal
 from kvstore.tiers.nvme.tier import NvmeTier
 from tests.kvstore.tiers.nvme.blocks import Block
 from tests.kvstore.tiers.nvme.crash_files import CrashFiles, Inline, Operation, World
-from tests.kvstore.tiers.nvme.history import History, Oracle, adopt_all, blocks_of, small
+from tests.kvstore.tiers.nvme.history import History, Oracle, Written, adopt_all, blocks_of, small
+from tests.kvstore.tiers.nvme.test_reclaiming import turns
 
-SURVIVORS = 1
-"""Disks drawn for each operation a machine is stopped before."""
+TEN = [Written(Block(key), 0) for key in range(10)]
 
 
 @pytest.fixture(autouse=True)
@@ -119,6 +120,27 @@ async def test_power_may_fail_while_it_recovers_from_a_failure() -> None:
 @pytest.mark.parametrize("seed", [30, 31])
 async def test_power_may_fail_in_many_recoveries(seed: int) -> None:
     await stop_in_recovery(seed, 8, 1)
+
+
+async def test_a_scan_makes_durable_what_it_found_before_it_says_so_in_a_footer() -> None:
+    """A killed process left frames in the page cache alone; power fails while they are recovered."""
+    tier = NvmeTier(small(), CrashFiles(), Inline(), random.Random(0).getrandbits)
+    await tier.recover()
+    for key in range(10):
+        await tier.write(Place(key, 1), Block(key).frame())
+    await turns()  # written in the background, not synced
+    assert isinstance(tier.files, CrashFiles)
+    world = tier.files.world.as_it_is()
+    files = CrashFiles(world.as_it_is())
+    again = NvmeTier(small(), files, Inline())
+    assert len((await again.recover()).blocks) > 3
+    for operation in [*files.log, None]:
+        for seed in range(40):
+            await recovered(world.survivor(random.Random(seed)), 1, Oracle(TEN, []), 0)
+        if operation is not None:
+            world.apply(operation)
+    await again.close()
+    await tier.close()
 
 
 async def test_a_killed_process_loses_power_next() -> None:

@@ -271,7 +271,7 @@ MUTATIONS: dict[Callable[[Patch], None], Proof] = {
     _journal_without("sync"): _CRASH,
     note_unsynced: _CRASH,
     life_unnoted: _CRASH,
-    scan_unsynced: test_crash.test_power_may_fail_while_it_recovers_from_a_failure,
+    scan_unsynced: test_crash.test_a_scan_makes_durable_what_it_found_before_it_says_so_in_a_footer,
     unlink_unsynced: test_purges.test_a_purge_is_forgotten_when_its_files_are_gone_for_good_on_every_disk,
     segment_name_unsynced: _CRASH,
     unlink_before_copies: _CRASH,
