@@ -111,7 +111,7 @@ class WitnessedDriver(ShardDriver):
     def __init__(self, config: DriverConfig, storage: TierStorage, clock: Clock, witness: Witness) -> None:
         super().__init__(config, storage, clock)
         self._watchers = Watchers(self.core, WATCH_BATCH)
-        self._upkeep = SlowUpkeep(config, self.core, storage, clock, self._watchers)
+        self._upkeep = SlowUpkeep(config, self.core, self.tiers, self._notes, clock, self._watchers)
         self._witness = witness
         witness.born(config.shard)
 
