@@ -242,10 +242,13 @@ class Moves:
             self._draining = slot is not None and host.used_nbytes - going > low
             if slot is None or not self._draining:
                 return
-            if not self._is_candidate(slot) or not self._admits(slot):
+            # What was purged or dropped, and is not swept yet, moves nowhere.
+            if not index.is_live(slot) or not self._is_candidate(slot) or not self._admits(slot):
                 self._retiring.evict_from(host, slot)
-            else:
-                yield slot, index.versions.generations[slot]
+                continue
+            yield slot, index.versions.generations[slot]
+            if not index.versions.pins[slot]:
+                return  # it could not be started, for want of room below: it would be named for ever
 
     def _promote(self, slot: int, generation: int, now: float) -> list[Move]:
         index, table = self._index, self._index.versions

@@ -225,3 +225,19 @@ async def test_what_cannot_be_encoded_does_not_stand_in_the_way(tmp_path: Path) 
             await one.moved()
         assert one.counters["not_encodable"] > 0
         assert one.counters["moved_to:nvme"] > 0
+
+
+async def test_what_was_dropped_and_is_not_swept_yet_does_not_stand_in_the_way(tmp_path: Path) -> None:
+    """It is next to go from a crowded host, and goes nowhere."""
+    async with life(settings(tmp_path, write="write_back", admission="always")) as (one, session):
+        await one.driver.register_epoch("model", E2, timeout_s=10)
+        for first in range(7):
+            await session.put([first, *TOKENS[1:64]], KV[:, :, :64])
+        newer = await one.client.open(SPEC, E2)
+        await one.driver.advance_epoch("model", 2, DROP, timeout_s=10)
+        host = one.driver.core.index.host
+        async with newer.transaction() as writing:
+            await writing.put(TOKENS[:32], KV[:, :, :32])
+            assert host.used_nbytes > 0.9 * host.capacity_nbytes
+            await one.moved()
+        assert (await newer.get(TOKENS[:32])).n_tokens == 32
