@@ -101,12 +101,14 @@ class ShardDriver:
         self._notes = Notes(config.shard, durable)
         self._intake = Intake(self.core, storage, self._clock)
         self.mover: Mover | None = None
-        if durable is not None:
-            self.mover = Mover(self.core, self.tiers, durable, self._clock, self._settle, config.encode_frame)
-        self._announcements = Announcements(self.core, self.mover)
         self._upkeep = Upkeep(
             config, self.core, self.tiers, self._notes, self._clock, self._watchers, self._move
         )
+        if durable is not None:
+            # What the mover settles wakes nobody: it looks again by itself, and would wake itself for ever.
+            settle = self._upkeep.settle
+            self.mover = Mover(self.core, self.tiers, durable, self._clock, settle, config.encode_frame)
+        self._announcements = Announcements(self.core, self.mover)
         self._closed = False
 
     @property
@@ -174,11 +176,13 @@ class ShardDriver:
     ) -> Revision:
         revision = self.serving().advance_epoch(model_id, number, policy)
         self._settle()
-        model = self.core.epochs.of(model_id)
-        if model.current == number:  # else it went on long ago
-            epoch = self.core.epochs.bound[model.bound[number]].epoch
-            await self._note(EpochNote(model_id, epoch), timeout_s)  # another's, perhaps still on its way
-            await self._note(AdvanceNote(model_id, number, policy), timeout_s)
+        if self.tiers.durable is not None:
+            model, note = self.core.epochs.of(model_id), None
+            if model.current == number:  # else it went on long ago
+                epoch = self.core.epochs.bound[model.bound[number]].epoch
+                await self._note(EpochNote(model_id, epoch), timeout_s)  # another's, perhaps still on its way
+                note = AdvanceNote(model_id, number, policy)
+            await self._within(self._notes.advanced(model_id, note), timeout_s, "a durable note")
         return revision
 
     async def epochs(self, model_id: str, *, timeout_s: float) -> EpochsOfModel:

@@ -5,6 +5,7 @@ Without such a tier there is nothing to outlive, and nothing is noted. What is k
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 
 from kvstore.errors import Unavailable
@@ -17,6 +18,8 @@ class Notes:
         self._shard = shard
         self._durable = durable
         self._kept: dict[Note | str, Note] = {}
+        self._owed: dict[str, list[AdvanceNote]] = {}  # by model, in their order: at most two
+        self._paying = asyncio.Lock()
 
     def replayed(self, notes: Iterable[Note]) -> None:
         """These are kept since an earlier life of the shard."""
@@ -37,6 +40,21 @@ class Notes:
             raise Unavailable(f"shard {self._shard} could not make it durable: {error}; try again") from error
         if not isinstance(note, PurgeNote):
             self._kept[_name(note)] = note
+
+    async def advanced(self, model_id: str, note: AdvanceNote | None) -> None:
+        """Keep it (None: the model went on since), and first what was not taken before: an advance that drops
+        counts also below later ones. Raises Unavailable."""
+        owed = self._owed.setdefault(model_id, [])
+        if note is not None and (owed or self.lack(note)):
+            # It takes the place of what it says as well: every older one, or those that drop nothing.
+            owed[:] = [] if note.policy.drop_older else [o for o in owed if o.policy.drop_older]
+            owed.append(note)
+        async with self._paying:
+            while owed:
+                first = owed[0]
+                await self.keep(first)
+                if owed[:1] == [first]:
+                    del owed[0]
 
 
 def _name(note: Note) -> Note | str:

@@ -74,6 +74,7 @@ class NvmeTier:
         self._unconfirmed: dict[int, Place] = {}  # by sequence number: no sync has told that it is kept
         self._losses = 0
         self._losses_told = 0
+        self._last_lost = -1  # the greatest sequence number that was lost
         self._error: OSError | None = None  # the last one that lost something
         self._closed = False
 
@@ -188,7 +189,8 @@ class NvmeTier:
         self.discard(place)
 
     async def sync(self) -> None:
-        told, before = self._losses_told, self._sequence
+        # A write that is not queued yet may miss this sync: it belongs to the next one.
+        told, before = self._losses_told, min(self._beginning, default=self._sequence)
         syncs = [appender.sync() for appender in self._fresh]
         done = await self._to_its_end(asyncio.gather(*syncs, return_exceptions=True))
         for error in done:
@@ -198,7 +200,8 @@ class NvmeTier:
                 raise error
         if self._losses > told:
             self._losses_told = self._losses
-            if self._forget() >= before:
+            self._forget()
+            if self._last_lost >= before:
                 self._losses += 1  # written since: their own sync is yet to come, and raises
             raise self._error or OSError(errno.EIO, "frames were lost before they were kept")
         for sequence in [sequence for sequence in self._unconfirmed if sequence < before]:
@@ -296,16 +299,14 @@ class NvmeTier:
         self._forget()
         self._drained.set()
 
-    def _forget(self) -> int:
-        """Drop whatever no sync has confirmed. The last sequence number among it; -1 for none."""
-        last = -1
+    def _forget(self) -> None:
+        """Drop whatever no sync has confirmed."""
         for sequence, place in self._unconfirmed.items():
             if self._index.holds(place):
                 self.counters["frames_lost"] += 1
                 self.discard(place)
-                last = max(last, sequence)
+                self._last_lost = max(self._last_lost, sequence)
         self._unconfirmed.clear()
-        return last
 
     def _lose_copies(self, failed: Appender) -> None:
         """What they are copies of is where it was."""

@@ -8,7 +8,8 @@ operation k; its `survivor` is one of the disks that power loss may leave then, 
   sync       makes durable what the file held, and not its name; a directory's sync its names, not their data
 
 which are the rules of ALICE (Pillai et al., OSDI 2014). Faults: `fails` is asked before each operation and
-each read; a write that fails was half done.
+each read; a write that fails was half done, a sync that fails loses what it was to keep for good
+(Rebello et al., ATC 2020).
 """
 
 from __future__ import annotations
@@ -57,6 +58,13 @@ def resize(content: bytearray, nbytes: int) -> None:
     content.extend(bytes(nbytes - len(content)))
 
 
+def change_content(content: bytearray, operation: Operation) -> None:
+    if operation.kind == "write":
+        put(content, operation.offset, operation.data)
+    else:
+        resize(content, operation.nbytes)
+
+
 def change_names(names: dict[str, int], operation: Operation) -> None:
     if operation.kind == "create":
         names[operation.path] = operation.file
@@ -94,14 +102,17 @@ class World:
                 change_names(self.durable_names, one)
                 self.pending_names.remove(one)
         elif operation.kind == "sync":
-            inode.durable = bytearray(inode.live)
+            for one in inode.pending:
+                change_content(inode.durable, one)
             inode.pending.clear()
         else:
             inode.pending.append(operation)
-            if operation.kind == "write":
-                put(inode.live, operation.offset, operation.data)
-            else:
-                resize(inode.live, operation.nbytes)
+            change_content(inode.live, operation)
+
+    def lose(self, file: int) -> None:
+        """A sync failed: what was to be written is clean and readable, and never gets to the disk."""
+        inode = self.inodes[file]
+        inode.pending = [one for one in inode.pending if one.kind != "write"]
 
     def survivor(self, rng: random.Random) -> World:
         """One of the states a crash may leave now. Nothing in it is pending."""
@@ -251,6 +262,8 @@ class CrashFiles:
             if operation.kind == "write":  # half of it got there
                 half = operation.data[: len(operation.data) // 2]
                 self.world.apply(Operation("write", operation.file, offset=operation.offset, data=half))
+            elif operation.kind == "sync":
+                self.world.lose(operation.file)
             raise error
 
     def _handle(self, file: int) -> int:

@@ -55,6 +55,19 @@ class Oracle:
     writes: list[Written] = field(default_factory=list)
     notes: list[tuple[int, Note]] = field(default_factory=list)  # since when it is durable
 
+    def after(self, at: int) -> Oracle:
+        """What a machine that was stopped there leaves to its next life, whose operations count from 0."""
+
+        def since(operation: int) -> int:
+            return 0 if operation <= at else NEVER
+
+        writes = [
+            Written(w.block, 0, since(w.kept), since(w.discarding), since(w.purging))
+            for w in self.writes
+            if w.begun <= at < w.purged
+        ]
+        return Oracle(writes, [(0, note) for begun, note in self.notes if begun <= at])
+
     def check(self, found: Recovered, at: int) -> None:
         """Blocks: nothing purged, nothing unknown, all that was kept. Notes: all that were noted."""
         there = set(blocks_of(found))
@@ -107,7 +120,9 @@ class History:
         found = await self.tier.recover()
         self.oracle.check(found, self.now)
         for slot, block in (await adopt_all(self.tier, found)).items():
-            self.held[slot] = next(w for w in reversed(self.oracle.writes) if w.block == block)
+            written = next(w for w in reversed(self.oracle.writes) if w.block == block)
+            written.kept = min(written.kept, self.now)  # what is handed out stays
+            self.held[slot] = written
         self.slots = len(found.blocks)
 
     async def run(self, steps: int) -> None:
@@ -171,12 +186,14 @@ class History:
             self.forget(slot)
 
     async def note(self) -> None:
+        told = [note for _, note in self.oracle.notes if isinstance(note, AdvanceNote)]
+        advanced = max((note.number for note in told), default=0)
         number = self.rng.randrange(1, 6)
         note: Note = self.rng.choice(
             (
                 NamespaceNote(namespace_of(number), f"model-{number}", "tenant", LAYOUT),
                 EpochNote("model", epoch_of(number)),
-                AdvanceNote("model", self.now, ISOLATE),
+                AdvanceNote("model", 1 + advanced, ISOLATE),
             )
         )
         await self.tier.note(note)

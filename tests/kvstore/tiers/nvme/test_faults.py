@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import random
 from contextlib import suppress
 
 import pytest
 
+from kvstore import failpoints
 from kvstore.errors import ConfigError, CorruptBlock
 from kvstore.tiers.base import Place
 from kvstore.tiers.durable import PurgeNote
@@ -15,7 +17,8 @@ from kvstore.tiers.nvme import journal
 from kvstore.tiers.nvme.tier import NvmeTier
 from tests.kvstore.tiers.nvme.blocks import Block, namespace_of, verified
 from tests.kvstore.tiers.nvme.crash_files import CrashFiles, Inline, Operation, World
-from tests.kvstore.tiers.nvme.history import History, Oracle, adopt_all, blocks_of, small
+from tests.kvstore.tiers.nvme.history import History, Oracle, Written, adopt_all, blocks_of, small
+from tests.kvstore.tiers.nvme.test_reclaiming import Held
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +118,7 @@ async def test_any_operation_may_fail(code: int) -> None:
                 written.discarding = 0
             else:
                 assert verified(frame) == written.block
+        await power_lost(history, block, at)
         await history.tier.close()
         again = NvmeTier(small(), CrashFiles(history.files.world.as_it_is()), Inline())
         found = await again.recover()
@@ -123,6 +127,17 @@ async def test_any_operation_may_fail(code: int) -> None:
         assert {written.block for written in history.held.values() if written.discarding} <= set(there)
         await adopt_all(again, found)
         await again.close()
+
+
+async def power_lost(history: Careful, block: Block, seed: int) -> None:
+    """What was kept by a sync that succeeded, before and after the fault, is on the disk itself."""
+    history.oracle.writes.append(Written(block, 0, kept=0))
+    world = history.files.world.survivor(random.Random(seed))
+    tier = NvmeTier(small(), CrashFiles(world), Inline())
+    found = await tier.recover()
+    history.oracle.check(found, history.now)
+    await adopt_all(tier, found)
+    await tier.close()
 
 
 async def test_a_failed_sync_is_never_tried_again() -> None:
@@ -278,3 +293,55 @@ async def test_files_may_be_cut_anywhere() -> None:
             del broken.inodes[file].live[max(0, cut) :]
             blocks = await served(broken)
             assert blocks is None or blocks <= written
+
+
+async def test_each_sync_tells_of_what_was_lost_of_its_own() -> None:
+    """A frame that was written while a sync ran, and lost by its failure, is told by its own."""
+    files, threads = CrashFiles(), Held()
+    tier = NvmeTier(small(), files, threads)
+    await tier.recover()
+    await tier.write(Place(1, 1), Block(1).frame())
+    await tier.sync()
+    await tier.write(Place(2, 1), Block(2).frame())
+    hold = threads.hold = asyncio.Event()
+    first = asyncio.create_task(tier.sync())
+    await asyncio.sleep(0)
+    await tier.write(Place(3, 1), Block(3).frame())
+    files.fails = lambda o: OSError(errno.EIO, "lost") if o.kind == "sync" else None
+    hold.set()
+    threads.hold = None
+    with pytest.raises(OSError, match="lost"):
+        await first
+    files.fails = lambda _: None
+    assert await tier.read(Place(3, 1)) is None
+    with pytest.raises(OSError, match="lost"):
+        await tier.sync()
+    await tier.sync()
+    await tier.close()
+
+
+async def test_a_sync_confirms_no_write_that_was_not_queued_when_it_began() -> None:
+    """Its own sync fails: it is forgotten by that, and not believed on the word of an earlier one."""
+    files = CrashFiles()
+    tier = NvmeTier(small(), files, Inline())
+    await tier.recover()
+    await tier.write(Place(0, 1), Block(0).frame())
+    await tier.sync()  # its segment is there: the next sync is of frames
+    await tier.write(Place(1, 1), Block(1).frame())
+    standing = asyncio.Event()
+    failpoints.arm("storage.write", failpoints.Delay(standing))
+    try:
+        writing = asyncio.create_task(tier.write(Place(2, 1), Block(2).frame()))
+        await asyncio.sleep(0)  # it has its number, and stands before the queue
+        # The sync has written what it found queued when the write goes on.
+        files.fails = lambda o: standing.set() if o.kind == "sync" else None
+        await tier.sync()
+        await writing
+    finally:
+        failpoints.disarm("storage.write")
+    files.fails = lambda o: OSError(errno.EIO, "lost") if o.kind == "sync" else None
+    with pytest.raises(OSError, match="lost"):
+        await tier.sync()
+    assert await tier.read(Place(2, 1)) is None
+    assert await tier.read(Place(1, 1)) is not None
+    await tier.close()

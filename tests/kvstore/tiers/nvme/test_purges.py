@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import random
 
 import pytest
 
+from kvstore import failpoints
+from kvstore.errors import ConfigError
 from kvstore.nouns import ISOLATE
 from kvstore.tiers.base import Place
 from kvstore.tiers.durable import AdvanceNote, PurgeNote
@@ -13,7 +17,7 @@ from kvstore.tiers.nvme import journal
 from kvstore.tiers.nvme.journal import JOURNAL, load_journal
 from kvstore.tiers.nvme.tier import NvmeTier
 from tests.kvstore.tiers.nvme.blocks import Block, key_of, namespace_of
-from tests.kvstore.tiers.nvme.crash_files import CrashFiles, Inline, World
+from tests.kvstore.tiers.nvme.crash_files import CrashFiles, Inline, Operation, World
 from tests.kvstore.tiers.nvme.history import DIRECTORY, blocks_of, small
 
 ALL = PurgeNote(namespace_of(0), None, None)
@@ -125,10 +129,122 @@ async def test_a_copy_is_as_old_as_its_original() -> None:
 async def test_a_purge_counts_for_writes_that_began_before_it() -> None:
     """A write takes its place in the order when it is called, wherever it waits."""
     tier = await started()
-    writing = tier.write(Place(1, 1), Block(1).frame())
-    await writing
-    await tier.note(ALL)
+    standing = asyncio.Event()
+    with failpoints.armed("storage.write", failpoints.Delay(standing)):
+        writing = asyncio.create_task(write(tier, Block(1)))
+        await asyncio.sleep(0)  # called, and not queued yet
+        await tier.note(ALL)
+        await rewrite_journal(tier)
+        assert purges_in_journal(files_of(tier)) == 1
+        standing.set()
+        await writing
     await write(tier, Block(2))
     await tier.sync()
     assert await found_after(files_of(tier).world.as_it_is()) == [Block(2)]
+    await tier.close()
+
+
+async def test_a_purge_is_kept_while_a_removed_file_may_come_back() -> None:
+    """Its directory could not be synced: after a crash the segment may be there again."""
+    tier = await started()
+    files = files_of(tier)
+    await write(tier, *map(Block, range(20)))
+    await tier.sync()
+    await tier.note(ALL)
+    for key in range(20):
+        tier.discard(Place(key, 1))
+    failed: list[Operation] = []
+
+    def fails(operation: Operation) -> OSError | None:
+        if operation.kind != "names" or files.log[-1].kind != "unlink":
+            return None
+        failed.append(operation)
+        return OSError(errno.EIO, "lost")
+
+    files.fails = fails
+    await write(tier, *(Block(key, namespace=1) for key in range(100, 120)))
+    await tier.sync()
+    assert failed
+    files.fails = lambda _: None
+    for key in range(100, 110):
+        tier.discard(Place(key, 1))
+    await write(tier, *(Block(key, namespace=1) for key in range(120, 140)))
+    await tier.sync()
+    assert tier.counters["segments_removed"] >= 2, "the sync that failed was tried again"
+    await rewrite_journal(tier)
+    assert purges_in_journal(files) == 1, "and is not believed"
+    await tier.close()
+
+
+async def test_a_note_that_is_kept_is_in_the_file_that_is_found() -> None:
+    """The journal was rewritten just before: its new name is durable, too."""
+    tier = await started()
+    await write(tier, *map(Block, range(3)))
+    await tier.sync()
+    for seed in range(20):
+        await tier.note(PurgeNote(namespace_of(0), (key_of(seed % 4),), None))
+        found = await found_after(files_of(tier).world.survivor(random.Random(seed)))
+        assert {block.key for block in found} == set(range(3)) - set(range(seed + 1))
+    await tier.close()
+
+
+async def test_a_purge_is_forgotten_when_its_files_are_gone_for_good_on_every_disk() -> None:
+    """A rewritten journal syncs its own directory, and no other one."""
+    files = CrashFiles()
+    tier = NvmeTier(small(2), files, Inline(), random.Random(0).getrandbits)
+    await tier.recover()
+    await write(tier, *map(Block, range(60)))
+    await tier.sync()
+    await tier.note(ALL)
+    for key in range(60):
+        tier.discard(Place(key, 1))
+    for first in range(100, 160, 4):
+        await write(tier, *(Block(key, namespace=1) for key in range(first, first + 4)))
+        await tier.sync()
+        if purges_in_journal(files):
+            await tier.note(AdvanceNote("model", first, ISOLATE))
+            continue
+        for seed in range(20):
+            left = CrashFiles(files.world.survivor(random.Random(seed)))
+            again = NvmeTier(small(2), left, Inline())
+            assert {block.namespace for block in blocks_of(await again.recover())} == {1}
+            await again.close()
+        break
+    assert purges_in_journal(files) == 0
+    await tier.close()
+
+
+async def test_a_purge_is_kept_while_a_file_may_hold_records_that_nobody_knows_of() -> None:
+    """A read failed while it was scanned. The next start may succeed."""
+    tier = await started()
+    await write(tier, *map(Block, range(3)))
+    await tier.sync()
+    await tier.note(ALL)
+    left = files_of(tier).world.as_it_is()
+    await tier.close()
+    files = CrashFiles(left)
+    again = tier_over(files)
+    files.fails = lambda o: OSError(errno.EIO, "bad") if o.kind == "read" and o.offset else None
+    assert blocks_of(await again.recover()) == []
+    files.fails = lambda _: None
+    await rewrite_journal(again)  # before anything is written: the file is still there
+    assert purges_in_journal(files) == 1
+    assert await found_after(files.world.as_it_is()) == []
+    await again.close()
+
+
+async def test_a_journal_that_knows_less_than_a_record_did_is_refused() -> None:
+    """An older copy of it was put back: a purge may be missing."""
+    tier = await started()
+    await write(tier, Block(1))
+    await tier.sync()
+    old = files_of(tier).world.as_it_is()
+    await tier.note(ALL)
+    await write(tier, Block(2))
+    await tier.sync()
+    world = files_of(tier).world.as_it_is()
+    path = str(DIRECTORY / "0" / JOURNAL)
+    world.inodes[world.names[path]] = old.inodes[old.names[path]]
+    with pytest.raises(ConfigError, match="damaged"):
+        await found_after(world)
     await tier.close()
