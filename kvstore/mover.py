@@ -32,6 +32,7 @@ log = structlog.get_logger(__name__)
 
 BATCH_NBYTES: Final = 32 << 20
 HOST_SHARE: Final = 8
+SLICES_A_BATCH: Final = 256  # of starting, before what was started is performed
 RETRY_S: Final = 1.0
 
 EncodeFrame = Callable[[memoryview, KVLayout], memoryview | None]
@@ -79,18 +80,24 @@ class Mover:
         """Something was let go of, matched or announced: there may be something to move."""
         self._wanted.set()
 
-    async def step(self) -> int:
-        """Start what is to move and see it to its end. How many moves that were."""
+    async def step(self) -> bool:
+        """Start what is to move, in slices between which others have their turn, and see it to its end.
+        Is there more to do at once?"""
         if self._clock.now() < self._not_before:
-            return 0
-        moves = self._core.moves.start(self._clock.now(), self._batch_nbytes)
-        self._settle()
-        self._wanted.clear()  # what is wanted still could not be started now: to have settled is no news
-        if moves:
-            await self._perform(moves)
+            return False
+        open_moves: dict[Move, None] = {}  # in their order
+        try:
+            is_cut_short = await self._start(open_moves)
+            if began := bool(open_moves):
+                await self._perform(open_moves)
+        finally:  # cancelled or not: no move stays under way
+            for move in open_moves:
+                self._core.moves.failed(move)
+            if open_moves:
+                self._settle()
         async with self._moved:
             self._moved.notify_all()
-        return len(moves)
+        return began or is_cut_short
 
     async def wait_for(self, refs: Sequence[BlockRef], timeout_s: float) -> None:
         """Until none of these is on its way to the host any more, or the time is over."""
@@ -126,19 +133,24 @@ class Mover:
                 self._core.counters["mover_failed"] += 1
                 log.exception("a batch of moves failed, and the mover goes on", shard=self._core.config.shard)
 
-    async def _perform(self, moves: Sequence[Move]) -> None:
-        up = [move for move in moves if move.to is Tier.HOST]
-        down = [move for move in moves if move.to is Tier.NVME]
-        open_moves = set(moves)
-        try:
-            await self._promote(up, open_moves)
-            await self._demote(down, open_moves)
-        finally:  # cancelled or not: no move stays under way
-            for move in open_moves:
-                self._core.moves.failed(move)
+    async def _start(self, open_moves: dict[Move, None]) -> bool:
+        """Is there more to start, of which this batch has no room or no time?"""
+        for _ in range(SLICES_A_BATCH):
+            open_moves |= dict.fromkeys(self._core.moves.start(self._clock.now(), self._batch_nbytes))
             self._settle()
+            self._wanted.clear()  # what is wanted still could not be started now: to have settled is no news
+            if not self._core.moves.is_cut_short:
+                return False
+            await asyncio.sleep(0)
+        return True
 
-    async def _promote(self, moves: Sequence[Move], open_moves: set[Move]) -> None:
+    async def _perform(self, open_moves: dict[Move, None]) -> None:
+        up = [move for move in open_moves if move.to is Tier.HOST]
+        down = [move for move in open_moves if move.to is Tier.NVME]
+        await self._promote(up, open_moves)
+        await self._demote(down, open_moves)
+
+    async def _promote(self, moves: Sequence[Move], open_moves: dict[Move, None]) -> None:
         began, nbytes = self._clock.now(), 0
         for move in moves:
             try:
@@ -157,7 +169,7 @@ class Mover:
                 self._end(move, open_moves)
         self.promoted.measured(nbytes, self._clock.now() - began)
 
-    async def _demote(self, moves: Sequence[Move], open_moves: set[Move]) -> None:
+    async def _demote(self, moves: Sequence[Move], open_moves: dict[Move, None]) -> None:
         """Queue the frames, sync once, then tell the core of all: before, none of them is there."""
         queued: list[Move] = []
         try:
@@ -181,8 +193,8 @@ class Mover:
         for move in queued:
             self._end(move, open_moves)
 
-    def _end(self, move: Move, open_moves: set[Move]) -> None:
-        open_moves.discard(move)
+    def _end(self, move: Move, open_moves: dict[Move, None]) -> None:
+        del open_moves[move]
         place = _place(move.target.ref)
         if not self._core.moves.done(move):
             (self._tiers.host if move.to is Tier.HOST else self._durable).discard(place)

@@ -10,7 +10,8 @@ and put back when the last of them goes. So is who is pinned, until it is let go
 waits for something that is pinned, the deepest of these goes all the same: what `can_make_room` promised
 holds. A version that was written before what it is built on is known to nobody as its child.
 
-Cost: O(1) a use, O(queues that are not empty) a victim, and each version is lifted once a use at most.
+Cost: O(1) a use, O(queues that are not empty) a victim, and each version is lifted once a use at most, in
+O(log of those lifted), which is also what the deepest of them costs (lifted.py).
 Failure is an answer: no victim.
 """
 
@@ -19,12 +20,11 @@ from __future__ import annotations
 from array import array
 
 from kvstore.core.epochs import EpochTable
+from kvstore.core.lifted import Lifted, TenantsEpoch
 from kvstore.core.links import Links
 from kvstore.core.seams import MakePolicy, Seen, VictimQueue
 from kvstore.core.uses import Use, Uses
 from kvstore.core.versions import NONE, Versions
-
-TenantsEpoch = tuple[str, int]
 
 
 class Evictables:
@@ -37,7 +37,7 @@ class Evictables:
         self._children = array("I")  # versions of this tier that were built on the slot's
         self._entered = bytearray()
         self._idle_since = array("Q")
-        self._lifted: dict[int, VictimQueue] = {}
+        self._lifted = Lifted(versions)
         self._queues: dict[TenantsEpoch, VictimQueue] = {}
         self._make_queue = make_policy(Seen(uses, self._links, self._places))
         self._order = 0
@@ -67,7 +67,7 @@ class Evictables:
         queue = self._queues.get(where)
         if queue is None:
             queue = self._queues[where] = self._make_queue()
-        if self._lifted:
+        if len(self._lifted):
             for slot in use.slots:
                 if slot in self._lifted:
                     self._put_back(slot)
@@ -82,8 +82,11 @@ class Evictables:
         """A version on this tier was held for something that is no use of it, and is idle again."""
         if not self._places[slot]:
             self.use(tenant, self._uses.last(slot))
-        elif slot in self._lifted and self._may_go(slot):
-            self._put_back(slot)
+        elif slot in self._lifted:
+            if self._may_go(slot):
+                self._put_back(slot)
+            else:
+                self._lifted.let_go(slot)
 
     def forget(self, tenant: str, slot: int) -> None:
         """The slot's version leaves this tier, or is not live any more."""
@@ -96,7 +99,7 @@ class Evictables:
             where = tenant, self._versions.epochs[slot]
             queue = self._queues[where]
             queue.remove(slot, slot == self._named)
-            if not len(queue) and self._epochs.lag(where[1]) and queue not in self._lifted.values():
+            if not len(queue) and self._epochs.lag(where[1]) and not self._lifted.any_of(where):
                 del self._queues[where]  # of a past epoch: most likely it never fills again
         self._named = NONE
         parent = self._uses.parent(slot)
@@ -111,14 +114,14 @@ class Evictables:
         for where, queue in self._queues.items():
             if tenant is not None and where[0] != tenant:
                 continue
-            slot = self._head(queue, now)
+            slot = self._head(where, queue, now)
             if slot is None:
                 continue
             claim = -self._epochs.lag(where[1]), self._idle_since[slot]
             if order is None or claim < order:
                 first, order = slot, claim
         if first is None:
-            first = self._deepest_lifted(tenant)
+            first = self._lifted.deepest(tenant)
         self._named = NONE if first is None else first
         return first
 
@@ -131,20 +134,14 @@ class Evictables:
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _head(self, queue: VictimQueue, now: float) -> int | None:
+    def _head(self, where: TenantsEpoch, queue: VictimQueue, now: float) -> int | None:
         while (slot := queue.victim(now)) is not None and not self._may_go(slot):
             queue.lift(slot)
-            self._lifted[slot] = queue
+            self._lifted.add(slot, where)
         return slot
 
     def _may_go(self, slot: int) -> bool:
         return not self._versions.pins[slot] and not self._children[slot]
 
     def _put_back(self, slot: int) -> None:
-        self._lifted.pop(slot).put_back(slot)
-
-    def _deepest_lifted(self, tenant: str | None) -> int | None:
-        versions = self._versions
-        queues = {id(queue) for where, queue in self._queues.items() if tenant in (None, where[0])}
-        idle = (s for s, queue in self._lifted.items() if not versions.pins[s] and id(queue) in queues)
-        return max(idle, key=versions.chain_indexes.__getitem__, default=None)
+        self._queues[self._lifted.remove(slot)].put_back(slot)
