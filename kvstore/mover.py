@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -19,7 +20,7 @@ import structlog
 
 from kvstore.arrival import is_frame_of
 from kvstore.clock import Clock
-from kvstore.core.moves import Move
+from kvstore.core.moves import STEPS_A_CALL, Move
 from kvstore.core.shard import ShardCore
 from kvstore.nouns import BlockRef, KVLayout, Tier
 from kvstore.rates import Rate
@@ -189,9 +190,21 @@ class Mover:
             self._failed("nvme", error)
             for move in queued:
                 self._durable.discard(_place(move.target.ref))
+            if error.errno == errno.ENOSPC:
+                await self._give_up_below(sum(move.target.nbytes for move in moves))
             return
         for move in queued:
             self._end(move, open_moves)
+
+    async def _give_up_below(self, nbytes: int) -> None:
+        """The disk is full before it holds what the tier said: make the room that this batch lacked."""
+        for _ in range(SLICES_A_BATCH):
+            went = self._core.room_below.give_up(nbytes, STEPS_A_CALL)
+            self._settle()
+            nbytes -= went
+            if not went or nbytes <= 0:
+                return
+            await asyncio.sleep(0)
 
     def _end(self, move: Move, open_moves: dict[Move, None]) -> None:
         del open_moves[move]

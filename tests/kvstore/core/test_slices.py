@@ -1,4 +1,4 @@
-"""Promise: no call of the core does for moves what would hold up the event loop; the next ones go on with it."""
+"""Promise: no call of the core does so much for moves that the event loop stands; the next goes on."""
 
 from __future__ import annotations
 
