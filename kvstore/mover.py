@@ -5,7 +5,8 @@ a byte that went wrong on one tier is never carried to the next, its version is 
 written below only while its version is live, and takes its place in the durable order in the same turn of
 the loop: a purge that comes later finds it. Bounds: `batch_nbytes` of each direction under way, an eighth of
 the host at most, one sync a batch, and nobody else syncs: what a failed sync forgets is this batch. A disk
-that fails costs the moves of its batch, and nothing moves for RETRY_S.
+that fails costs the moves of its batch, and nothing moves for RETRY_S; a frame that cannot be read, or that
+no segment has room for (EFBIG), costs its own move.
 """
 
 from __future__ import annotations
@@ -173,16 +174,10 @@ class Mover:
     async def _demote(self, moves: Sequence[Move], open_moves: dict[Move, None]) -> None:
         """Queue the frames, sync once, then tell the core of all: before, none of them is there."""
         queued: list[Move] = []
+        unread = 0
         try:
             for move in moves:
-                frame = await self._made(move)
-                if frame is None:
-                    continue
-                if not self._core.moves.is_wanted(move):
-                    self._durable.give_up(frame)
-                    continue
-                queued.append(move)
-                await self._durable.write(_place(move.target.ref), frame)
+                unread += not await self._queue(move, queued)
             if queued:
                 await self._durable.sync()
         except OSError as error:
@@ -193,8 +188,36 @@ class Mover:
             if error.errno == errno.ENOSPC:
                 await self._give_up_below(sum(move.target.nbytes for move in moves))
             return
+        if unread and not queued:  # else who cannot be read and is always next to go is tried without end
+            self._not_before = self._clock.now() + RETRY_S
         for move in queued:
             self._end(move, open_moves)
+
+    async def _queue(self, move: Move, queued: list[Move]) -> bool:
+        """Write its frame, unless it has none for the tier below. False: it could not be read or copied.
+
+        Raises OSError for what concerns the disk and not this frame alone.
+        """
+        try:
+            frame = await self._made(move)
+        except OSError as error:
+            self._failed("source", error)
+            return False
+        if frame is None:
+            return True
+        if not self._core.moves.is_wanted(move):
+            self._durable.give_up(frame)
+            return True
+        queued.append(move)
+        try:
+            await self._durable.write(_place(move.target.ref), frame)
+        except OSError as error:
+            if error.errno != errno.EFBIG:
+                raise
+            queued.remove(move)
+            self._failed("nvme", error)
+            self._core.moves.unfit(move)
+        return True
 
     async def _give_up_below(self, nbytes: int) -> None:
         """The disk is full before it holds what the tier said: make the room that this batch lacked."""
