@@ -127,6 +127,7 @@ class ShardDriver:
         """
         if self.mover is not None:
             await recover(self.core, self.tiers, self._notes)
+            await self._upkeep.resize()
             self.mover.start()
 
     async def close(self) -> None:
@@ -313,7 +314,7 @@ class ShardDriver:
             leases=self.core.leases,
             oldest_pin_s=self.core.oldest_pin_s(self._clock.now()),
             nvme_nbytes=usage.nvme_nbytes,
-            nvme_capacity_nbytes=self.config.tiering.nvme_nbytes,
+            nvme_capacity_nbytes=self.core.index.nvme.capacity_nbytes,
             counters=dict(self.core.counters),
         )
 

@@ -37,9 +37,9 @@ class Lent:
         driver = self._driver
         core = driver.serving()
         self._read_ahead()
-        reading = self._ahead.pop(ref, None)
         if not core.index.serves(self._namespace, ref):
             return core.missed(MissReason.STALE_REFERENCE)
+        reading = self._ahead.pop(ref, None)
         try:
             frame = None if reading is None else await reading
             if frame is None:

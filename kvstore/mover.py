@@ -5,13 +5,15 @@ a byte that went wrong on one tier is never carried to the next, its version is 
 written below only while its version is live, and takes its place in the durable order in the same turn of
 the loop: a purge that comes later finds it. Bounds: `batch_nbytes` of each direction under way, an eighth of
 the host at most, one sync a batch, and nobody else syncs: what a failed sync forgets is this batch. A disk
-that fails costs the moves of its batch, and nothing moves for RETRY_S.
+that fails costs the moves of its batch, and nothing moves for RETRY_S; a frame that cannot be read, or that
+no segment has room for (EFBIG), costs its own move.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -19,7 +21,7 @@ import structlog
 
 from kvstore.arrival import is_frame_of
 from kvstore.clock import Clock
-from kvstore.core.moves import Move
+from kvstore.core.moves import STEPS_A_CALL, Move
 from kvstore.core.shard import ShardCore
 from kvstore.nouns import BlockRef, KVLayout, Tier
 from kvstore.rates import Rate
@@ -32,6 +34,7 @@ log = structlog.get_logger(__name__)
 
 BATCH_NBYTES: Final = 32 << 20
 HOST_SHARE: Final = 8
+SLICES_A_BATCH: Final = 256  # of starting, before what was started is performed
 RETRY_S: Final = 1.0
 
 EncodeFrame = Callable[[memoryview, KVLayout], memoryview | None]
@@ -79,18 +82,24 @@ class Mover:
         """Something was let go of, matched or announced: there may be something to move."""
         self._wanted.set()
 
-    async def step(self) -> int:
-        """Start what is to move and see it to its end. How many moves that were."""
+    async def step(self) -> bool:
+        """Start what is to move, in slices between which others have their turn, and see it to its end.
+        Is there more to do at once?"""
         if self._clock.now() < self._not_before:
-            return 0
-        moves = self._core.moves.start(self._clock.now(), self._batch_nbytes)
-        self._settle()
-        self._wanted.clear()  # what is wanted still could not be started now: to have settled is no news
-        if moves:
-            await self._perform(moves)
+            return False
+        open_moves: dict[Move, None] = {}  # in their order
+        try:
+            is_cut_short = await self._start(open_moves)
+            if began := bool(open_moves):
+                await self._perform(open_moves)
+        finally:  # cancelled or not: no move stays under way
+            for move in open_moves:
+                self._core.moves.failed(move)
+            if open_moves:
+                self._settle()
         async with self._moved:
             self._moved.notify_all()
-        return len(moves)
+        return began or is_cut_short
 
     async def wait_for(self, refs: Sequence[BlockRef], timeout_s: float) -> None:
         """Until none of these is on its way to the host any more, or the time is over."""
@@ -126,19 +135,24 @@ class Mover:
                 self._core.counters["mover_failed"] += 1
                 log.exception("a batch of moves failed, and the mover goes on", shard=self._core.config.shard)
 
-    async def _perform(self, moves: Sequence[Move]) -> None:
-        up = [move for move in moves if move.to is Tier.HOST]
-        down = [move for move in moves if move.to is Tier.NVME]
-        open_moves = set(moves)
-        try:
-            await self._promote(up, open_moves)
-            await self._demote(down, open_moves)
-        finally:  # cancelled or not: no move stays under way
-            for move in open_moves:
-                self._core.moves.failed(move)
+    async def _start(self, open_moves: dict[Move, None]) -> bool:
+        """Is there more to start, of which this batch has no room or no time?"""
+        for _ in range(SLICES_A_BATCH):
+            open_moves |= dict.fromkeys(self._core.moves.start(self._clock.now(), self._batch_nbytes))
             self._settle()
+            self._wanted.clear()  # what is wanted still could not be started now: to have settled is no news
+            if not self._core.moves.is_cut_short:
+                return False
+            await asyncio.sleep(0)
+        return True
 
-    async def _promote(self, moves: Sequence[Move], open_moves: set[Move]) -> None:
+    async def _perform(self, open_moves: dict[Move, None]) -> None:
+        up = [move for move in open_moves if move.to is Tier.HOST]
+        down = [move for move in open_moves if move.to is Tier.NVME]
+        await self._promote(up, open_moves)
+        await self._demote(down, open_moves)
+
+    async def _promote(self, moves: Sequence[Move], open_moves: dict[Move, None]) -> None:
         began, nbytes = self._clock.now(), 0
         for move in moves:
             try:
@@ -157,19 +171,13 @@ class Mover:
                 self._end(move, open_moves)
         self.promoted.measured(nbytes, self._clock.now() - began)
 
-    async def _demote(self, moves: Sequence[Move], open_moves: set[Move]) -> None:
+    async def _demote(self, moves: Sequence[Move], open_moves: dict[Move, None]) -> None:
         """Queue the frames, sync once, then tell the core of all: before, none of them is there."""
         queued: list[Move] = []
+        unread = 0
         try:
             for move in moves:
-                frame = await self._made(move)
-                if frame is None:
-                    continue
-                if not self._core.moves.is_wanted(move):
-                    self._durable.give_up(frame)
-                    continue
-                queued.append(move)
-                await self._durable.write(_place(move.target.ref), frame)
+                unread += not await self._queue(move, queued)
             if queued:
                 await self._durable.sync()
         except OSError as error:
@@ -177,12 +185,52 @@ class Mover:
             self._failed("nvme", error)
             for move in queued:
                 self._durable.discard(_place(move.target.ref))
+            if error.errno == errno.ENOSPC:
+                await self._give_up_below(sum(move.target.nbytes for move in moves))
             return
+        if unread and not queued:  # else who cannot be read and is always next to go is tried without end
+            self._not_before = self._clock.now() + RETRY_S
         for move in queued:
             self._end(move, open_moves)
 
-    def _end(self, move: Move, open_moves: set[Move]) -> None:
-        open_moves.discard(move)
+    async def _queue(self, move: Move, queued: list[Move]) -> bool:
+        """Write its frame, unless it has none for the tier below. False: it could not be read or copied.
+
+        Raises OSError for what concerns the disk and not this frame alone.
+        """
+        try:
+            frame = await self._made(move)
+        except OSError as error:
+            self._failed("source", error)
+            return False
+        if frame is None:
+            return True
+        if not self._core.moves.is_wanted(move):
+            self._durable.give_up(frame)
+            return True
+        queued.append(move)
+        try:
+            await self._durable.write(_place(move.target.ref), frame)
+        except OSError as error:
+            if error.errno != errno.EFBIG:
+                raise
+            queued.remove(move)
+            self._failed("nvme", error)
+            self._core.moves.unfit(move)
+        return True
+
+    async def _give_up_below(self, nbytes: int) -> None:
+        """The disk is full before it holds what the tier said: make the room that this batch lacked."""
+        for _ in range(SLICES_A_BATCH):
+            went = self._core.room_below.give_up(nbytes, STEPS_A_CALL)
+            self._settle()
+            nbytes -= went
+            if not went or nbytes <= 0:
+                return
+            await asyncio.sleep(0)
+
+    def _end(self, move: Move, open_moves: dict[Move, None]) -> None:
+        del open_moves[move]
         place = _place(move.target.ref)
         if not self._core.moves.done(move):
             (self._tiers.host if move.to is Tier.HOST else self._durable).discard(place)

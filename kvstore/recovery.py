@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Sequence
+from typing import Final
 
 import structlog
 
@@ -16,6 +18,9 @@ from kvstore.tiers.base import Place
 from kvstore.tiers.durable import AdvanceNote, EpochNote, NamespaceNote, Recovered, RecoveredBlock
 from kvstore.tiers.hierarchy import Tiers
 
+BLOCKS_A_TURN: Final = 64
+"""Restored between two turns of the event loop: about 6 ms."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -26,9 +31,12 @@ async def recover(core: ShardCore, tiers: Tiers, notes: Notes) -> None:
     _replay(core, recovered)
     notes.replayed(recovered.notes)
     found: Counter[str] = Counter(recovered.counters)
-    blocks = _newest(recovered.blocks, core.index.nvme.capacity_nbytes)
+    slots_max = core.config.limits.slots_max
+    blocks = _newest(recovered.blocks, core.index.nvme.capacity_nbytes, slots_max)
     found["crowded_out"] = len(recovered.blocks) - len(blocks)
-    for block in blocks:
+    for number, block in enumerate(blocks):
+        if number % BLOCKS_A_TURN == 0:
+            await asyncio.sleep(0)
         ref = core.restore(block.frame.meta, block.nbytes)
         found["restored" if ref is not None else "not_restored"] += 1
         if ref is not None:
@@ -40,13 +48,15 @@ async def recover(core: ShardCore, tiers: Tiers, notes: Notes) -> None:
         log.info("recovered", shard=core.config.shard, **found)
 
 
-def _newest(blocks: Sequence[RecoveredBlock], nbytes_max: int) -> list[RecoveredBlock]:
+def _newest(blocks: Sequence[RecoveredBlock], nbytes_max: int, blocks_max: int) -> list[RecoveredBlock]:
     """What was given up and not yet overwritten is found too: it must not take the place of what came after.
 
     Of each version the last copy; oldest first, as they were written and are to go."""
     chosen: dict[BlockMeta, RecoveredBlock] = {}
     nbytes = 0
     for block in reversed(blocks):
+        if len(chosen) == blocks_max:
+            break
         if block.frame.meta not in chosen and nbytes + block.nbytes <= nbytes_max:
             chosen[block.frame.meta] = block
             nbytes += block.nbytes

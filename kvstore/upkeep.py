@@ -29,6 +29,8 @@ log = structlog.get_logger(__name__)
 
 SWEEP_SLOTS: Final = 16  # looked at between two turns of the event loop: at most about 0.1 ms
 SWEEPS_A_TICK: Final = 2_048
+RESIZE_VERSIONS: Final = 64  # given up below between two turns of the event loop: about 1 ms
+RESIZES_A_TICK: Final = 64
 COMPACT_NBYTES_A_TICK: Final = 64 << 20  # copied by storage to tidy itself up: some 15 ms of one core
 
 
@@ -89,11 +91,26 @@ class Upkeep:
         self.reap()
         self._core.look_ahead(self._clock.now())
         self._settled()
+        await self.resize()
         for _ in range(SWEEPS_A_TICK):
             if not await self._sweep():
                 break
         if self._compactable is not None:
             await self._compactable.compact(COMPACT_NBYTES_A_TICK)
+
+    async def resize(self) -> None:
+        """Tell the core what room the tier below has now; a bounded part of what is too much there goes."""
+        durable = self._tiers.durable
+        if durable is None:
+            return
+        for _ in range(RESIZES_A_TICK):
+            room_nbytes = min(durable.room_nbytes(), self._config.tiering.nvme_nbytes)
+            went = self._core.room_below.resize(room_nbytes, RESIZE_VERSIONS)
+            if not went:
+                break
+            self._core.counters["shrunk:nvme"] += went
+            self.settle()
+            await asyncio.sleep(0)
 
     async def purge(self, scope: Purge) -> Purged:
         """Delete, note it, and sweep. What was freed meanwhile by another purge is counted here too."""

@@ -8,7 +8,6 @@ otherwise, so from here they reach the shards of this machine.
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator, Mapping
 from typing import Self
 
@@ -27,14 +26,15 @@ class PublishedStore:
     @classmethod
     @contextlib.contextmanager
     def at(cls, port: int, store: StoreConfig, token: str) -> Iterator[Self]:
-        """Under the port of the service's API, until it ends; then nothing of it is left."""
+        """Under the port of the service's API, until it ends. Raises ConfigError where one runs already."""
         folder = StoreFolder.of(f"up-{port}")
-        try:
-            with folder.running():
-                write_private(folder.path / "token", token.encode() + b"\n")
+        with folder.running():
+            token_file = folder.path / "token"
+            write_private(token_file, token.encode() + b"\n")
+            try:
                 yield cls(folder, store.client_files())
-        finally:
-            shutil.rmtree(folder.path, ignore_errors=True)
+            finally:
+                token_file.unlink(missing_ok=True)
 
     def write(self, shards: Mapping[str, LaunchedShard]) -> None:
         places = tuple(

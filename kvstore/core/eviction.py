@@ -17,7 +17,8 @@ waits for something that is pinned, the deepest of these goes all the same: what
 holds. A version that was written before what it is built on is known to nobody as its child.
 
 Cost: O(1) a use, O(queues) a victim (101 a tenant and epoch at most), O(log n) the end of a priority; each
-version is lifted once a use at most.
+version is lifted once a use at most, in O(log of those lifted), which is also what the deepest of them costs
+(lifted.py).
 Failure is an answer: no victim.
 """
 
@@ -28,14 +29,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from kvstore.core.epochs import EpochTable
+from kvstore.core.lifted import Lifted, Where
 from kvstore.core.links import Links
 from kvstore.core.retention import PRIORITY_DEFAULT, Ends, Retentions
 from kvstore.core.seams import MakePolicy, Seen, VictimQueue
 from kvstore.core.uses import Use, Uses
 from kvstore.core.versions import NONE, Versions
-
-Where = tuple[str, int, int]
-"""Tenant, epoch, priority."""
 
 
 class _Head(NamedTuple):
@@ -66,7 +65,7 @@ class Evictables:
         self._children = array("I")  # versions of this tier that were built on the slot's
         self._entered = bytearray()
         self._idle_since = array("Q")
-        self._lifted: dict[int, VictimQueue] = {}
+        self._lifted = Lifted(versions)
         self._queues: dict[Where, VictimQueue] = {}
         self._retentions = retentions
         self._tenant_of = tenant_of
@@ -98,7 +97,7 @@ class Evictables:
     def use(self, tenant: str, use: Use) -> None:
         """Versions on this tier, of one tenant and epoch, were just used and are idle now."""
         epoch = self._versions.epochs[use.slots[0]]
-        if self._lifted:
+        if len(self._lifted):
             for slot in use.slots:
                 if slot in self._lifted:
                     self._put_back(slot)
@@ -116,8 +115,11 @@ class Evictables:
         """A version on this tier was held for something that is no use of it, and is idle again."""
         if not self._places[slot]:
             self.use(tenant, self._uses.last(slot))
-        elif slot in self._lifted and self._may_go(slot):
-            self._put_back(slot)
+        elif slot in self._lifted:
+            if self._may_go(slot):
+                self._put_back(slot)
+            else:
+                self._lifted.let_go(slot)
 
     def retained(self, slot: int) -> None:
         """What a version on this tier is worth was said anew."""
@@ -137,7 +139,7 @@ class Evictables:
             where = tenant, self._versions.epochs[slot], self._priorities[slot]
             queue = self._queues[where]
             queue.remove(slot, slot == self._named)
-            if not len(queue) and self._epochs.lag(where[1]) and queue not in self._lifted.values():
+            if not len(queue) and self._epochs.lag(where[1]) and not self._lifted.any_of(where):
                 del self._queues[where]  # of a past epoch: most likely it never fills again
         self._named = NONE
         parent = self._uses.parent(slot)
@@ -153,11 +155,11 @@ class Evictables:
         for (owner, epoch, priority), queue in self._queues.items():
             if tenant not in (None, owner) or not len(queue):
                 continue
-            slot = self._head(queue, now)
+            slot = self._head((owner, epoch, priority), queue, now)
             if slot is not None:
                 newness = -self._epochs.lag(epoch)
                 heads.append(_Head(newness, self._idle_since[slot], owner, priority, slot))
-        victim = _cheapest(heads) if heads else self._deepest_lifted(tenant)
+        victim = _cheapest(heads) if heads else self._lifted.deepest(tenant)
         self._named = NONE if victim is None else victim
         return victim
 
@@ -170,10 +172,10 @@ class Evictables:
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _head(self, queue: VictimQueue, now: float) -> int | None:
+    def _head(self, where: Where, queue: VictimQueue, now: float) -> int | None:
         while (slot := queue.victim(now)) is not None and not self._may_go(slot):
             queue.lift(slot)
-            self._lifted[slot] = queue
+            self._lifted.add(slot, where)
         return slot
 
     def _queue(self, where: Where) -> VictimQueue:
@@ -220,13 +222,7 @@ class Evictables:
         return not self._versions.pins[slot] and not self._children[slot]
 
     def _put_back(self, slot: int) -> None:
-        self._lifted.pop(slot).put_back(slot)
-
-    def _deepest_lifted(self, tenant: str | None) -> int | None:
-        versions = self._versions
-        queues = {id(queue) for where, queue in self._queues.items() if tenant in (None, where[0])}
-        idle = (s for s, queue in self._lifted.items() if not versions.pins[s] and id(queue) in queues)
-        return max(idle, key=versions.chain_indexes.__getitem__, default=None)
+        self._queues[self._lifted.remove(slot)].put_back(slot)
 
 
 def _cheapest(heads: list[_Head]) -> int:

@@ -6,7 +6,10 @@
 
 What moves is pinned by a lease of the shard's own, so that it is neither evicted nor reused meanwhile; should
 that lease end (the disk stood still), the move fails. Candidates wait in queues bounded in bytes; what does
-not fit stays where it is, and is counted. Cost: O(1) a candidate, O(those who give way) a move.
+not fit stays where it is, and is counted. Cost: O(1) a candidate; a move O(those who give way to it), each of
+which costs what a victim does (eviction.py). One call of `start` takes STEPS_A_CALL candidates and victims,
+and beyond that only those who give way to its last move: some milliseconds of the caller's event loop,
+but for versions that were pinned since, each of which is lifted once (10 us).
 
 A tier with a codec gets another version: staged below, visible when it is there, of the codec's quality. It
 lands only while what it was made of is live: KV that was purged, or of a dropped epoch, never comes back
@@ -44,6 +47,7 @@ from kvstore.nouns import BlockRef, ChangeKind, LeaseId, Quality, Tier
 
 OWNER: Final = "tiering"
 LEASE_S: Final = 60.0
+STEPS_A_CALL: Final = 64
 _LIVE: Final = int(State.LIVE)
 
 
@@ -114,7 +118,10 @@ class Moves:
         self._down = Wanted(tiering.queue_nbytes_max)
         self._up = Wanted(tiering.queue_nbytes_max)
         self._under_way: dict[BlockRef, Move] = {}  # by the target
+        self._arriving: Counter[Tier] = Counter()  # bytes under way, by where they go: there,
+        self._moving: Counter[Tier] = Counter()  # and as they are where they come from
         self._draining = False
+        self._steps_left = STEPS_A_CALL
         if tiering.nvme_nbytes and tiering.when is not DemoteWhen.CROWDED:
             index.on_use = self._used
 
@@ -126,7 +133,12 @@ class Moves:
         return {target.slot for target, move in self._under_way.items() if move.is_encoded}
 
     def under_way_nbytes(self, to: Tier) -> int:
-        return sum(move.target.nbytes for move in self._under_way.values() if move.to is to)
+        return self._arriving[to]
+
+    @property
+    def is_cut_short(self) -> bool:
+        """Did the last `start` end only because it had done enough for one turn of the event loop?"""
+        return self._steps_left <= 0
 
     def is_coming(self, slot: int) -> bool:
         """Is the version wanted on the host, or on its way there?"""
@@ -138,7 +150,7 @@ class Moves:
             host = self._index.host
             if host.used_nbytes > self._tiering.watermarks[0] * host.capacity_nbytes:
                 return True
-        return bool(len(self._up) or len(self._down))
+        return self.is_cut_short or bool(len(self._up) or len(self._down))
 
     def want_on_host(self, slots: Iterable[int]) -> int:
         """Name live versions that are to come up. How many of them wait now or are under way."""
@@ -154,16 +166,23 @@ class Moves:
         return coming
 
     def start(self, now: float, nbytes_max: int) -> list[Move]:
-        """Moves to perform, about so many bytes of each direction under way at most."""
+        """Moves to perform, about so many bytes of each direction under way at most.
+
+        Ask again, after others had their turn, when it `is_cut_short`, though no move was started.
+        """
         started: list[Move] = []
+        self._steps_left = STEPS_A_CALL
         try:
-            while self.under_way_nbytes(Tier.HOST) < nbytes_max and (wanted := self._up.take()):
+            while self._may_start(Tier.HOST, nbytes_max) and (wanted := self._up.take()):
+                self._steps_left -= 1
                 started += self._promote(*wanted, now)
-            while self.under_way_nbytes(Tier.NVME) < nbytes_max and (wanted := self._down.take()):
+            while self._may_start(Tier.NVME, nbytes_max) and (wanted := self._down.take()):
+                self._steps_left -= 1
                 started += self._demote(*wanted, now)
             self._drain(started, now, nbytes_max)
         except OverLimit:  # every lease is taken: clients come first
             self._counters["moves_without_lease"] += 1
+            self._steps_left = max(1, self._steps_left)  # it ends here, whatever is left to do
         return started
 
     def is_wanted(self, move: Move) -> bool:
@@ -211,6 +230,16 @@ class Moves:
     def _room(self, tier: Tier) -> Room:
         return self._index.host if tier is Tier.HOST else self._index.nvme
 
+    def _may_start(self, to: Tier, nbytes_max: int) -> bool:
+        waits = (
+            to is Tier.NVME and self._index.nvme.is_over
+        )  # it has to shrink first, a bounded part at a time
+        return not waits and not self.is_cut_short and self._arriving[to] < nbytes_max
+
+    def _give_way(self, room: Room, slot: int) -> None:
+        self._steps_left -= 1
+        self._retiring.evict_from(room, slot)
+
     def _used(self, use: Use) -> None:
         """Is what was let go of worth a place on the tier below?"""
         table = self._index.versions
@@ -244,15 +273,15 @@ class Moves:
         index, host = self._index, self._index.host
         high, low = (share * host.capacity_nbytes for share in self._tiering.watermarks)
         self._draining = self._draining or host.used_nbytes > high
-        while self._draining and self.under_way_nbytes(Tier.NVME) < nbytes_max:
-            going = sum(m.source.nbytes for m in self._under_way.values() if m.to is Tier.NVME)
+        while self._draining and self._may_start(Tier.NVME, nbytes_max):
             slot = host.evictables.victim(None, index.now)
-            self._draining = slot is not None and host.used_nbytes - going > low
+            self._draining = slot is not None and host.used_nbytes - self._moving[Tier.NVME] > low
             if slot is None or not self._draining:
                 break
             if not (index.is_live(slot) and self._is_candidate(slot) and self._admits(slot)):
-                self._retiring.evict_from(host, slot)
+                self._give_way(host, slot)
                 continue
+            self._steps_left -= 1
             moves = self._demote(slot, index.versions.generations[slot], now)
             if not moves:
                 break  # no room below: it stays until its own room is needed
@@ -272,7 +301,7 @@ class Moves:
             return []
         lease = self._holds.grant(OWNER, LEASE_S, space, (slot,), now)
         while (victim := index.rooms.next_victim(account, nbytes)) is not None:
-            self._retiring.evict_from(index.host, victim)
+            self._give_way(index.host, victim)
         index.occupy(slot, index.host, TO_HOST)
         return [self._begin(slot, slot, Tier.HOST, lease)]
 
@@ -303,6 +332,8 @@ class Moves:
     def _begin(self, slot: int, target: int, to: Tier, lease: LeaseId) -> Move:
         move = Move(self._index.row(slot), self._index.row(target), to, lease)
         self._under_way[move.target.ref] = move
+        self._arriving[to] += move.target.nbytes
+        self._moving[to] += move.source.nbytes
         return move
 
     def _make_room_below(self, nbytes: int) -> bool:
@@ -313,7 +344,7 @@ class Moves:
             victim = nvme.evictables.victim(None, self._index.now)
             if victim is None:
                 return False
-            self._retiring.evict_from(nvme, victim)
+            self._give_way(nvme, victim)
         return True
 
     def _encoding_of(self, slot: int) -> Encoding | None:
@@ -352,6 +383,8 @@ class Moves:
 
     def _end(self, move: Move) -> None:
         del self._under_way[move.target.ref]
+        self._arriving[move.to] -= move.target.nbytes
+        self._moving[move.to] -= move.source.nbytes
         self._index.unpin(self._holds.end(move.lease), used=False)
 
     def _leave_behind(self, move: Move) -> None:

@@ -23,6 +23,12 @@ class Room:
     capacity_nbytes: int
     evictables: Evictables
     used_nbytes: int = 0  # of what lies there, and of what is on its way
+    ceiling_nbytes: int = 0  # of what is used while that is over a capacity that shrank: it only falls
+
+    @property
+    def is_over(self) -> bool:
+        """Did it shrink below what it holds?"""
+        return self.used_nbytes > self.capacity_nbytes
 
     def lacks(self, nbytes: int) -> bool:
         """Must somebody give way before a frame of `nbytes` fits?"""

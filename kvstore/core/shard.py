@@ -27,6 +27,7 @@ from kvstore.core.moves import Moves
 from kvstore.core.offers import Offers
 from kvstore.core.past import Past
 from kvstore.core.purging import Purging
+from kvstore.core.resizing import RoomBelow
 from kvstore.core.restoring import restore
 from kvstore.core.retiring import Retiring
 from kvstore.core.seams import MakeAdmission, MakePolicy, MakePredictor
@@ -84,6 +85,7 @@ class ShardCore:
             self.index.uses.observers.append(self.predictor.observe)
             admission = make_admission(self.index.uses, self.predictor) if make_admission else None
         self.moves = Moves(self.index, self._holds, self.retiring, config.tiering, admission, self.counters)
+        self.room_below = RoomBelow(self.index, self.retiring)
         self.foreseen = Foreseen(self.index, self.moves, config.foresight, self.counters)
         self.continuations: Continuations | None = None
         if make_predictor is not None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 
 import pytest
 
 from kvstore import failpoints
+from kvstore.core.moves import STEPS_A_CALL
 from kvstore.core.state import DemoteWhen
 from kvstore.core.versions import ON_HOST, ON_NVME
 from kvstore.errors import Unavailable
@@ -16,7 +18,7 @@ from kvstore.mover import RETRY_S
 from kvstore.nouns import DROP, KVLayout, MissReason, Quality, Snapshot, Tier
 from kvstore.transport.base import Purge
 from tests.kvstore.durable import E1, ENCODED_NBYTES, Tiered, encode, wanted
-from tests.kvstore.oracle import FRAME_NBYTES, SPEC, TIMEOUT, get, payload, put, refs_in
+from tests.kvstore.oracle import FRAME_NBYTES, SPEC, TIMEOUT, chain, get, payload, put, refs_in
 
 FOUR = [0, 1, 2, 3]
 
@@ -175,6 +177,30 @@ async def test_a_mover_that_can_do_nothing_does_not_hold_up_the_loop() -> None:
     assert shard.host.nbytes() < 4 * FRAME_NBYTES
     await shard.driver.close()
     shard.all_is_well()
+
+
+async def test_a_host_that_is_emptied_holds_up_nobody() -> None:
+    """Nothing may go below, so much is given up: others have their turns between slices of it."""
+    blocks = 4 * STEPS_A_CALL
+    shard = await Tiered(host_frames=blocks, when=DemoteWhen.CROWDED, watermarks=(0.9, 0.2)).open()
+    shard.keys = chain(shard.namespace, blocks)
+    for first in range(0, blocks, 32):
+        await put(shard.driver, shard.keys, list(range(first, first + 32)), E1)
+    shard.driver.core.moves._admission = _Nothing()
+    left = [len(shard.driver.core.index)]
+    moving = asyncio.create_task(shard.move())
+    while not moving.done():
+        await asyncio.sleep(0)
+        left.append(len(shard.driver.core.index))
+    assert left[-1] <= blocks * 0.2
+    assert max(before - after for before, after in itertools.pairwise(left)) <= STEPS_A_CALL
+    assert shard.below.nbytes() == 0
+    shard.all_is_well()
+
+
+class _Nothing:
+    def admits(self, slot: int, now: float) -> bool:
+        return False
 
 
 async def test_a_purge_meets_a_move_at_every_turn_of_the_loop() -> None:

@@ -22,8 +22,11 @@ STORY: list[Any] = [{"role": "user", "content": "Tell me a long story about a li
 
 @pytest.fixture(scope="module")
 def up() -> Iterator[Up]:
-    with running("--model", MODEL, "--shards", "2") as service:
-        yield service
+    """Without the pools' own caches: these tests look at what the store does."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("KVSTRATA_ENGINE__LOCAL_CACHE", "false")
+        with running("--model", MODEL, "--shards", "2") as service:
+            yield service
 
 
 def wait_until(what: str, true: Callable[[], bool], within_s: float = 60.0) -> None:

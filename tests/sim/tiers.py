@@ -195,5 +195,5 @@ def _name(row: Version) -> tuple[NamespaceId, BlockKey, int, Quality]:
 def moves_of(driver: ShardDriver) -> Counter[str]:
     """What came of the moves of a shard's last life."""
     kinds = ("moved_to", "move_failed", "promotions_", "demotions_", "nvme_failed", "host_failed", "moves_",
-             "recovery:", "not_encodable", "mover_failed")  # fmt: skip
+             "source_failed", "recovery:", "not_encodable", "mover_failed")  # fmt: skip
     return Counter({k: n for k, n in driver.core.counters.items() if k.startswith(kinds)})

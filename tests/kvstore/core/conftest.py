@@ -183,7 +183,7 @@ class Shard:
     def move(self, nbytes_max: int = 1 << 20) -> int:
         """Perform all there is to move. How many of these moves stand."""
         stand = 0
-        while started := self.start(nbytes_max):
+        while (started := self.start(nbytes_max)) or self.core.moves.is_cut_short:
             for move in started:
                 stand += self.core.moves.done(move)
                 self.core.check_integrity()

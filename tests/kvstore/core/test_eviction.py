@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
+from typing import Any
+
 import pytest
 
 from kvstore.core.state import Offer
@@ -179,3 +182,69 @@ def test_below_too_a_block_goes_only_after_what_was_built_on_it() -> None:
     for ref in refs:  # the root was used longest ago, and the leaf last
         evictables.use("default", shard.core.index.uses.last(ref.slot))
     assert evictables.victim(None, shard.now) == refs[3].slot
+
+
+class Counted(array):  # type: ignore[type-arg]
+    """A column that counts how often it was looked into."""
+
+    looks = 0
+
+    def __getitem__(self, at: object) -> Any:
+        Counted.looks += 1
+        return super().__getitem__(at)  # type: ignore[call-overload]
+
+
+def _depths_of_victims(shard: Shard) -> list[int]:
+    """Give up all that is idle on the host. How deep each was in its chain."""
+    index, depths = shard.core.index, []
+    while (victim := index.host.evictables.victim(None, index.now)) is not None:
+        depths.append(index.versions.chain_indexes[victim])
+        shard.core.retiring.evict(victim)
+    return depths
+
+
+def test_the_deepest_of_many_that_wait_costs_no_look_at_all_of_them() -> None:
+    chains = 600
+    shard = Shard(blocks=2 * chains)
+    for chain in range(chains):
+        shard.put([100 * chain, 100 * chain + 1])
+        shard.match([100 * chain + 1])  # held: its root waits for it
+    table = shard.core.index.versions
+    table.pins = Counted(table.pins.typecode, table.pins)
+    before = Counted.looks
+    assert _depths_of_victims(shard) == [0] * chains
+    assert Counted.looks - before < 20 * chains
+    shard.core.check_integrity()
+
+
+def test_who_was_held_while_all_waited_is_among_the_deepest_again_when_let_go() -> None:
+    """In whatever order, and however often: each goes once, the deepest that waits first."""
+    shard = Shard(blocks=8)
+    shard.put(range(4))
+    shard.put(range(100, 104))
+    leaves = [shard.match([3]).lease, shard.match([103]).lease]
+    evictables = shard.core.index.host.evictables
+    assert evictables.victim(None, shard.now) is not None  # all that is idle was lifted now
+    for _ in range(100):
+        held = shard.match([2])
+        assert evictables.victim(None, shard.now) is not None
+        assert held.lease is not None
+        shard.core.index.unpin(shard.core._holds.end(held.lease), used=False)
+        shard.core.check_integrity()
+    assert _depths_of_victims(shard) == [2, 1, 0, 2, 1, 0]
+    shard.release(*leaves)
+    assert sorted(_depths_of_victims(shard)) == [3, 3]
+    shard.core.check_integrity()
+
+
+def test_each_tenant_has_its_own_deepest() -> None:
+    shard = Shard(blocks=8)
+    shard.open(OTHER, MODEL, "another")
+    shard.put([0, 1, 2, 3])
+    shard.put([100, 101], namespace=OTHER)
+    shard.match([3])
+    shard.match([101], namespace=OTHER)
+    index = shard.core.index
+    for tenant, depth in (("another", 0), ("default", 2), (None, 2), ("nobody", None)):
+        victim = index.host.evictables.victim(tenant, shard.now)
+        assert (None if victim is None else index.versions.chain_indexes[victim]) == depth, tenant
