@@ -25,7 +25,8 @@ StateNote = NamespaceNote | EpochNote | AdvanceNote
 Scope = tuple[NamespaceId, int | None]
 """A namespace, or one of its epochs."""
 
-_NOTES_MAX: Final = 1 << 22
+NOTES_MAX: Final = 1 << 22
+"""Of one entry."""
 _KEYS_OF_A_NOTE: Final = 1 << 16
 
 
@@ -63,15 +64,17 @@ class Purges:
     def key_count(self) -> int:
         return sum(map(len, self.keys.values()))
 
-    def forget(self, needless: Callable[[NamespaceId, int | None, int], bool]) -> None:
-        """Drop what `needless(namespace, epoch, before)` says can kill nothing any more."""
-        self.whole = {
-            scope: before for scope, before in self.whole.items() if not needless(scope[0], scope[1], before)
-        }
+    def added_by(self, note: PurgeNote) -> int:
+        """How many keys more are remembered with it."""
+        known = self.keys.get((note.namespace, note.epoch), {})
+        return sum(key not in known for key in note.keys or ())
+
+    def forget(self, needless: Callable[[Scope, int], bool]) -> None:
+        """Drop what `needless(scope, before)` says can kill nothing any more. O(purges)."""
+        self.whole = {scope: before for scope, before in self.whole.items() if not needless(scope, before)}
         kept: dict[Scope, dict[BlockKey, int]] = {}
         for scope, of_scope in self.keys.items():
-            spared = {before: needless(scope[0], scope[1], before) for before in set(of_scope.values())}
-            still = {key: before for key, before in of_scope.items() if not spared[before]}
+            still = {key: before for key, before in of_scope.items() if not needless(scope, before)}
             if still:
                 kept[scope] = still
         self.keys = kept
@@ -118,6 +121,10 @@ class NoteState:
                 found.append(note)
         return found
 
+    def note_count(self) -> int:
+        """Of notes that a rewrite keeps, without purges of single keys. At most."""
+        return 1 + len(self._kept) + len(self.purges.whole)
+
     def documents(self) -> list[object]:
         """The whole state, as the first entry of a journal."""
         documents: list[object] = [["life", self.lives]]
@@ -159,10 +166,21 @@ def pack(documents: Sequence[object]) -> bytes:
     return packed
 
 
+def pack_one(document: object) -> bytes:
+    packed: bytes = msgpack.packb(document, use_bin_type=True)
+    return packed
+
+
+def packed_list(documents: Sequence[bytes]) -> bytes:
+    """What `pack` makes of documents that are not packed yet."""
+    head: bytes = msgpack.Packer(autoreset=True).pack_array_header(len(documents))
+    return b"".join((head, *documents))
+
+
 def unpack(body: bytes | memoryview, name: str) -> list[Any]:
     """Raises ConfigError for what is no list of notes."""
     try:
-        found = msgpack.unpackb(body, raw=False, max_array_len=_NOTES_MAX, max_map_len=0)
+        found = msgpack.unpackb(body, raw=False, max_array_len=NOTES_MAX, max_map_len=0)
     except (ValueError, msgpack.UnpackException) as error:
         raise ConfigError(
             f"{name} holds an entry that is no msgpack ({error}): empty the directories"
