@@ -13,7 +13,7 @@ out when the purge was noted. Decoding is total: bytes that are none of these ra
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import msgpack
 
@@ -28,6 +28,18 @@ Scope = tuple[NamespaceId, int | None]
 NOTES_MAX: Final = 1 << 22
 """Of one entry."""
 _KEYS_OF_A_NOTE: Final = 1 << 16
+
+
+class Needed(Protocol):
+    """What may be on the disks."""
+
+    def is_needless(self, scope: Scope, before: int) -> bool:
+        """Whether a purge of that scope can kill nothing."""
+        ...
+
+    def has_none_of(self, namespace: NamespaceId) -> bool:
+        """Whether no record of that namespace is there."""
+        ...
 
 
 class Purges:
@@ -124,6 +136,20 @@ class NoteState:
     def note_count(self) -> int:
         """Of notes that a rewrite keeps, without purges of single keys. At most."""
         return 1 + len(self._kept) + len(self.purges.whole)
+
+    def forget(self, oldest: Needed) -> None:
+        """Needless purges, and the namespaces that no record and no needed purge is of.
+
+        Only before anybody was told which namespaces are known: who opens one again notes it again. What an
+        epoch's number was bound to stays bound.
+        """
+        self.purges.forget(oldest.is_needless)
+        purged = self.purges.namespaces()
+        self._kept = {
+            name: note
+            for name, note in self._kept.items()
+            if not isinstance(note, NamespaceNote) or note.id in purged or not oldest.has_none_of(note.id)
+        }
 
     def documents(self) -> list[object]:
         """The whole state, as the first entry of a journal."""

@@ -98,7 +98,9 @@ class NvmeTier:
         for disk in opened.disks:
             disk.wants_room = self._reclaimer.wake
             disk.begin_life = opened.journal.begin
-        notes = tuple(opened.journal.state.notes())
+        oldest, state = await self._find_oldest(), opened.journal.state
+        await self._threads.run(lambda: state.forget(oldest))  # the first rewrite makes it durable
+        notes = tuple(state.notes())
         return Recovered(notes, opened.found.blocks, dict(self.counters))
 
     def adopt(self, record: int, place: Place) -> None:
