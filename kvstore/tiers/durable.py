@@ -69,7 +69,9 @@ class RecoveredBlock:
 class Recovered:
     """What survived. Purges are applied already; `notes` are the other three kinds, in their order."""
 
-    notes: Sequence[NamespaceNote | EpochNote | AdvanceNote]  # without those that later ones replaced
+    notes: Sequence[NamespaceNote | EpochNote | AdvanceNote]
+    """Without those that later ones replaced, and without namespaces of which nothing is left where a tier
+    forgets them: what is not here is not kept, and is to be noted again."""
     blocks: Sequence[RecoveredBlock]  # in the order in which they were first written
     counters: dict[str, int]  # what was torn, corrupt or dead, by kind
 

@@ -11,23 +11,26 @@ new one (write, sync, rename, sync of the directory). Nor does it go on after an
 anything behind what was synced, so the next note rewrites.
 
 A note costs one write and one sync, shared by all that wait meanwhile: 0.1 to 1 ms. Fails with OSError;
-the note may then be there after a crash or not.
+the note may then be there after a crash or not. Nothing is written that a start could not read: what would
+outgrow the bounds below is refused before (ENOSPC), and was not noted. Rewriting is packed in a thread.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import struct
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from kvstore.errors import ConfigError
-from kvstore.nouns import NamespaceId
-from kvstore.tiers.durable import Note
+from kvstore.tiers.durable import Note, PurgeNote
 from kvstore.tiers.nvme.files import Files
 from kvstore.tiers.nvme.layout import READABLE_VERSIONS, Seal
-from kvstore.tiers.nvme.notes import NoteState, encode_note, pack, unpack
+from kvstore.tiers.nvme.notes import NOTES_MAX, NoteState, encode_note, pack, pack_one, packed_list, unpack
+from kvstore.tiers.nvme.oldest import Oldest
 from kvstore.tiers.nvme.threads import Threads
 
 JOURNAL: Final = "journal"
@@ -43,8 +46,14 @@ _ENTRY_MAGIC: Final = b"KVSN"
 _NUMBER: Final = struct.Struct("<Q")
 _CHECK: Final = struct.Struct("<Q")
 _HEADER_NBYTES: Final = _HEADER.size + _CHECK.size
+_LIST_HEAD_NBYTES_MAX: Final = 5  # msgpack's array 32
 GROWTH_NBYTES = 256 << 10
-_JOURNAL_NBYTES_MAX: Final = 1 << 30
+JOURNAL_NBYTES_MAX = 1 << 30
+"""What a start reads. A journal is rewritten long before, unless that much still matters."""
+ENTRY_NBYTES_MAX = 1 << 26
+"""Of what is appended at once. A first entry holds the whole state, and may be as large as the journal."""
+PURGED_KEYS_MAX = 1 << 18
+"""Keys of purges that are remembered: 9 MiB of journal, 40 MiB of memory. A whole scope counts for none."""
 
 
 def encode_journal_header(store: bytes) -> bytes:
@@ -107,13 +116,26 @@ def damaged(name: str, what: str) -> ConfigError:
     )
 
 
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    note: Note
+    before: int
+    document: bytes
+    done: asyncio.Future[None]
+
+    def fail(self, error: OSError) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+            self.done.exception()  # whoever was cancelled meanwhile does not ask
+
+
 class Journal:
     """Appends and rewrites. What was read at start is `state`; `number` is the last entry that is durable."""
 
     def __init__(self, directory: Path, files: Files, threads: Threads, store: bytes) -> None:
         self.state = NoteState()
         self.number = 0
-        self.needless: Callable[[NamespaceId, int | None, int], bool] = lambda *_: False
+        self.find_oldest: Callable[[], Awaitable[Oldest]] | None = None  # None: every purge is needed
         self._given = 0  # numbers given out, those of entries that failed included
         self._path = directory / JOURNAL
         self._directory = directory
@@ -125,7 +147,7 @@ class Journal:
         self._nbytes = 0
         self._rewritten_nbytes = 0
         self._turn = asyncio.Lock()
-        self._waiting: list[tuple[Note, int, asyncio.Future[None]]] = []
+        self._waiting: list[_Waiting] = []
 
     def inherit(self, state: NoteState, number: int) -> None:
         """What an earlier life left, which this one adds itself to as soon as it writes."""
@@ -144,9 +166,9 @@ class Journal:
                     await self._rewrite()
 
     async def append(self, note: Note, before: int) -> None:
-        """Durable when this returns. Raises OSError."""
+        """Durable when this returns. Raises OSError; ENOSPC: there is no room for it, nothing was noted."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((note, before, done))
+        self._waiting.append(_Waiting(note, before, pack_one(encode_note(note, before)), done))
         async with self._turn:
             if not done.done():
                 await self._flush()
@@ -162,26 +184,68 @@ class Journal:
             # Replayed in this order, so the state is what a rewrite in the middle of a batch would keep.
             if self._handle is None or self._nbytes > 2 * self._rewritten_nbytes + GROWTH_NBYTES:
                 await self._rewrite()
-            await self._write([encode_note(note, before) for note, before, _ in batch])
+            elif self._refused(batch):
+                await self._make_room(batch)
+            for one, why in (refused := self._refused(batch)).items():
+                one.fail(OSError(errno.ENOSPC, why))
+            batch = [one for one in batch if one not in refused]
+            if batch:
+                await self._write(packed_list([one.document for one in batch]))
         except BaseException as error:
             await self._drop_handle()
-            for _, _, done in batch:
-                if not done.done():
-                    done.set_exception(error if isinstance(error, OSError) else OSError(str(error)))
-                    done.exception()  # whoever was cancelled meanwhile does not ask
+            for one in batch:
+                one.fail(error if isinstance(error, OSError) else OSError(str(error)))
             if not isinstance(error, OSError):
                 raise
             return
-        for note, before, done in batch:
-            self.state.add(note, before)
-            if not done.done():
-                done.set_result(None)
+        for one in batch:
+            self.state.add(one.note, one.before)
+            if not one.done.done():
+                one.done.set_result(None)
 
-    async def _write(self, documents: list[list[object]]) -> None:
+    def _refused(self, batch: list[_Waiting]) -> dict[_Waiting, str]:
+        """Which of them there is no room for, and why. The others may be written together."""
+        refused: dict[_Waiting, str] = {}
+        keys = self.state.purges.key_count()
+        notes = self.state.note_count() + keys  # at most: each key its own note
+        room = min(ENTRY_NBYTES_MAX, JOURNAL_NBYTES_MAX - self._nbytes - _ENTRY.size)
+        nbytes = _LIST_HEAD_NBYTES_MAX
+        for one in batch:
+            added = self.state.purges.added_by(one.note) if isinstance(one.note, PurgeNote) else 0
+            if added and keys + added > PURGED_KEYS_MAX:
+                refused[one] = (
+                    f"{keys} purged keys are remembered, at most {PURGED_KEYS_MAX} can be until their "
+                    "segments are reclaimed: purge whole epochs or namespaces"
+                )
+            elif notes + 1 + added > NOTES_MAX:
+                refused[one] = f"the journal holds {notes} notes, at most {NOTES_MAX} can be read back"
+            elif nbytes + len(one.document) > room:
+                refused[one] = f"a note of {len(one.document)} bytes outgrows what a start reads back"
+            else:
+                keys, notes, nbytes = keys + added, notes + 1 + added, nbytes + len(one.document)
+        return refused
+
+    async def _make_room(self, batch: list[_Waiting]) -> None:
+        """Forget what is needless; rewrite only where bytes are short: a refusal stays cheap."""
+        oldest = await self._find_oldest()
+        await self._threads.run(lambda: self.state.purges.forget(oldest.is_needless))
+        wanted = min(ENTRY_NBYTES_MAX, sum(len(one.document) for one in batch))
+        if self._nbytes + _ENTRY.size + _LIST_HEAD_NBYTES_MAX + wanted > JOURNAL_NBYTES_MAX:
+            await self._rewrite()
+
+    async def _find_oldest(self) -> Oldest:
+        if self.find_oldest is not None:
+            return await self.find_oldest()
+        every = Oldest()
+        every.add_unknown(0)
+        return every
+
+    async def _write(self, body: bytes) -> None:
         assert self._handle is not None
         handle, at = self._handle, self._nbytes
         self._given += 1
-        entry = encode_entry(self._given, pack(documents), self._seal)
+        entry = encode_entry(self._given, body, self._seal)
+        assert at + len(entry) <= JOURNAL_NBYTES_MAX, "refused before"
 
         def write() -> None:
             self._files.write(handle, [memoryview(entry)], at)
@@ -192,16 +256,19 @@ class Journal:
         self.number = self._given
 
     async def _rewrite(self) -> None:
-        """A new file with all that still matters, in place of the old one."""
+        """A new file with all that still matters, in place of the old one. Raises OSError.
+
+        Who calls it holds the turn, so nobody changes the state while a thread packs it.
+        """
+        oldest = await self._find_oldest()
         await self._drop_handle()
-        self.state.purges.forget(self.needless)
         self._given += 1
         number = self._given
-        entry = encode_entry(number, pack(self.state.documents()), self._seal)
-        data = encode_journal_header(self._store) + entry
         new = self._directory / JOURNAL_NEW
 
-        def write() -> int:
+        def write() -> tuple[int, int]:
+            self.state.purges.forget(oldest.is_needless)
+            data = self._encode_state(number)
             self._files.unlink(new)
             handle = self._files.create(new, direct=False)
             try:
@@ -212,11 +279,24 @@ class Journal:
             except BaseException:
                 self._files.close(handle)
                 raise
-            return handle
+            return handle, len(data)
 
-        self._handle = await self._threads.run(write)
-        self._nbytes = self._rewritten_nbytes = len(data)
+        self._handle, self._nbytes = await self._threads.run(write)
+        self._rewritten_nbytes = self._nbytes
         self.number = number
+
+    def _encode_state(self, number: int) -> bytes:
+        """Header and first entry. Raises OSError (ENOSPC) for more than a start reads."""
+        documents = self.state.documents()
+        body = pack(documents)
+        nbytes = _HEADER_NBYTES + _ENTRY.size + len(body)
+        if len(documents) > NOTES_MAX or nbytes > JOURNAL_NBYTES_MAX:
+            raise OSError(
+                errno.ENOSPC,
+                f"{len(documents)} notes of {nbytes} bytes still matter: a start reads at most "
+                f"{NOTES_MAX} of {JOURNAL_NBYTES_MAX} bytes",
+            )
+        return encode_journal_header(self._store) + encode_entry(number, body, self._seal)
 
     async def _drop_handle(self) -> None:
         handle, self._handle = self._handle, None
@@ -229,7 +309,7 @@ def load_journal(path: Path, files: Files) -> tuple[bytes, NoteState, int]:
     handle = files.open(path, direct=False)
     try:
         nbytes = files.size(handle)
-        if nbytes > _JOURNAL_NBYTES_MAX:
+        if nbytes > JOURNAL_NBYTES_MAX:
             raise ConfigError(f"{path} has {nbytes} bytes: no journal of ours grows so large")
         data = memoryview(bytearray(nbytes))
         got = files.read(handle, data, 0)

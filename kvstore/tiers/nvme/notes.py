@@ -13,7 +13,7 @@ out when the purge was noted. Decoding is total: bytes that are none of these ra
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import msgpack
 
@@ -25,8 +25,21 @@ StateNote = NamespaceNote | EpochNote | AdvanceNote
 Scope = tuple[NamespaceId, int | None]
 """A namespace, or one of its epochs."""
 
-_NOTES_MAX: Final = 1 << 22
+NOTES_MAX: Final = 1 << 22
+"""Of one entry."""
 _KEYS_OF_A_NOTE: Final = 1 << 16
+
+
+class Needed(Protocol):
+    """What may be on the disks."""
+
+    def is_needless(self, scope: Scope, before: int) -> bool:
+        """Whether a purge of that scope can kill nothing."""
+        ...
+
+    def has_none_of(self, namespace: NamespaceId) -> bool:
+        """Whether no record of that namespace is there."""
+        ...
 
 
 class Purges:
@@ -63,15 +76,17 @@ class Purges:
     def key_count(self) -> int:
         return sum(map(len, self.keys.values()))
 
-    def forget(self, needless: Callable[[NamespaceId, int | None, int], bool]) -> None:
-        """Drop what `needless(namespace, epoch, before)` says can kill nothing any more."""
-        self.whole = {
-            scope: before for scope, before in self.whole.items() if not needless(scope[0], scope[1], before)
-        }
+    def added_by(self, note: PurgeNote) -> int:
+        """How many keys more are remembered with it."""
+        known = self.keys.get((note.namespace, note.epoch), {})
+        return sum(key not in known for key in note.keys or ())
+
+    def forget(self, needless: Callable[[Scope, int], bool]) -> None:
+        """Drop what `needless(scope, before)` says can kill nothing any more. O(purges)."""
+        self.whole = {scope: before for scope, before in self.whole.items() if not needless(scope, before)}
         kept: dict[Scope, dict[BlockKey, int]] = {}
         for scope, of_scope in self.keys.items():
-            spared = {before: needless(scope[0], scope[1], before) for before in set(of_scope.values())}
-            still = {key: before for key, before in of_scope.items() if not spared[before]}
+            still = {key: before for key, before in of_scope.items() if not needless(scope, before)}
             if still:
                 kept[scope] = still
         self.keys = kept
@@ -118,6 +133,24 @@ class NoteState:
                 found.append(note)
         return found
 
+    def note_count(self) -> int:
+        """Of notes that a rewrite keeps, without purges of single keys. At most."""
+        return 1 + len(self._kept) + len(self.purges.whole)
+
+    def forget(self, oldest: Needed) -> None:
+        """Needless purges, and the namespaces that no record and no needed purge is of.
+
+        Only before anybody was told which namespaces are known: who opens one again notes it again. What an
+        epoch's number was bound to stays bound.
+        """
+        self.purges.forget(oldest.is_needless)
+        purged = self.purges.namespaces()
+        self._kept = {
+            name: note
+            for name, note in self._kept.items()
+            if not isinstance(note, NamespaceNote) or note.id in purged or not oldest.has_none_of(note.id)
+        }
+
     def documents(self) -> list[object]:
         """The whole state, as the first entry of a journal."""
         documents: list[object] = [["life", self.lives]]
@@ -159,10 +192,21 @@ def pack(documents: Sequence[object]) -> bytes:
     return packed
 
 
+def pack_one(document: object) -> bytes:
+    packed: bytes = msgpack.packb(document, use_bin_type=True)
+    return packed
+
+
+def packed_list(documents: Sequence[bytes]) -> bytes:
+    """What `pack` makes of documents that are not packed yet."""
+    head: bytes = msgpack.Packer(autoreset=True).pack_array_header(len(documents))
+    return b"".join((head, *documents))
+
+
 def unpack(body: bytes | memoryview, name: str) -> list[Any]:
     """Raises ConfigError for what is no list of notes."""
     try:
-        found = msgpack.unpackb(body, raw=False, max_array_len=_NOTES_MAX, max_map_len=0)
+        found = msgpack.unpackb(body, raw=False, max_array_len=NOTES_MAX, max_map_len=0)
     except (ValueError, msgpack.UnpackException) as error:
         raise ConfigError(
             f"{name} holds an entry that is no msgpack ({error}): empty the directories"

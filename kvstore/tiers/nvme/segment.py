@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from kvstore.nouns import NamespaceId
 from kvstore.tiers.nvme.layout import BLOCK_NBYTES, FRAMES_AT, footer_nbytes, record_nbytes
 from kvstore.tiers.nvme.notes import Scope
 
@@ -89,14 +88,6 @@ class Segment:
 
     def live_rows(self) -> Iterator[int]:
         return (row for row, slot in enumerate(self.slots) if slot != DEAD)
-
-    def may_hold(self, namespace: NamespaceId, epoch: int | None, before: int) -> bool:
-        """Whether a record of that scope with a lesser sequence number may be in the file."""
-        if self.opaque:
-            return True
-        if epoch is not None:
-            return self.oldest.get((namespace, epoch), before) < before
-        return any(scope[0] == namespace and least < before for scope, least in self.oldest.items())
 
     @property
     def live_share(self) -> float:

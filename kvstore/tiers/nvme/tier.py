@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import secrets
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
@@ -22,7 +23,7 @@ from typing import Any, Final, TypeVar
 
 from kvstore import failpoints
 from kvstore.frame import HEADER_NBYTES, decode_header
-from kvstore.nouns import NamespaceId, Tier
+from kvstore.nouns import Tier
 from kvstore.tiers.base import Place
 from kvstore.tiers.copying import beside_the_loop, corrupted, join
 from kvstore.tiers.durable import Note, Recovered
@@ -33,6 +34,7 @@ from kvstore.tiers.nvme.files import DiskFiles, Files
 from kvstore.tiers.nvme.gate import ByteGate
 from kvstore.tiers.nvme.index import Index
 from kvstore.tiers.nvme.layout import record_nbytes
+from kvstore.tiers.nvme.oldest import Oldest, find_oldest
 from kvstore.tiers.nvme.reclaiming import Reclaimer
 from kvstore.tiers.nvme.recovery import Found, Opened, open_directories
 from kvstore.tiers.nvme.segment import UNADOPTED, Segment
@@ -86,7 +88,7 @@ class NvmeTier:
         opened = await open_directories(self.config, self.files, self._threads, self.counters, self._draw)
         self._opened, self._found = opened, opened.found
         self._index.segments = opened.every.by_number
-        opened.journal.needless = self._is_needless
+        opened.journal.find_oldest = self._find_oldest
         self._sequence = opened.journal.first_sequence
         for disk in opened.disks:
             self._fresh.append(Appender(disk, self._notes, self._written, self._kept, self._lose))
@@ -97,7 +99,9 @@ class NvmeTier:
         for disk in opened.disks:
             disk.wants_room = self._reclaimer.wake
             disk.begin_life = opened.journal.begin
-        notes = tuple(opened.journal.state.notes())
+        oldest, state = await self._find_oldest(), opened.journal.state
+        await self._threads.run(lambda: state.forget(oldest))  # the first rewrite makes it durable
+        notes = tuple(state.notes())
         return Recovered(notes, opened.found.blocks, dict(self.counters))
 
     def adopt(self, record: int, place: Place) -> None:
@@ -328,14 +332,15 @@ class NvmeTier:
 
     # -- inside: reading ---------------------------------------------------------------------------
 
-    def _is_needless(self, namespace: NamespaceId, epoch: int | None, before: int) -> bool:
-        """Whether a purge can kill nothing that is, or may yet come, to the disks."""
+    async def _find_oldest(self) -> Oldest:
+        """Of what is, or may yet come, to the disks: no other purge is needed than those of it."""
         assert self._opened is not None
-        if any(disk.unsure for disk in self._opened.disks) or min(self._beginning, default=before) < before:
-            return False
-        if any(s.may_hold(namespace, epoch, before) for s in self._opened.every.by_number.values()):
-            return False
-        return all(pending.sequence >= before for fresh in self._fresh for pending in fresh.unkept())
+        is_unsure = any(disk.unsure for disk in self._opened.disks)
+        return await find_oldest(
+            self._opened.every.by_number.values(),
+            itertools.chain.from_iterable(fresh.unkept() for fresh in self._fresh),
+            [0] if is_unsure else self._beginning,
+        )
 
     async def _read(self, place: Place) -> memoryview | None:
         found = self._index.find(place)

@@ -76,7 +76,10 @@ class Oracle:
         must = {w.block for w in self.writes if w.kept <= at and min(w.discarding, w.purging) > at}
         assert there <= may, "a block that was purged or never written"
         assert must <= there, f"{len(must - there)} kept blocks are lost"
+        needed = {namespace_of(block.namespace) for block in there | must}
         for since, note in self.notes:
+            if isinstance(note, NamespaceNote) and note.id not in needed:
+                continue  # forgotten when nothing of it is left
             if since <= at and not isinstance(note, AdvanceNote):
                 assert note in found.notes, f"{note} is lost"
         advanced = [n.number for since, n in self.notes if since <= at and isinstance(n, AdvanceNote)]
