@@ -20,6 +20,7 @@ from kvstore.errors import ConfigError, Unavailable
 from kvstore.store_file import ShardPlace
 
 START_S: Final = 60.0
+RECOVERY_S: Final = 900.0  # with disks: about 0.1 s for each 1,000 blocks that are found again
 END_S: Final = 5.0  # beyond the drain, before it is killed
 RESTART_S: Final = (0.2, 10.0)
 STEADY_S: Final = 30.0  # alive for so long: the next death is a first one again
@@ -120,11 +121,11 @@ class ShardProcesses:
         assert process.stdout is not None
         process.stdin.write(json.dumps(self._told_at_start(i)).encode() + b"\n")
         try:
-            async with asyncio.timeout(START_S):
+            async with asyncio.timeout(limit_s := START_S if self._start.store.nvme is None else RECOVERY_S):
                 line = await process.stdout.readline()
         except TimeoutError:
             process.kill()
-            raise Unavailable(f"shard-{i} did not start within {START_S:.0f} s: look at its log") from None
+            raise Unavailable(f"shard-{i} did not start within {limit_s:.0f} s: look at its log") from None
         answer: dict[str, Any] = json.loads(line or '{"error": "it ended at once: its log says why"}')
         if "error" in answer:
             raise ConfigError(f"shard-{i}: {answer['error']}")

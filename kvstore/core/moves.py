@@ -115,8 +115,8 @@ class Moves:
         self._tiering = tiering
         self._admission = admission
         self._counters = counters
-        self._down = Wanted(tiering.queue_nbytes_max)
-        self._up = Wanted(tiering.queue_nbytes_max)
+        self._down = Wanted(tiering.queue_nbytes_max or index.host.capacity_nbytes)
+        self._up = Wanted(tiering.queue_nbytes_max or index.host.capacity_nbytes)
         self._under_way: dict[BlockRef, Move] = {}  # by the target
         self._arriving: Counter[Tier] = Counter()  # bytes under way, by where they go: there,
         self._moving: Counter[Tier] = Counter()  # and as they are where they come from
@@ -243,11 +243,12 @@ class Moves:
     def _used(self, use: Use) -> None:
         """Is what was let go of worth a place on the tier below?"""
         table = self._index.versions
-        for slot in use.slots:
+        for slot in reversed(use.slots):  # the root first: a tail without its head is out of reach
             if not self._is_candidate(slot) or not self._admits(slot):
                 continue
             if not self._down.add(slot, table.generations[slot], table.nbytes[slot]):
                 self._counters["demotions_dropped"] += 1
+                return
 
     def _admits(self, slot: int) -> bool:
         """Who is dearer than the default is, who is less dear is not, whatever the policy says."""

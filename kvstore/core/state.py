@@ -65,7 +65,9 @@ class Tiering:
     exclusive: bool = False  # a version leaves the tier it was copied from
     encode: Callable[[KVLayout], Encoding | None] | None = None  # None: bytes go down as they are
     watermarks: tuple[float, float] = (0.9, 0.8)  # of the host: write_back begins above, goes on to below
-    queue_nbytes_max: int = 256 << 20  # of candidates in either direction; what is beyond stays where it is
+    queue_nbytes_max: int | None = (
+        None  # of candidates in either direction, names all of them; None: the host
+    )
 
 
 @dataclass(frozen=True, slots=True)

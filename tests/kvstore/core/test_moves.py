@@ -240,7 +240,9 @@ def test_a_quota_holds_for_what_is_promoted() -> None:
 def test_queues_are_bounded_in_bytes_and_what_is_dropped_is_counted() -> None:
     shard = tiered(queue_nbytes_max=2 * NBYTES)
     shard.put(CHAIN)
-    assert shard.core.counters["demotions_dropped"] == 2
+    assert shard.core.counters["demotions_dropped"] == 1, (
+        "behind the first that does not fit nothing is asked"
+    )
     assert shard.move() == 2
     shard.hits(CHAIN)
     assert shard.move() == 2
@@ -387,3 +389,15 @@ def test_readers_pin_what_moves_and_let_go_of_it_at_any_time() -> None:
     assert all(shard.core.moves.done(move) for move in moves)
     assert [shard.residences(n) for n in CHAIN] == [BOTH] * 4
     shard.core.check_integrity()
+
+
+def test_a_queue_that_is_full_keeps_the_head_of_a_chain_not_its_tail() -> None:
+    """A tail that lies below without its head is out of reach."""
+    shard = tiered(queue_nbytes_max=3 * NBYTES)
+    shard.put([0, 1, 2, 3])
+    moved = {
+        shard.core.index.versions.chain_indexes[m.source.ref.slot]
+        for m in shard.core.moves.start(0.0, 1 << 20)
+    }
+    assert moved == {0, 1, 2}
+    assert shard.core.counters["demotions_dropped"] == 1
