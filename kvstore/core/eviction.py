@@ -6,9 +6,10 @@ oldest epoch first. Among current epochs, of several models, the version that wa
 
 *Prefixes.* A chain without its middle is not reachable, so a version goes only after what was built on it,
 whatever the policy says: who comes up as the victim and has others built on it is lifted out of its queue,
-and put back when the last of them goes. So is who is pinned, until it is let go. When all that is idle
-waits for something that is pinned, the deepest of these goes all the same: what `can_make_room` promised
-holds. A version that was written before what it is built on is known to nobody as its child.
+and put back when the last of them goes. So is who is pinned, until it is let go, and who is about to be
+asked for (kept.py). When all that is idle waits for one of these, the deepest of it goes all the same: what
+`can_make_room` promised holds. A version that was written before what it is built on is known to nobody as
+its child.
 
 Cost: O(1) a use, O(queues that are not empty) a victim, and each version is lifted once a use at most.
 Failure is an answer: no victim.
@@ -17,6 +18,7 @@ Failure is an answer: no victim.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Container
 
 from kvstore.core.epochs import EpochTable
 from kvstore.core.links import Links
@@ -28,7 +30,16 @@ TenantsEpoch = tuple[str, int]
 
 
 class Evictables:
-    def __init__(self, make_policy: MakePolicy, epochs: EpochTable, versions: Versions, uses: Uses) -> None:
+    def __init__(
+        self,
+        make_policy: MakePolicy,
+        epochs: EpochTable,
+        versions: Versions,
+        uses: Uses,
+        kept: Container[int] = (),
+    ) -> None:
+        """`kept` are not to go before others, whatever the policy says."""
+        self._kept = kept
         self._epochs = epochs
         self._versions = versions
         self._uses = uses
@@ -79,7 +90,12 @@ class Evictables:
         """A version on this tier was held for something that is no use of it, and is idle again."""
         if not self._places[slot]:
             self.use(tenant, self._uses.last(slot))
-        elif slot in self._lifted and self._may_go(slot):
+        else:
+            self.may_go_again(slot)
+
+    def may_go_again(self, slot: int) -> None:
+        """What kept a version on this tier, if it was here and kept, is over."""
+        if slot in self._lifted and self._may_go(slot):
             self._put_back(slot)
 
     def forget(self, tenant: str, slot: int) -> None:
@@ -99,8 +115,7 @@ class Evictables:
         parent = self._uses.parent(slot)
         if parent != NONE and parent < len(self._children) and self._children[parent]:
             self._children[parent] -= 1
-            if parent in self._lifted and self._may_go(parent):
-                self._put_back(parent)
+            self.may_go_again(parent)
 
     def victim(self, tenant: str | None, now: float) -> int | None:
         """The next to go, of one tenant or of all; None when nothing is idle."""
@@ -135,7 +150,7 @@ class Evictables:
         return slot
 
     def _may_go(self, slot: int) -> bool:
-        return not self._versions.pins[slot] and not self._children[slot]
+        return not (self._versions.pins[slot] or self._children[slot] or slot in self._kept)
 
     def _put_back(self, slot: int) -> None:
         self._lifted.pop(slot).put_back(slot)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from kvstore.core.epochs import EpochTable
 from kvstore.core.eviction import Evictables
+from kvstore.core.kept import Kept
 from kvstore.core.leases import LeaseTable
 from kvstore.core.rooms import Freed, Room, Rooms
 from kvstore.core.seams import MakePolicy
@@ -49,7 +50,8 @@ class Index:
         self.accounts: dict[str, Account] = {}
         self.freed: list[Freed] = []  # what the driver is to discard; it drains the list
         self.uses = Uses(table)
-        queues = [Evictables(make_policy, epochs, table, self.uses) for _ in range(2)]
+        self.kept = Kept(table, int(config.foresight.keeps_share * config.capacity_nbytes))
+        queues = [Evictables(make_policy, epochs, table, self.uses, self.kept) for _ in range(2)]
         self.host = Room(Tier.HOST, ON_HOST, TO_HOST, config.capacity_nbytes, queues[0])
         self.nvme = Room(Tier.NVME, ON_NVME, TO_NVME, config.tiering.nvme_nbytes, queues[1])
         self.rooms = Rooms(self.host, self.nvme, table, leases)
@@ -166,7 +168,7 @@ class Index:
             space.heads[key] = slot
         else:
             table.next[before] = slot
-        self.uses.born(slot, self._parent(slot))
+        self.uses.born(slot, self._parent(slot), self.now)
         for room in self.rooms:
             if table.residences[slot] & room.held:
                 room.evictables.enter(slot)

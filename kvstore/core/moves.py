@@ -148,10 +148,9 @@ class Moves:
         try:
             while self.under_way_nbytes(Tier.HOST) < nbytes_max and (wanted := self._up.take()):
                 started += self._promote(*wanted, now)
-            for slot, generation in self._candidates():
-                started += self._demote(slot, generation, now)
-                if self.under_way_nbytes(Tier.NVME) >= nbytes_max:
-                    break
+            candidates = self._candidates()
+            while self.under_way_nbytes(Tier.NVME) < nbytes_max and (leaving := next(candidates, None)):
+                started += self._demote(*leaving, now)
         except OverLimit:  # every lease is taken: clients come first
             self._counters["moves_without_lease"] += 1
         return started
