@@ -1,15 +1,16 @@
-"""Versions that somebody is about to ask for: given up last until then, or until their time is over.
+"""Versions given up last: those somebody is about to ask for, and those that wait to be written below.
 
 To a replacement policy what an announced request needs looks like what nobody wants: it was used long ago,
 most of all when it just came up from below. So who is kept and comes up as the victim is lifted out of its
 queue like one that others are built on (eviction.py), and put back when its reader let go of it or its
 time ended. Kept is a share of the host at most; what is beyond goes when its turn comes, and is counted by
-whom it was to be kept for. O(1) a version.
+whom it was to be kept for. What waits for its way down lies nowhere else, while others have a copy below
+and lose nothing: it is given up last too, its queue being bounded. O(1) a version.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import NamedTuple
 
 from kvstore.core.versions import Versions
@@ -28,12 +29,13 @@ class Kept:
         self._nbytes = 0
         self._nbytes_max = nbytes_max
         self._entries: dict[int, _Entry] = {}
+        self.leaving: Container[int] = ()  # what waits to be written below
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def __contains__(self, slot: object) -> bool:
-        return slot in self._entries
+        return slot in self._entries or slot in self.leaving
 
     def keep(self, slot: int, until: float) -> bool:
         """False when no more may be kept."""

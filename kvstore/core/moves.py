@@ -33,6 +33,7 @@ from kvstore.nouns import ChangeKind, LeaseId, Quality, Tier
 
 OWNER: Final = "tiering"
 LEASE_S: Final = 60.0
+LEAVING_SHARE: Final = 0.5
 _LIVE: Final = int(State.LIVE)
 
 
@@ -60,6 +61,9 @@ class Wanted:
 
     def __len__(self) -> int:
         return len(self._slots)
+
+    def __contains__(self, slot: object) -> bool:
+        return slot in self._slots
 
     def add(self, slot: int, generation: int, nbytes: int) -> bool:
         """False when there is no room in the queue."""
@@ -100,7 +104,9 @@ class Moves:
         self._tiering = tiering
         self._admission = admission
         self._counters = counters
-        self._down = Wanted(tiering.queue_nbytes_max)
+        # What waits here is given up last: never more than a share of the host.
+        self._down = Wanted(min(tiering.queue_nbytes_max, int(LEAVING_SHARE * index.host.capacity_nbytes)))
+        index.kept.leaving = self._down
         self._up = Wanted(tiering.queue_nbytes_max)
         self._under_way: dict[int, Move] = {}  # by the target's slot
         self._draining = False
@@ -119,7 +125,7 @@ class Moves:
 
     def is_coming(self, slot: int) -> bool:
         """Is the version wanted on the host, or on its way there?"""
-        return bool(self._index.versions.residences[slot] & TO_HOST) or slot in self._up._slots
+        return bool(self._index.versions.residences[slot] & TO_HOST) or slot in self._up
 
     def any_wanted(self) -> bool:
         """Is there anything to start?"""
@@ -150,7 +156,10 @@ class Moves:
                 started += self._promote(*wanted, now)
             candidates = self._candidates()
             while self.under_way_nbytes(Tier.NVME) < nbytes_max and (leaving := next(candidates, None)):
-                started += self._demote(*leaving, now)
+                demoted = self._demote(*leaving, now)
+                if not demoted:
+                    self._index.host.evictables.may_go_again(leaving[0])
+                started += demoted
         except OverLimit:  # every lease is taken: clients come first
             self._counters["moves_without_lease"] += 1
         return started

@@ -13,6 +13,11 @@ class Busy(World):
     def sink(self) -> None:
         self.core.index.freed.clear()
 
+    disk_stands_still = False
+
+    def perform(self) -> int:
+        return 0 if self.disk_stands_still else super().perform()
+
     def announce(self, session: int) -> None:
         self.core.announce(Snapshot(NAMESPACE, E1), self.keys(session))
         self.perform()
@@ -70,3 +75,16 @@ def test_only_a_share_of_the_host_is_kept() -> None:
     assert world.core.counters["prefetch:announced_not_kept"] == 5 * CHAIN - 12
     world.fill(10)
     assert [world.tiers(session) for session in range(1, 6)] == [{Tier.HOST}] * 4 + [{Tier.NVME}]
+
+
+def test_what_waits_for_its_way_down_stays_while_others_have_a_copy_there() -> None:
+    world = Busy()
+    world.session(2)
+    world.disk_stands_still = True
+    world.session(1)
+    world.use(2)  # so that 1 is the one used least recently
+    for session in range(3, 10):
+        world.session(session)
+    assert world.tiers(1) == {Tier.HOST}
+    assert world.tiers(2) == {Tier.NVME}
+    world.core.check_integrity()
