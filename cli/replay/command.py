@@ -5,38 +5,37 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
+from cli.replay import options
 from cli.say import fail, note, one_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["replay"]
+    from cli.replay.runs import Setting
 
-CAPACITIES = "100,1000,3000,5860,10000,20000,30000,50000,100000"
+__all__ = ["replay"]
 
 
 def replay(
-    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="JSON lines, as Mooncake publishes them.")],
-    capacity: Annotated[
-        str, typer.Option(metavar="LIST", help="Capacities in uncompressed blocks of 512 tokens.")
-    ] = CAPACITIES,
-    policy: Annotated[
-        str, typer.Option(metavar="LIST", help="Replacement policies by name.")
-    ] = "lru,default",
-    cold_codec: Annotated[
-        str, typer.Option(metavar="LIST", help="Codecs; the whole byte budget holds blocks encoded so.")
-    ] = "lossless",
-    by: Annotated[
-        str | None, typer.Option(metavar="request|block", help="How blocks are accessed; see below.")
-    ] = None,
-    part: Annotated[str, typer.Option(metavar="whole|first|second", help="Half of the trace.")] = "whole",
-    jobs: Annotated[int, typer.Option(min=1, max=64, help="Runs at once, each in a process.")] = 1,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw hits over capacity.")] = None,
-    json_out: Annotated[bool, typer.Option("--json", help="One JSON document; on an error none.")] = False,
+    trace: options.Source,
+    capacity: options.Capacity = options.CAPACITIES,
+    tiers: options.Tiers = None,
+    policy: options.Policy = "lru,default",
+    cold_codec: options.ColdCodec = "lossless",
+    by: options.By = None,
+    part: options.Part = "whole",
+    prefetch: options.Prefetch = "best_effort,off",
+    lead_s: options.Lead = 5.0,
+    wait_s: options.Wait = 1.0,
+    nvme_gb_s: options.Bandwidth = 12.0,
+    write: options.Write = "write_through",
+    admission: options.Admission = "predicted_reuse",
+    block_nbytes: options.BlockBytes = options.BLOCK_NBYTES,
+    jobs: options.Jobs = 1,
+    plot: options.Plot = None,
+    json_out: options.AsJson = False,
 ) -> None:
     """Drive the real core of a shard with a trace, in virtual time, and say what it hits.
 
@@ -51,22 +50,53 @@ def replay(
     transaction and lets go of the whole chain; found is what the matched prefix run holds. By block (lru,
     fifo, lfu, gdsf, unless --by says otherwise): every block is an access by itself, as cache studies replay
     traces; found is every block that is there.
+
+    With --tiers a request is known --lead-s before it starts. ready_on_start: of the blocks found on either
+    tier, those on the host when their request starts. start_delay_ms: how long it then waits or reads from
+    below. wasted_prefetch_bytes: announced or predicted, and gone or not asked for. Runs of several
+    --prefetch modes stand side by side.
     """
+    from cli.replay.runs import settings
+    from cli.replay.tiered import TierSetting
+    from kvstore.errors import KVStrataError
+
+    policies, codecs, share = options.names(policy), options.names(cold_codec), options.share_of(part)
+    try:
+        if tiers is None:
+            wanted = settings(policies, options.numbers(capacity), codecs, by)
+        else:
+            host, nvme = options.host_and_nvme(tiers)
+            below = [
+                TierSetting(nvme, nvme_gb_s, lead_s, mode, wait_s, write, admission, block_nbytes)
+                for mode in options.names(prefetch)
+            ]
+            wanted = settings(policies, [host], codecs, by, below)
+    except KVStrataError as error:
+        fail(str(error))
+    _replay(trace, share, wanted, jobs, plot, json_out)
+
+
+def _replay(
+    trace: Path,
+    share: tuple[float, float],
+    wanted: list[Setting],
+    jobs: int,
+    plot: Path | None,
+    json_out: bool,
+) -> None:
     from rich.console import Console
 
     from cli.bench.jsonlines import ChildFailed
     from cli.replay.offline import ideal
     from cli.replay.plot import check_path, draw_svg
     from cli.replay.report import document, draw
-    from cli.replay.runs import run_all, settings
+    from cli.replay.runs import run_all
     from cli.replay.trace import read_trace
     from kvstore.errors import KVStrataError
 
     try:
         if plot is not None:
             check_path(plot)
-        wanted = settings(_names(policy), _numbers(capacity), _names(cold_codec), by)
-        share = _part(part)
         best = ideal(read_trace(trace).part(*share))
         with _progress(len(wanted)) as done:
             rows = run_all(trace.absolute(), share, wanted, jobs, done)
@@ -78,27 +108,6 @@ def replay(
         one_json(document(best, rows))
     else:
         draw(best, rows, Console())
-
-
-def _names(listed: str) -> list[str]:
-    names = [name.strip() for name in listed.split(",") if name.strip()]
-    if not names:
-        raise typer.BadParameter("an empty list: say at least one name")
-    return names
-
-
-def _numbers(listed: str) -> list[int]:
-    try:
-        return [int(name.replace("_", "")) for name in _names(listed)]
-    except ValueError:
-        raise typer.BadParameter(f"{listed!r} is no list of whole numbers, such as 1000,5860") from None
-
-
-def _part(said: str) -> tuple[float, float]:
-    parts = {"whole": (0.0, 1.0), "first": (0.0, 0.5), "second": (0.5, 1.0)}
-    if said not in parts:
-        raise typer.BadParameter(f"--part {said}: say whole, first or second")
-    return parts[said]
 
 
 @contextmanager

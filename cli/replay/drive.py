@@ -2,7 +2,8 @@
 
 Each request matches its whole chain, offers what it missed in one transaction, commits it, and lets go of
 all of it at once, as prefill does. Nothing else is simulated: matching, making room, leases and policies
-are the ones a shard runs. About 25 us a block access.
+are the ones a shard runs. About 40 us a block access. With a tier below, and moves that take their time:
+tiered.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Final
 from cli.replay.trace import Request, Trace
 from kvstore.core.seams import MakePolicy
 from kvstore.core.shard import ShardCore
-from kvstore.core.state import CoreConfig, CoreLimits, Namespace, Offer
+from kvstore.core.state import CoreConfig, CoreLimits, Matched, Namespace, Offer
 from kvstore.nouns import (
     OFFERS_MAX,
     ROOT_KEY,
@@ -23,6 +24,7 @@ from kvstore.nouns import (
     Epoch,
     Incarnation,
     KVLayout,
+    LeaseId,
     NamespaceId,
     Quality,
     Refusal,
@@ -34,7 +36,7 @@ from kvstore.nouns import (
 _MODEL: Final = "replay"
 _NAMESPACE: Final = NamespaceId(bytes(16))
 _EPOCH: Final = Epoch(1, WeightsDigest(bytes(16)))
-_LEASE_S: Final = 60.0
+_LEASE_S: Final = 600.0
 _PIECES: Final = 10
 """By block, a request takes this share of the cache at a time at most, so that it can push itself out."""
 
@@ -61,19 +63,67 @@ class Tally:
         self.resident_blocks += resident
 
 
+class Reader:
+    """What a prefill worker does at a core: matches a prompt, writes what it computed, lets go."""
+
+    def __init__(self, core: ShardCore, block_nbytes: int, min_quality: Quality = Quality.LOSSLESS) -> None:
+        core.open_namespace(_NAMESPACE, Namespace(_MODEL, KVLayout(1, 0, 1, 1, "float16")))
+        core.register_epoch(_MODEL, _EPOCH)
+        self._core = core
+        self._block_nbytes = block_nbytes
+        self.snapshot = Snapshot(_NAMESPACE, _EPOCH, min_quality)
+
+    def match(self, keys: Sequence[BlockKey], now: float) -> Matched:
+        return self._core.match(self.snapshot, keys, "replay", _LEASE_S, now)
+
+    def write(
+        self,
+        keys: Sequence[BlockKey],
+        matched: Matched,
+        named: tuple[int, int],
+        now: float,
+        *,
+        are_chained: bool = True,
+    ) -> int:
+        """Publish what is behind the matched run, as good as the worst of the run, and let go of all.
+        How many blocks of it were there. `named` is unlike that of any other request or piece."""
+        core, run, resident = self._core, len(matched.slots), 0
+        quality = Quality(min(matched.qualities, default=Quality.LOSSLESS))
+        held: list[LeaseId] = [] if matched.lease is None else [matched.lease]
+        for first in range(run, len(keys), OFFERS_MAX):
+            request_id = b"".join(n.to_bytes(8, "little") for n in (*named, first))
+            some = range(first, min(len(keys), first + OFFERS_MAX))
+            offers = self._chained(keys, some) if are_chained else self._alone(keys, some)
+            txn = core.begin(_NAMESPACE, _EPOCH, quality, offers, "replay", _LEASE_S, request_id, now)
+            resident += sum(refusal is Refusal.EXISTS for refusal in txn.refused.values())
+            for i in list(txn.staged):
+                core.written(txn, i, None, now)
+            pinned = core.commit(txn.id, _LEASE_S, now).lease
+            if pinned is not None:
+                held.append(pinned)
+        core.release(held)
+        core.index.freed.clear()
+        return resident
+
+    def _chained(self, keys: Sequence[BlockKey], some: range) -> list[Offer]:
+        root, nbytes = keys[0], self._block_nbytes
+        return [Offer(keys[i], keys[i - 1] if i else ROOT_KEY, i, root, nbytes) for i in some]
+
+    def _alone(self, keys: Sequence[BlockKey], some: range) -> list[Offer]:
+        return [Offer(keys[i], ROOT_KEY, 0, keys[i], self._block_nbytes) for i in some]
+
+
 class Replay:
-    """One shard under one policy."""
+    """One shard of one tier under one policy."""
 
     def __init__(self, make_policy: MakePolicy, capacity_nbytes: int, block_nbytes: int) -> None:
         slots = capacity_nbytes // block_nbytes
         limits = CoreLimits(slots_max=slots + 1, pause_s=float("inf"))
-        config = CoreConfig(ShardId("replay"), Incarnation(1), capacity_nbytes, limits)
-        self.core = ShardCore(config, make_policy)
-        self.core.open_namespace(_NAMESPACE, Namespace(_MODEL, KVLayout(1, 0, 1, 1, "float16")))
-        self.core.register_epoch(_MODEL, _EPOCH)
-        self._block_nbytes = block_nbytes
+        self.core = ShardCore(
+            CoreConfig(ShardId("replay"), Incarnation(1), capacity_nbytes, limits), make_policy
+        )
+        self._reader = Reader(self.core, block_nbytes)
         self._piece = max(1, slots // _PIECES)
-        self._snapshot = Snapshot(_NAMESPACE, _EPOCH)
 
     def run(self, trace: Trace, *, by_block: bool = False) -> Tally:
         """All requests, from the first on."""
@@ -84,31 +134,10 @@ class Replay:
 
     def serve(self, number: int, request: Request) -> tuple[int, int]:
         """One request: blocks of its run, and blocks found at all."""
-        keys = _keys(request.hash_ids)
-        parents = [ROOT_KEY, *keys]
-        offers = [Offer(key, parents[i], i, keys[0], self._block_nbytes) for i, key in enumerate(keys)]
-        return self._piece_of(number, 0, keys, offers, request.at_s)
-
-    def _piece_of(
-        self, number: int, piece: int, keys: list[BlockKey], offers: list[Offer], now: float
-    ) -> tuple[int, int]:
-        core = self.core
-        matched = core.match(self._snapshot, keys, "replay", _LEASE_S, now)
-        run = resident = len(matched.slots)
-        leases = [] if matched.lease is None else [matched.lease]
-        for first in range(run, len(keys), OFFERS_MAX):
-            request_id = b"".join(n.to_bytes(8, "little") for n in (number, piece, first))
-            some = offers[first : first + OFFERS_MAX]
-            txn = core.begin(_NAMESPACE, _EPOCH, Quality.LOSSLESS, some, "replay", _LEASE_S, request_id, now)
-            resident += sum(refusal is Refusal.EXISTS for refusal in txn.refused.values())
-            for i in list(txn.staged):
-                core.written(txn, i, None, now)
-            pinned = core.commit(txn.id, _LEASE_S, now).lease
-            if pinned is not None:
-                leases.append(pinned)
-        core.release(leases)
-        core.index.freed.clear()
-        return run, resident
+        keys = keys_of(request.hash_ids)
+        matched = self._reader.match(keys, request.at_s)
+        run = len(matched.slots)
+        return run, run + self._reader.write(keys, matched, (number, 0), request.at_s)
 
     def serve_by_block(self, number: int, request: Request) -> tuple[int, int]:
         """As cache studies replay it: blocks in the order of access, in small pieces, as if there were no
@@ -116,13 +145,13 @@ class Replay:
         run = resident = 0
         ids = request.hash_ids
         for first in range(0, len(ids), self._piece):
-            keys = _keys(ids[first : first + self._piece])
-            offers = [Offer(key, ROOT_KEY, 0, key, self._block_nbytes) for key in keys]
-            matched, found = self._piece_of(number, first, keys, offers, request.at_s)
-            run += matched if run == first else 0
-            resident += found
+            keys = keys_of(ids[first : first + self._piece])
+            matched = self._reader.match(keys, request.at_s)
+            run += len(matched.slots) if run == first else 0
+            written = self._reader.write(keys, matched, (number, first), request.at_s, are_chained=False)
+            resident += len(matched.slots) + written
         return run, resident
 
 
-def _keys(blocks: Sequence[int]) -> list[BlockKey]:
+def keys_of(blocks: Sequence[int]) -> list[BlockKey]:
     return [BlockKey(hashlib.sha256(block.to_bytes(8, "little")).digest()) for block in blocks]

@@ -15,7 +15,9 @@ from cli.replay.offline import Ideal
 from cli.replay.runs import Row
 from kvstore.errors import ConfigError
 
-_WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _BOTTOM = 860, 460, 64, 28, 190, 52
+_WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _BOTTOM = 860, 490, 64, 28, 190, 82
+_LABEL_ROWS: Final = 3
+_LETTER: Final = 6.5  # its width, about
 _COLOURS: Final = ("#1b6ca8", "#c8553d", "#3a7d44", "#8e5ea2", "#b8860b", "#4a4a4a", "#17a2a2", "#d6336c")
 Point = tuple[float, float, str]
 
@@ -94,9 +96,12 @@ def _axes(
         'stroke-dasharray="5 4"/>'
     )
     shapes.append(_text(_LEFT + 4, y - 5, f"infinite cache {ceiling:.1f} %"))
+    ends = [0.0] * _LABEL_ROWS  # of the last label of each row: who would touch it goes a row down
     for x, name in sorted({(x, name) for x, _, name in points}):
-        place, _ = at(x, 0.0)
-        shapes.append(_text(place - 3 * len(name), _HEIGHT - _BOTTOM + 18, name))
+        begin = at(x, 0.0)[0] - _LETTER / 2 * len(name)
+        row = next((row for row, end in enumerate(ends) if end < begin), _LABEL_ROWS - 1)
+        ends[row] = begin + _LETTER * (len(name) + 1)
+        shapes.append(_text(begin, _HEIGHT - _BOTTOM + 18 + 14 * row, name))
     shapes.append(_text((_WIDTH - _RIGHT) / 2, _HEIGHT - 12, along))
     shapes.append(_text(8, 16, "block hit, %"))
     return shapes

@@ -6,6 +6,7 @@ with its standard input.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +17,11 @@ from typing import Any, Final
 
 from cli.bench.jsonlines import Child, answer
 from cli.replay.baselines import BASELINES
-from cli.replay.codec_bits import LOSSLESS_BITS, of
+from cli.replay.cold_codecs import PERPLEXITY_INCREASE, codec_named, encoded_nbytes
 from cli.replay.drive import Replay, Tally
 from cli.replay.offline import belady
-from cli.replay.trace import read_trace
+from cli.replay.tiered import TieredReplay, TierSetting, TierTally, percentile
+from cli.replay.trace import Trace, read_trace
 from kvstore.core.seams import MakePolicy
 from kvstore.errors import ConfigError
 from kvstore.policies import POLICIES
@@ -38,17 +40,20 @@ Row = dict[str, Any]
 @dataclass(frozen=True, slots=True)
 class Setting:
     policy: str
-    capacity_blocks: int
+    capacity_blocks: int  # of the host, where there are tiers
     cold_codec: str
     by: str
+    tiers: TierSetting | None = None
 
     def __post_init__(self) -> None:
         policy_of(self.policy)
-        of(self.cold_codec)
+        codec_named(self.cold_codec)
         if self.capacity_blocks < 1:
             raise ConfigError(f"a capacity of {self.capacity_blocks} blocks holds nothing: say 1 or more")
         if self.by not in BY:
             raise ConfigError(f"--by {self.by!r} is unknown: say request or block")
+        if self.by == "block" and self.tiers is not None:
+            raise ConfigError("--by block is for caches of one tier: leave out --tiers, or say --by request")
 
 
 def policy_of(name: str) -> MakePolicy:
@@ -61,29 +66,31 @@ def policy_of(name: str) -> MakePolicy:
 
 
 def settings(
-    policies: Sequence[str], capacities: Sequence[int], codecs: Sequence[str], by: str | None
+    policies: Sequence[str],
+    capacities: Sequence[int],
+    codecs: Sequence[str],
+    by: str | None,
+    tiers: Sequence[TierSetting | None] = (),
 ) -> list[Setting]:
-    """Raises ConfigError."""
+    """One of each, tiers outermost. Raises ConfigError."""
     return [
-        Setting(policy, capacity, codec, by or ("block" if policy in FLAT else "request"))
-        for codec, capacity, policy in itertools.product(codecs, capacities, policies)
+        Setting(
+            policy, capacity, codec, by or ("block" if policy in FLAT and not below else "request"), below
+        )
+        for below, codec, capacity, policy in itertools.product(
+            tiers or (None,), codecs, capacities, policies
+        )
     ]
 
 
 def run(path: str, part: Sequence[float], setting: Row) -> Row:
     """One run: the row of the report."""
     started, cpu = time.monotonic(), time.process_time()
-    of_run = Setting(**setting)
+    below = setting.get("tiers")
+    of_run = Setting(**{**setting, "tiers": None if below is None else TierSetting(**below)})
     trace = read_trace(Path(path)).part(*part)
-    budget = of_run.capacity_blocks * BLOCK_NBYTES
-    encoded = of(of_run.cold_codec)
-    nbytes = max(1, round(BLOCK_NBYTES * encoded.bits / LOSSLESS_BITS))
-    replay = Replay(policy_of(of_run.policy), budget, nbytes)
-    tally = replay.run(trace, by_block=of_run.by == "block")
-    replay.core.check_integrity()
-    optimum = belady(trace, budget // nbytes)
-    spent = time.monotonic() - started, time.process_time() - cpu
-    return _row(of_run, tally, optimum, encoded.perplexity_increase, spent)
+    row = _over_one_tier(of_run, trace) if of_run.tiers is None else _over_two(of_run, of_run.tiers, trace)
+    return row | {"seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - cpu}
 
 
 def run_all(
@@ -109,14 +116,49 @@ def _finished(futures: Any) -> Iterator[None]:
 
 
 def _run_in_child(path: Path, part: Sequence[float], setting: Setting) -> Row:
-    fields = {name: getattr(setting, name) for name in Setting.__slots__}
     with Child.of_module("cli.replay.runs") as child:
-        return child.ask("run", RUN_S_MAX, path=str(path), part=list(part), setting=fields)
+        return child.ask(
+            "run", RUN_S_MAX, path=str(path), part=list(part), setting=dataclasses.asdict(setting)
+        )
 
 
-def _row(
-    setting: Setting, tally: Tally, optimum: float, ppl: float | None, spent: tuple[float, float]
-) -> Row:
+def _over_one_tier(setting: Setting, trace: Trace) -> Row:
+    budget = setting.capacity_blocks * BLOCK_NBYTES
+    nbytes = encoded_nbytes(codec_named(setting.cold_codec), BLOCK_NBYTES)
+    replay = Replay(policy_of(setting.policy), budget, nbytes)
+    tally = replay.run(trace, by_block=setting.by == "block")
+    replay.core.check_integrity()
+    return _row(setting, tally, belady(trace, budget // nbytes))
+
+
+def _over_two(setting: Setting, tiers: TierSetting, trace: Trace) -> Row:
+    codec = codec_named(setting.cold_codec)
+    below_nbytes = encoded_nbytes(codec, tiers.block_nbytes)
+    replay = TieredReplay(policy_of(setting.policy), setting.capacity_blocks, tiers, codec, below_nbytes)
+    tally = replay.run(trace)
+    replay.core.check_integrity()
+    held = setting.capacity_blocks + tiers.nvme_blocks * tiers.block_nbytes // below_nbytes
+    found = max(1, tally.host_blocks + tally.nvme_blocks)
+    return _row(setting, tally, belady(trace, held)) | {
+        "ready_on_start": 100 * tally.host_blocks / found,
+        "start_delay_ms_p50": 1e3 * percentile(tally.delays_s, 0.5),
+        "wasted_prefetch_bytes": replay.wasted_nbytes(),
+        "tiers": dataclasses.asdict(tiers) | _of_tiers(tally, replay),
+    }
+
+
+def _of_tiers(tally: TierTally, replay: TieredReplay) -> Row:
+    return {
+        "host_hit": 100 * tally.host_blocks / tally.blocks,
+        "nvme_hit": 100 * tally.nvme_blocks / tally.blocks,
+        "start_delay_ms_p99": 1e3 * percentile(tally.delays_s, 0.99),
+        "start_delay_ms_mean": 1e3 * sum(tally.delays_s) / len(tally.delays_s),
+        "moved_nbytes": replay.moved_nbytes(),
+        "dropped_moves": replay.dropped_moves(),
+    }
+
+
+def _row(setting: Setting, tally: Tally, optimum: float) -> Row:
     found = tally.resident_blocks if setting.by == "block" else tally.run_blocks
     return {
         "policy": setting.policy,
@@ -127,12 +169,11 @@ def _row(
         "token_hit": 100 * tally.run_tokens / tally.tokens,
         "request_hit": 100 * tally.run_shares / tally.requests,
         "opt_block_hit": 100 * optimum,
-        "perplexity_increase": ppl,
+        "perplexity_increase": PERPLEXITY_INCREASE[setting.cold_codec],
         "ready_on_start": None,  # of one tier all that is found is ready
         "start_delay_ms_p50": None,
         "wasted_prefetch_bytes": None,
-        "seconds": spent[0],
-        "cpu_seconds": spent[1],
+        "tiers": None,
     }
 
 

@@ -12,9 +12,10 @@ queue of the default priority, as if it had just been used, before the next vict
 
 *Prefixes.* A chain without its middle is not reachable, so a version goes only after what was built on it,
 whatever the policy says: who comes up as the victim and has others built on it is lifted out of its queue,
-and put back when the last of them goes. So is who is pinned, until it is let go. When all that is idle
-waits for something that is pinned, the deepest of these goes all the same: what `can_make_room` promised
-holds. A version that was written before what it is built on is known to nobody as its child.
+and put back when the last of them goes. So is who is pinned, until it is let go, and who is about to be
+asked for (kept.py). When all that is idle waits for one of these, the deepest of it goes all the same: what
+`can_make_room` promised holds. A version that was written before what it is built on is known to nobody as
+its child.
 
 Cost: O(1) a use, O(queues) a victim (101 a tenant and epoch at most), O(log n) the end of a priority; each
 version is lifted once a use at most, in O(log of those lifted), which is also what the deepest of them costs
@@ -25,7 +26,7 @@ Failure is an answer: no victim.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import NamedTuple
 
 from kvstore.core.epochs import EpochTable
@@ -56,7 +57,10 @@ class Evictables:
         uses: Uses,
         retentions: Retentions,
         tenant_of: Callable[[int], str],
+        kept: Container[int] = (),
     ) -> None:
+        """`kept` are not to go before others, whatever the policy says."""
+        self._kept = kept
         self._epochs = epochs
         self._versions = versions
         self._uses = uses
@@ -121,6 +125,11 @@ class Evictables:
             else:
                 self._lifted.let_go(slot)
 
+    def may_go_again(self, slot: int) -> None:
+        """What kept a version on this tier, if it was here and kept, is over."""
+        if slot in self._lifted and self._may_go(slot):
+            self._put_back(slot)
+
     def retained(self, slot: int) -> None:
         """What a version on this tier is worth was said anew."""
         self._ends.forget(slot)
@@ -145,8 +154,7 @@ class Evictables:
         parent = self._uses.parent(slot)
         if parent != NONE and parent < len(self._children) and self._children[parent]:
             self._children[parent] -= 1
-            if parent in self._lifted and self._may_go(parent):
-                self._put_back(parent)
+            self.may_go_again(parent)
 
     def victim(self, tenant: str | None, now: float) -> int | None:
         """The next to go, of one tenant or of all; None when nothing is idle."""
@@ -219,7 +227,7 @@ class Evictables:
         self._queue((tenant, epoch, priority)).use(self._uses.last(slot))
 
     def _may_go(self, slot: int) -> bool:
-        return not self._versions.pins[slot] and not self._children[slot]
+        return not (self._versions.pins[slot] or self._children[slot] or slot in self._kept)
 
     def _put_back(self, slot: int) -> None:
         self._queues[self._lifted.remove(slot)].put_back(slot)

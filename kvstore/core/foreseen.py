@@ -41,6 +41,7 @@ class Foreseen:
         self._index = index
         self._moves = moves
         self._within_s = foresight.within_s
+        self._keeps_s = {Why.ANNOUNCED: foresight.keeps_s, Why.PREDICTED: foresight.within_s}
         self._counters = counters
         self._expected: dict[int, _Expected] = {}  # by slot: never more than there are
         self.open_nbytes: Counter[Why] = Counter()  # of what is not judged yet
@@ -61,13 +62,18 @@ class Foreseen:
         out again.
         """
         table, moves = self._index.versions, self._moves
+        kept, until = self._index.kept, self._index.now + self._keeps_s[why]
         room, coming = self._index.host.capacity_nbytes, []
         for slot in run:
             room -= table.nbytes[slot]
             if room < 0:
                 self._counters["prefetch:beyond_host"] += 1
                 break
-            if table.residences[slot] & (ON_HOST | ON_NVME) != ON_NVME or not self._index.is_live(slot):
+            if not self._index.is_live(slot):
+                continue
+            if not kept.keep(slot, until):
+                self._counters[f"prefetch:{why.value}_not_kept"] += 1
+            if table.residences[slot] & (ON_HOST | ON_NVME) != ON_NVME:
                 continue
             was_coming = moves.is_coming(slot)
             if not was_coming and not moves.want_on_host((slot,)):
@@ -97,6 +103,9 @@ class Foreseen:
     def settle(self, looked_at_max: int = LOOKED_AT_A_TICK) -> None:
         """Find what left the host unused, or stayed too long; whom it looked at comes last next time."""
         table, now = self._index.versions, self._index.now
+        for slot in self._index.kept.past(now, looked_at_max):
+            for room in self._index.rooms:
+                room.evictables.may_go_again(slot)
         for slot in [slot for slot, _ in zip(self._expected, range(looked_at_max), strict=False)]:
             expected = self._expected[slot]
             here = table.generations[slot] == expected.generation and (

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from kvstore.core.epochs import EpochTable
 from kvstore.core.eviction import Evictables
+from kvstore.core.kept import Kept
 from kvstore.core.leases import LeaseTable
 from kvstore.core.retention import Retention, Retentions
 from kvstore.core.rooms import Freed, Room, Rooms
@@ -51,8 +52,9 @@ class Index:
         self.freed: list[Freed] = []  # what the driver is to discard; it drains the list
         self.uses = Uses(table)
         self.retentions = Retentions()
+        self.kept = Kept(table, int(config.foresight.keeps_share * config.capacity_nbytes))
         queues = [
-            Evictables(make_policy, epochs, table, self.uses, self.retentions, self._tenant_of)
+            Evictables(make_policy, epochs, table, self.uses, self.retentions, self._tenant_of, self.kept)
             for _ in range(2)
         ]
         self.host = Room(Tier.HOST, ON_HOST, TO_HOST, config.capacity_nbytes, queues[0])
@@ -169,7 +171,7 @@ class Index:
             space.heads[key] = slot
         else:
             table.next[before] = slot
-        self.uses.born(slot, self._parent(slot))
+        self.uses.born(slot, self._parent(slot), self.now)
         for room in self.rooms:
             room.evictables.born(slot)
             if table.residences[slot] & room.held:

@@ -42,6 +42,7 @@ from kvstore.core.versions import (
     State,
     Version,
 )
+from kvstore.core.wanted import Wanted
 from kvstore.errors import OverLimit
 from kvstore.nouns import BlockRef, ChangeKind, LeaseId, Quality, Tier
 
@@ -65,40 +66,6 @@ class Move:
         return self.source.ref != self.target.ref
 
 
-class Wanted:
-    """Slots that wait for their move, each once, the first first; bounded in bytes."""
-
-    def __init__(self, nbytes_max: int) -> None:
-        self._slots: dict[int, tuple[int, int]] = {}  # slot -> generation, bytes
-        self._nbytes = 0
-        self._nbytes_max = nbytes_max
-
-    def __len__(self) -> int:
-        return len(self._slots)
-
-    def add(self, slot: int, generation: int, nbytes: int) -> bool:
-        """False when there is no room in the queue."""
-        if (waiting := self._slots.get(slot)) is not None:
-            if waiting[0] == generation:
-                return True  # it keeps its place, however often it is named
-            self._forget(slot)
-        if self._nbytes + nbytes > self._nbytes_max:
-            return False
-        self._slots[slot] = generation, nbytes
-        self._nbytes += nbytes
-        return True
-
-    def take(self) -> tuple[int, int] | None:
-        """The first slot and its generation when it was added; None when nobody waits."""
-        slot = next(iter(self._slots), None)
-        return None if slot is None else (slot, self._forget(slot))
-
-    def _forget(self, slot: int) -> int:
-        generation, nbytes = self._slots.pop(slot)
-        self._nbytes -= nbytes
-        return generation
-
-
 class Moves:
     def __init__(
         self,
@@ -115,8 +82,10 @@ class Moves:
         self._tiering = tiering
         self._admission = admission
         self._counters = counters
-        self._down = Wanted(tiering.queue_nbytes_max or index.host.capacity_nbytes)
-        self._up = Wanted(tiering.queue_nbytes_max or index.host.capacity_nbytes)
+        queue_nbytes_max = tiering.queue_nbytes_max or index.host.capacity_nbytes
+        self._down = Wanted(queue_nbytes_max)
+        index.kept.leaving = self._down  # what waits here is given up last
+        self._up = Wanted(queue_nbytes_max)
         self._under_way: dict[BlockRef, Move] = {}  # by the target
         self._arriving: Counter[Tier] = Counter()  # bytes under way, by where they go: there,
         self._moving: Counter[Tier] = Counter()  # and as they are where they come from
@@ -142,7 +111,7 @@ class Moves:
 
     def is_coming(self, slot: int) -> bool:
         """Is the version wanted on the host, or on its way there?"""
-        return bool(self._index.versions.residences[slot] & TO_HOST) or slot in self._up._slots
+        return bool(self._index.versions.residences[slot] & TO_HOST) or slot in self._up
 
     def any_wanted(self) -> bool:
         """Is there anything to start?"""
@@ -178,7 +147,10 @@ class Moves:
                 started += self._promote(*wanted, now)
             while self._may_start(Tier.NVME, nbytes_max) and (wanted := self._down.take()):
                 self._steps_left -= 1
-                started += self._demote(*wanted, now)
+                demoted = self._demote(*wanted, now)
+                if not demoted:
+                    self._index.host.evictables.may_go_again(wanted[0])
+                started += demoted
             self._drain(started, now, nbytes_max)
         except OverLimit:  # every lease is taken: clients come first
             self._counters["moves_without_lease"] += 1

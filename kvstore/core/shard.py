@@ -144,6 +144,8 @@ class ShardCore:
         run, miss = self.past.run_of(snapshot, keys, space)
         if self.foreseen:
             self.foreseen.asked_for(run)
+        if self.index.kept:
+            self.index.kept.asked_for(run)
         lease = self._holds.grant(owner, lease_s, space, run, now) if run else None
         self.counters["match_keys"] += len(keys)
         self.counters["match_hits"] += len(run)

@@ -72,12 +72,14 @@ class Tiering:
 
 @dataclass(frozen=True, slots=True)
 class Foresight:
-    """What comes up from below because its session will likely go on: nothing while `share` is 0."""
+    """What is about to be asked for. Nothing is predicted while `share` is 0."""
 
     share: float = 0.05  # of the host, at most, for what was predicted and is not used yet
     within_s: float = 120.0  # how soon it must likely be used; what is not by then was wasted
     probability_min: float = 0.5
     waste_max: float = 0.5  # of the bytes brought up; above, none are until that is long past
+    keeps_s: float = 30.0  # what was announced is given up last for so long, or until it is asked for
+    keeps_share: float = 0.5  # of the host, at most, for all that is to be asked for
     forgets_s: float = 300.0  # half of what was wasted or well spent so long ago does not count any more
 
 

@@ -65,15 +65,17 @@ class Uses:
         end = (slot + 1) * KEY_NBYTES
         return int.from_bytes(self._versions.keys[end - FINGERPRINT_NBYTES : end], "big")
 
-    def born(self, slot: int, parent: int) -> None:
-        """The slot holds a new version, built on the one in `parent` (NONE: that is not here)."""
+    def born(self, slot: int, parent: int, now: float) -> None:
+        """The slot holds a new version, built on the one in `parent` (NONE: that is not here). Until it is
+        used, what the slot's former version left behind must not speak for it."""
         missing = slot + 1 - len(self.counts)
         if missing > 0:
             for flags in (self.counts, self.turns):
                 flags.extend(bytes(missing))
             for column in (self.spans, self.used_s, self.parents, self._parent_generations):
                 column.frombytes(bytes(missing * column.itemsize))
-        self.counts[slot] = self.turns[slot] = 0
+        self.counts[slot] = self.turns[slot] = self.spans[slot] = 0
+        self.used_s[slot] = now
         self.parents[slot] = parent
         if parent != NONE:
             self._parent_generations[slot] = self._versions.generations[parent] & _GENERATION_BITS

@@ -25,7 +25,7 @@ MOONCAKE = "KVSTRATA_TRACE_MOONCAKE"
 ROW = {
     "policy", "capacity_blocks", "cold_codec", "by", "block_hit", "token_hit", "request_hit", "opt_block_hit",
     "perplexity_increase", "ready_on_start", "start_delay_ms_p50", "wasted_prefetch_bytes", "seconds",
-    "cpu_seconds",
+    "cpu_seconds", "tiers",
 }  # fmt: skip
 # LRU, FIFO and LFU as others replay this trace, and an infinite cache; in percent of block accesses.
 YARDSTICK = {"lru": 13.6, "fifo": 12.7, "lfu": 9.7}
@@ -156,6 +156,8 @@ def test_the_command_prints_the_one_document_and_draws(tmp_path: Path) -> None:
         (("--cold-codec", "zip"), "codec 'zip' is unknown"),
         (("--capacity", "0"), "holds nothing"),
         (("--plot", "hits.png"), "ends in .svg"),
+        (("--tiers", "10,20", "--prefetch", "always"), "--prefetch 'always' is unknown"),
+        (("--tiers", "10,20", "--by", "block"), "--by block is for caches of one tier"),
     ],
 )
 def test_a_wrong_option_is_one_line_that_says_what_to_do(

@@ -16,7 +16,6 @@ from typing import Any, Final
 
 import pytest
 
-from kvstore.nouns import NamespaceId
 from kvstore.tiers.base import Place
 from kvstore.tiers.nvme import journal, recovery, scan
 from kvstore.tiers.nvme.appender import Appender, Pending
@@ -24,6 +23,7 @@ from kvstore.tiers.nvme.files import Files
 from kvstore.tiers.nvme.index import Index
 from kvstore.tiers.nvme.journal import Journal
 from kvstore.tiers.nvme.notes import pack
+from kvstore.tiers.nvme.oldest import Oldest, find_oldest
 from kvstore.tiers.nvme.segment import Segment
 from kvstore.tiers.nvme.segment_files import SegmentFiles
 from kvstore.tiers.nvme.tier import NvmeTier
@@ -178,24 +178,17 @@ def copies_anew(patch: Patch) -> None:
     patch.setattr(Appender, "put", renumbered)
 
 
-def _needless(*ignored: str) -> Any:
-    def is_needless(tier: NvmeTier, namespace: NamespaceId, epoch: int | None, before: int) -> bool:
-        assert tier._opened is not None
-        every = tier._opened.every.by_number.values()
-        reasons = {
-            "unsure": any(disk.unsure for disk in tier._opened.disks),
-            "beginning": min(tier._beginning, default=before) < before,
-            "segments": any(segment.may_hold(namespace, epoch, before) for segment in every),
-            "queued": any(p.sequence < before for fresh in tier._fresh for p in fresh.unkept()),
-        }
-        return not any(holds for reason, holds in reasons.items() if reason not in ignored)
-
-    return is_needless
-
-
 def _forgets_in_spite_of(reason: str) -> Callable[[Patch], None]:
     def mutation(patch: Patch) -> None:
-        patch.setattr(NvmeTier, "_is_needless", _needless(reason))
+        async def careless(tier: NvmeTier) -> Oldest:
+            assert tier._opened is not None
+            unsure = reason != "unsure" and any(disk.unsure for disk in tier._opened.disks)
+            beginning = [] if reason == "beginning" else list(tier._beginning)
+            every = [] if reason == "segments" else tier._opened.every.by_number.values()
+            queued = [] if reason == "queued" else [p for fresh in tier._fresh for p in fresh.unkept()]
+            return await find_oldest(every, queued, [0] if unsure else beginning)
+
+        patch.setattr(NvmeTier, "_find_oldest", careless)
 
     mutation.__name__ = f"forgets_in_spite_of_{reason}"
     mutation.__doc__ = f"A purge is forgotten whatever may still come: {reason}."
@@ -204,13 +197,14 @@ def _forgets_in_spite_of(reason: str) -> Callable[[Patch], None]:
 
 def opaque_ignored(patch: Patch) -> None:
     """A purge is forgotten though a file may hold records that nobody knows of."""
-    may_hold = Segment.may_hold
 
-    def careless(of: Segment, *asked: Any) -> bool:
-        of.opaque = False
-        return may_hold(of, *asked)
+    async def careless(segments: Any, *rest: Any) -> Oldest:
+        known = list(segments)
+        for segment in known:
+            segment.opaque = False
+        return await find_oldest(known, *rest)
 
-    patch.setattr(Segment, "may_hold", careless)
+    patch.setattr("kvstore.tiers.nvme.tier.find_oldest", careless)
 
 
 def footer_first(patch: Patch) -> None:
