@@ -145,7 +145,12 @@ def secret_in(path: Path) -> bytes:
 def kept(path: Path, fresh: str) -> bytes:
     """What the private file holds; `fresh` from now on, where there is none."""
     if not path.exists():
-        write_private(path, fresh.encode() + b"\n")
+        try:
+            write_private(path, fresh.encode() + b"\n")
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be made: {error.strerror}. Give a path that can be written"
+            ) from None
     return read_private(path).strip()
 
 

@@ -60,7 +60,10 @@ def test_every_pod_is_confined_and_gets_what_it_asks_for() -> None:
 def test_a_disk_is_mounted_into_the_shards_and_nobody_else() -> None:
     source = {"hostPath": {"path": "/mnt/nvme0", "type": "Directory"}}
     disk = {"mountPath": "/nvme0", "source": source}
-    for role, template in pod_templates(render({"store": {"disks": [disk]}})).items():
+    secret = {"name": "kvstrata-store", "key": "secret"}
+    with pytest.raises(helm_python.HelmRenderError, match="secret"):
+        render({"store": {"disks": [disk]}})
+    for role, template in pod_templates(render({"store": {"disks": [disk], "secret": secret}})).items():
         spec = template["spec"]
         volumes = {volume["name"]: volume for volume in spec["volumes"]}
         mounts = [mount for mount in spec["containers"][0]["volumeMounts"] if mount["mountPath"] == "/nvme0"]

@@ -40,6 +40,9 @@ job that starts the router waits for the head to be ready.
 */}}
 {{- define "kvstrata.pod" -}}
 {{- $root := .root -}}
+{{- if and $root.Values.store.disks (not $root.Values.store.secret.name) -}}
+{{- fail "store.disks needs store.secret.name: without a secret that stays, nothing on the disks is found again" -}}
+{{- end -}}
 metadata:
   labels:
     {{- include "kvstrata.labels" $root | nindent 4 }}
