@@ -157,7 +157,7 @@ def test_a_bug_of_ours_is_500_without_a_traceback(live_with: Make, monkeypatch: 
         raise RuntimeError("secret detail")
 
     monkeypatch.setattr(server.service.backend.tokenizer, "encode_chat", broken)
-    answer = httpx.post(f"{server.url}/v1/chat/completions", json=ASK)
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=ASK, timeout=60)
     assert answer.status_code == 500
     assert answer.json()["error"]["type"] == "internal_error"
     assert "secret" not in answer.text
