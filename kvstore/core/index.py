@@ -173,7 +173,8 @@ class Index:
             table.next[before] = slot
         self.uses.born(slot, self._parent(slot), self.now)
         for room in self.rooms:
-            room.evictables.born(slot)
+            if room.capacity_nbytes:  # else nothing ever lies there, and columns cost memory
+                room.evictables.born(slot)
             if table.residences[slot] & room.held:
                 room.evictables.enter(slot)
 
