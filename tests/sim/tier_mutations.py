@@ -149,18 +149,18 @@ def born_at_nought(patch: Patch) -> None:
 
 
 TIER_MUTATIONS: dict[Callable[[Patch], None], int] = {
-    lands_forbidden: 60,
-    not_discarded: 60,
-    unverified_moves: 450,
-    before_the_sync: 60,
-    failed_sync: 60,
-    recovers_dropped: 60,
-    recovers_purged: 60,
-    purge_noted_late: 300,
-    moves_untold: 20,
-    looked_for_once: 150,
-    reads_below_alone: 60,
-    failed_moves_stay: 20,
-    born_at_nought: 60,
+    lands_forbidden: 180,
+    not_discarded: 180,
+    unverified_moves: 900,
+    before_the_sync: 180,
+    failed_sync: 180,
+    recovers_dropped: 180,
+    recovers_purged: 180,
+    purge_noted_late: 900,
+    moves_untold: 60,
+    looked_for_once: 450,
+    reads_below_alone: 180,
+    failed_moves_stay: 60,
+    born_at_nought: 180,
 }
 """What is broken -> within how many seeds it is found."""
