@@ -172,7 +172,11 @@ class Client:
         found = await session.match(keys, owner=self.name, lease_s=LEASE_S, timeout_s=TIMEOUT_S)
         shards = {block.ref.shard for block in held.blocks}
         deleted = self.world.witness.may_be_deleted(shards, session.namespace, keys, epoch, held.since)
-        if self.sure(held) and not deleted and found.miss not in (None, *EXCUSES):
+        # What the disk broke is retired by whoever finds it, a mover too: then it may be absent.
+        broken = any(self.world.hosts[shard].driver.core.counters["retired_corrupt"] for shard in shards)
+        if broken and not self.world.storage_broken:
+            raise Broken(f"retired as corrupt on {shards}, whose storage never broke a byte")
+        if self.sure(held) and not (deleted or broken) and found.miss not in (None, *EXCUSES):
             raise Broken(f"acknowledged, pinned, and not seen: block {len(found.blocks)} is {found.miss}")
         await session.release(found.leases)
 

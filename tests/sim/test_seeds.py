@@ -50,14 +50,10 @@ def test_every_seed_keeps_every_promise(capsys: pytest.CaptureFixture[str]) -> N
     with capsys.disabled():
         print(summary(reports, met))
     unmet = {(fault, step) for fault in FAULTS for step in STEPS if not met[fault, step]}
-    unmet |= {
-        (fault, step) for fault in ("failed", "crash in") for step in DISK_STEPS if not met[fault, step]
-    }
+    unmet |= {(fault, step) for fault in DISK_FAULTS for step in DISK_STEPS if not met[fault, step]}
     unmet.discard(("failed", "recover"))  # a shard that cannot read what survived does not start
     assert not unmet, f"faults that no seed met: {sorted(unmet)}"
     assert met["pause", "host"]
-    # A disk's step is over in milliseconds: pauses meet some of them, seldom all.
-    assert sum(met["pause in", step] > 0 for step in DISK_STEPS) >= 3
     assert met["abandoned", "read"]
 
 

@@ -34,8 +34,8 @@ def lands_forbidden(patch: Patch) -> None:
 def not_discarded(patch: Patch) -> None:
     """What a move wrote for nobody is left where it was written."""
 
-    def end(mover: Mover, move: Move, open_moves: set[Move]) -> None:
-        open_moves.discard(move)
+    def end(mover: Mover, move: Move, open_moves: dict[Move, None]) -> None:
+        del open_moves[move]
         mover._core.moves.done(move)
         mover._core.index.freed.clear()
 

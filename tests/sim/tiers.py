@@ -34,6 +34,9 @@ FAILS: Final = {"read": 0.02, "write": 0.01, "sync": 0.06, "note": 0.04}
 DISK_STEPS: Final = (*FAILS, "recover")
 DISK_FAULTS: Final = ("failed", "crash in", "pause in")
 RECLAIMED: Final = 0.5
+STEP_S: Final = 0.05
+RECOVERY_S: Final = 0.5
+"""The longest step of a disk: long enough that a pause or a crash meets each kind within the seeds."""
 Wait = Callable[[str], Awaitable[None]]
 
 
@@ -113,7 +116,7 @@ class SimDisk(Disk):
             self.under_way[what] += 1
             life = self.life
             try:
-                await asyncio.sleep(self.rng.random() * (0.05 if what == "sync" else 0.01))
+                await asyncio.sleep(self.rng.random() * (RECOVERY_S if what == "recover" else STEP_S))
                 if not host.is_awake:
                     self.counted["pause in", what] += 1
                 await host.awake()

@@ -200,6 +200,8 @@ async def _live(seed: int) -> Report:
 def _nothing_is_left(host: SimHost) -> None:
     driver = host.driver
     driver.check_integrity()
+    if driver.core.counters["mover_failed"]:
+        raise Broken(f"batches of moves that ended by an unforeseen error on {host.shard}, see its log")
     usage = driver.core.usage()
     if driver.core.leases or usage.staged_nbytes or usage.retired_nbytes or usage.ownerless_nbytes:
         raise Broken(f"left behind on {host.shard}: {driver.core.leases} leases, {usage}")
