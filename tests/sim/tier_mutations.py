@@ -149,18 +149,18 @@ def born_at_nought(patch: Patch) -> None:
 
 
 TIER_MUTATIONS: dict[Callable[[Patch], None], int] = {
-    lands_forbidden: 180,
-    not_discarded: 180,
-    unverified_moves: 900,
-    before_the_sync: 180,
-    failed_sync: 180,
-    recovers_dropped: 180,
-    recovers_purged: 180,
-    purge_noted_late: 900,
-    moves_untold: 60,
-    looked_for_once: 450,
-    reads_below_alone: 180,
-    failed_moves_stay: 60,
-    born_at_nought: 180,
+    lands_forbidden: 360,
+    not_discarded: 20,
+    unverified_moves: 30,
+    before_the_sync: 20,
+    failed_sync: 30,
+    recovers_dropped: 20,
+    recovers_purged: 60,
+    purge_noted_late: 180,
+    moves_untold: 20,
+    looked_for_once: 30,
+    reads_below_alone: 20,
+    failed_moves_stay: 100,
+    born_at_nought: 20,
 }
 """What is broken -> within how many seeds it is found."""
