@@ -25,19 +25,15 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 import torch
-import torch.nn.functional as F
 
-from engine.attention.base import AttentionBackend, Segment
-from engine.attention.fixed_split import FixedSplitAttention, check_attention_invariance, tile_width
-from engine.attention.fixed_split_decode import ROWS_MULTIPLE
-from engine.attention.sdpa import SdpaAttention
+from engine.batch import Chunk, make_batch
 from engine.config import EngineConfig
 from engine.detokenizer import IncrementalDetokenizer
-from engine.linear import Rowwise, check_row_invariance
 from engine.models.config import ModelConfig
-from engine.models.llama import LlamaModel, StepInput
 from engine.pool import KVPool
+from engine.runner import ModelRunner
 from engine.sampler import NO_TOKEN, Sampler
+from engine.scheduler import schedule
 from engine.sequence import Sequence
 from engine.tokenizer import Tokenizer
 from engine.types import CompletedBlock, GenerationRequest, StepResult, TailKV, TokenEvent
@@ -74,13 +70,7 @@ class Engine:
         )
         n_slots = config.pool_blocks or config.pool_nbytes // self.layout.block_nbytes
         self.max_model_len = _max_model_len(config, model_config, n_slots)
-        self._model = LlamaModel(model_config, weights.tensors, self.max_model_len)
-        if config.batch_invariant:
-            _check_invariance(self._model, self.layout)
-        self._attention: AttentionBackend = (
-            FixedSplitAttention(model_config.heads) if config.batch_invariant else SdpaAttention()
-        )
-        self.pool = KVPool(self.layout, n_slots)
+        self._runner = ModelRunner(config, model_config, weights, self.layout, n_slots, self.max_model_len)
         self.slots = PoolSlots(n_slots)
         self._sequences: dict[str, Sequence] = {}  # in the order of admission
 
@@ -92,6 +82,10 @@ class Engine:
         model_config = ModelConfig.from_folder(folder)
         weights = load_weights(folder, model_config, DTYPES[config.dtype])
         return cls(config, model_config, weights, Tokenizer.from_folder(folder))
+
+    @property
+    def pool(self) -> KVPool:
+        return self._runner.pool
 
     @property
     def free_blocks(self) -> int:
@@ -156,14 +150,19 @@ class Engine:
     def step(self) -> StepResult:
         """Compute one batch. Empty if there is no work. A sequence that ended has left the engine when its
         last event is returned, unless it was admitted with `hold` or `keep`."""
-        chunks = self._schedule()
+        chunks = schedule(self._sequences.values(), self.config.step_tokens_max)
         if not chunks:
             return StepResult()
-        with torch.inference_mode():
-            drawn = self._compute(chunks)
-        blocks = [block for sequence, rows in chunks for block in self._advance(sequence, rows)]
-        events = [self._take_token(sequence, token_id) for sequence, token_id in drawn]
-        return StepResult(tuple(events), tuple(blocks), sum(rows for _, rows in chunks))
+        logits = self._runner.run(make_batch(chunks, self.config.block_tokens))
+        drawing = [chunk.sequence for chunk in chunks if chunk.draws]
+        tokens = Sampler.sample(
+            logits,
+            [sequence.request.sampling for sequence in drawing],
+            [len(sequence.tokens) for sequence in drawing],
+        )
+        blocks = [block for chunk in chunks for block in self._advance(chunk)]
+        events = [self._take_token(*drawn) for drawn in zip(drawing, tokens, strict=True)]
+        return StepResult(tuple(events), tuple(blocks), sum(chunk.rows for chunk in chunks))
 
     def take_tail(self, request_id: str) -> TailKV | None:
         """A copy of the KV behind the last full computed block. None if there is none, or no sequence."""
@@ -257,63 +256,14 @@ class Engine:
 
     # One step
 
-    def _schedule(self) -> list[tuple[Sequence, int]]:
-        """Which sequences compute how many tokens: decode rows first, then prompts, oldest first."""
-        running = [sequence for sequence in self._sequences.values() if not sequence.parked]
-        chunks = [(sequence, 1) for sequence in running if sequence.pending == 1]
-        budget = self.config.step_tokens_max - len(chunks)
-        for sequence in running:
-            if sequence.pending > 1 and budget > 0:
-                rows = min(sequence.pending, budget)
-                chunks.append((sequence, rows))
-                budget -= rows
-        return chunks
-
-    def _compute(self, chunks: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
-        """The forward pass; a token for each sequence that has nothing left to compute before it."""
-        segments: list[Segment] = []
-        row = 0
-        for sequence, rows in chunks:
-            segments.append(Segment(row, rows, sequence.computed, sequence.slots))
-            row += rows
-        plan = self._attention.plan(segments, self.pool)
-        hidden = self._model.forward(self._step_input(chunks, row), self.pool, plan)
-        drawing = [
-            (sequence, segment.row + segment.rows - 1)
-            for (sequence, rows), segment in zip(chunks, segments, strict=True)
-            if sequence.pending == rows
-        ]
-        if not drawing:
-            return []
-        logits = self._model.logits(hidden, torch.tensor([last for _, last in drawing]))
-        tokens = Sampler.sample(
-            logits,
-            [sequence.request.sampling for sequence, _ in drawing],
-            [len(sequence.tokens) for sequence, _ in drawing],
-        )
-        return [(sequence, token_id) for (sequence, _), token_id in zip(drawing, tokens, strict=True)]
-
-    def _step_input(self, chunks: list[tuple[Sequence, int]], rows: int) -> StepInput:
-        size = self.config.block_tokens
-        token_ids, positions = torch.empty(2, rows, dtype=torch.int64)
-        pool_rows = torch.empty(rows, dtype=torch.int64)
-        row = 0
-        for sequence, count in chunks:
-            begin, end, taken = sequence.computed, sequence.computed + count, slice(row, row + count)
-            token_ids[taken] = torch.tensor(sequence.tokens[begin:end])
-            at = torch.arange(begin, end)
-            positions[taken] = at
-            pool_rows[taken] = torch.tensor(sequence.slots)[at // size] * size + at % size
-            row += count
-        return StepInput(token_ids, positions, pool_rows)
-
-    def _advance(self, sequence: Sequence, rows: int) -> list[CompletedBlock]:
+    def _advance(self, chunk: Chunk) -> list[CompletedBlock]:
+        sequence = chunk.sequence
         request = sequence.request
         return [
             CompletedBlock(
                 request.request_id, request.attempt, index, self.pool.read_block(sequence.slots[index])
             )
-            for index in sequence.advance(rows, self.config.block_tokens)
+            for index in sequence.advance(chunk.rows, self.config.block_tokens)
         ]
 
     def _take_token(self, sequence: Sequence, token_id: int) -> TokenEvent:
@@ -344,19 +294,3 @@ def _max_model_len(config: EngineConfig, model_config: ModelConfig, n_slots: int
     if held < config.max_model_len:
         log.warning("the KV pool is smaller than max_model_len", tokens=held, wanted=config.max_model_len)
     return min(config.max_model_len, held)
-
-
-def _check_invariance(model: LlamaModel, layout: KVLayout) -> None:
-    """Prove it for everything of the forward pass that could break it. Raises ConfigError."""
-    dtype, hidden = DTYPES[layout.dtype], model.config.hidden_size
-
-    def rms_norm(rows: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(rows, (hidden,), eps=model.config.rms_norm_eps)
-
-    rowwise = [
-        Rowwise(rms_norm, hidden, dtype),
-        Rowwise(F.silu, model.inner_width, dtype),
-        Rowwise(torch.exp2, ROWS_MULTIPLE * tile_width(layout.block_tokens), torch.float32),
-    ]
-    check_row_invariance(model.products(), rowwise)
-    check_attention_invariance(model.config.heads, layout)

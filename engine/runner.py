@@ -1,0 +1,73 @@
+"""The model on its device: weights, the paged pool and attention. Batches in, logits out.
+
+Everything that touches tensors of the model lies behind `ModelRunner.run`, so that the engine above is the
+same for every device and for ranks that share a model. Synchronous, owned by the engine's thread.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from engine.attention.base import AttentionBackend
+from engine.attention.fixed_split import FixedSplitAttention, check_attention_invariance, tile_width
+from engine.attention.fixed_split_decode import ROWS_MULTIPLE
+from engine.attention.sdpa import SdpaAttention
+from engine.batch import Batch
+from engine.config import EngineConfig
+from engine.linear import Rowwise, check_row_invariance
+from engine.models.config import ModelConfig
+from engine.models.llama import LlamaModel, StepInput
+from engine.pool import KVPool
+from engine.weights import DTYPES, Weights
+from kvstore.nouns import KVLayout
+
+__all__ = ["ModelRunner"]
+
+
+class ModelRunner:
+    """`pool` holds the KV of `n_slots` blocks. Raises ConfigError where the machine breaks a promise of
+    `config` (batch invariance)."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        weights: Weights,
+        layout: KVLayout,
+        n_slots: int,
+        max_model_len: int,
+    ) -> None:
+        self._model = LlamaModel(model_config, weights.tensors, max_model_len)
+        if config.batch_invariant:
+            _check_invariance(self._model, layout)
+        self._attention: AttentionBackend = (
+            FixedSplitAttention(model_config.heads) if config.batch_invariant else SdpaAttention()
+        )
+        self.pool = KVPool(layout, n_slots)
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        """Compute the batch's KV into the pool; float32 [len(logits_rows), vocabulary]."""
+        with torch.inference_mode():
+            plan = self._attention.plan(batch.segments, self.pool)
+            step = StepInput(batch.token_ids, batch.positions, batch.pool_rows)
+            hidden = self._model.forward(step, self.pool, plan)
+            if not len(batch.logits_rows):
+                return hidden.new_empty(0, self._model.config.vocab_size, dtype=torch.float32)
+            return self._model.logits(hidden, batch.logits_rows)
+
+
+def _check_invariance(model: LlamaModel, layout: KVLayout) -> None:
+    """Prove it for everything of the forward pass that could break it. Raises ConfigError."""
+    dtype, hidden = DTYPES[layout.dtype], model.config.hidden_size
+
+    def rms_norm(rows: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(rows, (hidden,), eps=model.config.rms_norm_eps)
+
+    rowwise = [
+        Rowwise(rms_norm, hidden, dtype),
+        Rowwise(F.silu, model.inner_width, dtype),
+        Rowwise(torch.exp2, ROWS_MULTIPLE * tile_width(layout.block_tokens), torch.float32),
+    ]
+    check_row_invariance(model.products(), rowwise)
+    check_attention_invariance(model.config.heads, layout)
