@@ -32,7 +32,7 @@ from engine.detokenizer import IncrementalDetokenizer
 from engine.models.config import ModelConfig
 from engine.pool import KVPool
 from engine.runner import ModelRunner
-from engine.sampler import NO_TOKEN, Sampler
+from engine.sampling.sampler import NO_TOKEN, Sampler
 from engine.scheduler import schedule
 from engine.sequence import Sequence
 from engine.tokenizer import Tokenizer

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.sampler import NO_TOKEN, Sampler
+from engine.sampling.sampler import NO_TOKEN, Sampler
 from engine.types import FinishReason, GenerationRequest
 from tests.gates import GatedEngine, GatedShard
 from tests.role_parts import CACHING, WAIT_S, Pair, pair_over, prompt, request, shard

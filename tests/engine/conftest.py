@@ -11,7 +11,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.sampler import Sampler
+from engine.sampling.sampler import Sampler
 from engine.types import GenerationRequest, SamplingParams, StepResult
 from tests.tiny_model import make_tiny_model
 

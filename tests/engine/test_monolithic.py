@@ -35,6 +35,6 @@ def test_an_error_is_raised(make_engine: EngineFactory, monkeypatch: pytest.Monk
     def nonsense(logits: torch.Tensor, *_: object) -> list[int]:
         return np.full(logits.shape[0], -1).tolist()
 
-    monkeypatch.setattr("engine.sampler.Sampler.sample", staticmethod(nonsense))
+    monkeypatch.setattr("engine.sampling.sampler.Sampler.sample", staticmethod(nonsense))
     with pytest.raises(RuntimeError, match="not finite"):
         generate(engine, request("a", prompt(40), 10))

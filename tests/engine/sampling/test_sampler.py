@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.sampler import NO_TOKEN, Sampler, draw, philox4x32, uniform
+from engine.sampling.sampler import NO_TOKEN, Sampler, draw, philox4x32, uniform
 from engine.types import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=1, temperature=0.0)

@@ -11,7 +11,7 @@ does not depend on the batch it is in: each is drawn by itself, in float64, from
 Greedy costs an argmax. A drawn row costs about 0.8 ms for a vocabulary of 50k; 6 ms if the nucleus is
 nearly all of it.
 Nucleus sampling: arXiv:1904.09751. Philox4x32-10: Salmon et al., SC'11, "Parallel random numbers: as easy
-as 1, 2, 3"; golden vectors in tests/engine/test_sampler.py.
+as 1, 2, 3"; golden vectors in tests/engine/sampling/test_sampler.py.
 """
 
 from __future__ import annotations
