@@ -27,6 +27,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "one-kv-head": {"num_key_value_heads": 1},
     "no-groups": {"num_key_value_heads": 4, "intermediate_size": 100},
+    "windowed": {"architectures": ["MistralForCausalLM"], "sliding_window": 130},
+    "some-windowed": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "num_hidden_layers": 3,
+        "sliding_window": 40,
+        "use_sliding_window": True,
+        "max_window_layers": 1,
+    },
 }
 
 
