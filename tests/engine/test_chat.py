@@ -152,7 +152,7 @@ CALLING = [
 def test_what_the_families_templates_use_is_there(
     template: str, messages: list[Any], tools: list[Any] | None, variables: dict[str, Any]
 ) -> None:
-    """Slices, namespaces, string methods, filters, tools, thoughts: what Qwen 3's and Mistral's are made of."""
+    """Slices, namespaces, string methods, filters, tools, thoughts: what theirs are made of."""
     theirs, _ = render_jinja_template(
         conversations=[messages],
         chat_template=template,
