@@ -32,7 +32,7 @@ from engine.detokenizer import IncrementalDetokenizer
 from engine.models.config import ModelConfig
 from engine.pool import KVPool
 from engine.runner import ModelRunner
-from engine.sampling.rows import NO_TOKEN, Drawn
+from engine.sampling.rows import NO_TOKEN, NOTHING_ALLOWED, Drawn
 from engine.sampling.sampler import Sampler
 from engine.scheduler import schedule
 from engine.sequence import Sequence
@@ -237,7 +237,11 @@ class Engine:
             keep=keep,
             tokens_max=min(len(request.prompt_ids) + sampling.max_tokens, self.max_model_len),
             eos_token_ids=self.model_config.eos_token_ids,
-            detokenizer=IncrementalDetokenizer(self.tokenizer, sampling.stop) if sampling.stop else None,
+            detokenizer=(
+                IncrementalDetokenizer(self.tokenizer, sampling.stop, sampling.min_tokens)
+                if sampling.stop
+                else None
+            ),
         )
 
     def _onboard(self, sequence: Sequence, blocks: Seq[Payload], tail: TailKV | None) -> None:
@@ -267,6 +271,10 @@ class Engine:
         if drawn.token_id == NO_TOKEN:
             event = sequence.fail(
                 "the model's logits are not finite: its weights or onboarded KV are damaged"
+            )
+        elif drawn.token_id == NOTHING_ALLOWED:
+            event = sequence.fail(
+                "no token is left to draw: the request's constraint and min_tokens forbid all"
             )
         else:
             event = sequence.append(drawn)
