@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -58,6 +59,7 @@ def test_temperature_sharpens() -> None:
     share = 0.6**2 / (0.6**2 + 0.4**2)
     assert draws(logits, 5_000, temperature=0.5)[1] / 5_000 == pytest.approx(share, abs=0.02)
     assert draws(logits, 200, temperature=1e-6) == Counter({1: 200})
+    assert draws([*logits, -math.inf], 200, temperature=1e-300) == Counter({1: 200})
 
 
 @pytest.mark.parametrize(
@@ -89,14 +91,44 @@ def test_a_nucleus_wider_than_the_first_look_is_whole() -> None:
     assert max(drawn) in range(1_900, 2_000)
 
 
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999])
+@pytest.mark.parametrize("scale", [0.5, 3.0])
+def test_a_nucleus_begins_and_ends_where_its_definition_says(top_p: float, scale: float) -> None:
+    """Narrow and wide: the least and the greatest uniform draw its lowest and its highest id."""
+    logits = scale * random_logits(1, 5_000)[0]
+    weights = logits.double().softmax(0)
+    ranked = weights.argsort(descending=True, stable=True)
+    size = int((weights[ranked].cumsum(0) < top_p).sum()) + 1
+    nucleus = ranked[:size].tolist()
+    ends = [draw(logits.numpy(), params(top_p=top_p), noise) for noise in (0.0, 1.0 - 2.0**-53)]
+    assert ends == [min(nucleus), max(nucleus)]
+
+
 def test_masked_tokens_are_never_drawn() -> None:
     assert set(draws([-math.inf, 0.0, -math.inf, 0.0, -math.inf], 300)) == {1, 3}
 
 
 def test_the_last_uniform_before_one_draws_the_last_token_of_any_weight() -> None:
-    row = torch.tensor([0.0, 0.0, -math.inf], dtype=torch.float64).numpy()
+    row = torch.tensor([0.0, 0.0, -math.inf], dtype=torch.float32).numpy()
     assert draw(row, params(), 1.0 - 2.0**-53) == 1
     assert draw(row, params(), 0.0) == 0
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.sampled_from([0.0, 1e-30, 0.1, 1.0]), min_size=1, max_size=700),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_a_draw_by_blocks_is_a_draw_one_by_one(weights: list[float], noise: float) -> None:
+    """In exact numbers: at the first of a row of equal sums, and never at a weight of nothing."""
+    weights[len(weights) // 2] = 1.0
+    logits = torch.tensor(weights).log().numpy()
+    drawn = draw(logits, params(), noise)
+    kept = np.exp(logits - logits.max()).astype(np.float64)
+    before, target = math.fsum(kept[:drawn]), noise * math.fsum(kept)
+    assert kept[drawn] > 0
+    assert before <= target * (1 + 1e-12)
+    assert target <= (before + kept[drawn]) * (1 + 1e-12)
 
 
 @settings(deadline=None, max_examples=30)
