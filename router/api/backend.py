@@ -121,13 +121,11 @@ class Backend:
     ) -> list[Job]:
         room = self._room(ids, body, field)
         sampling = self._sampling(body, body.tokens_max or min(tokens_default, room))
+        prompt_ids = tuple(ids)  # one for all choices
+        seeds = (choice_seed(sampling.seed, choice) for choice in range(body.n or 1))
         return [
-            Job(
-                f"{prefix}-{secrets.token_hex(12)}",
-                tuple(ids),
-                replace(sampling, seed=choice_seed(sampling.seed, choice)),
-            )
-            for choice in range(body.n or 1)
+            Job(f"{prefix}-{secrets.token_hex(12)}", prompt_ids, replace(sampling, seed=seed))
+            for seed in seeds
         ]
 
     def _sampling(self, body: GenerationBody, tokens: int) -> SamplingParams:

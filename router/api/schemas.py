@@ -202,6 +202,14 @@ class GenerationBody(_Body):
     logit_bias: Biases | None = None
 
     best_of: Annotated[Any, _only(1)] = None
+    use_beam_search: Annotated[Any, _only(False)] = None
+    prompt_logprobs: Annotated[Any, _only()] = None
+    allowed_token_ids: Annotated[Any, _only()] = None
+    bad_words: Annotated[Any, _only([])] = None
+    include_stop_str_in_output: Annotated[Any, _only(False)] = None
+    skip_special_tokens: Annotated[Any, _only(True)] = None
+    structured_outputs: Annotated[Any, _only()] = None
+    response_format: Annotated[Any, _only({"type": "text"})] = None
 
     @property
     def tokens_max(self) -> int | None:
@@ -243,7 +251,6 @@ class ChatBody(GenerationBody):
     tools: Annotated[Any, _only([])] = None
     functions: Annotated[Any, _only([])] = None
     tool_choice: Annotated[Any, _only("none", "auto")] = None
-    response_format: Annotated[Any, _only({"type": "text"})] = None
     modalities: Annotated[Any, _only(["text"])] = None
 
     @property
