@@ -38,14 +38,12 @@ class SamplingRow:
     drafts: int = 0
 
     @property
-    def is_argmax(self) -> bool:
-        """Is its token that of the highest logit, and nothing else asked?"""
-        params = self.params
+    def is_plain(self) -> bool:
+        """Do temperature, min_p, top_k, top_p and the noise alone decide, and is only the token asked for?"""
         return (
-            params.temperature <= 0
-            and params.logprobs is None
+            self.params.logprobs is None
             and self.constraint is None
-            and not LogitAdjuster.changes_anything(params)
+            and not LogitAdjuster.changes_anything(self.params)
         )
 
 

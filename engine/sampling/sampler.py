@@ -63,7 +63,7 @@ class Sampler:
         for index, (row, highest_id) in enumerate(zip(rows, greedy.tolist(), strict=True)):
             if not finite[index]:
                 drawn.append(Drawn(NO_TOKEN))
-            elif row.is_argmax:
+            elif row.params.temperature <= 0 and row.is_plain:
                 drawn.append(Drawn(highest_id))
             else:
                 drawn.append(_drawn(logits[index].to("cpu", torch.float32).numpy(), row))
