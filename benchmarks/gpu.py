@@ -4,8 +4,8 @@
 
 Llama 3 8B's shape in bfloat16: decode attention at 64 sequences of 8,192 tokens over a pool in the model's
 dtype, in fp8 and in int8; gather and scatter of blocks between pool and frames; prefill of a whole prompt, of
-a chunk over a prefix and of several prompts beside torch's SDPA (flash backend) on the same shapes. Before
-anything is timed, everything is compared with float64 and the differences are printed. Medians over rounds; a share below its goal says so.
+a chunk over a prefix and of several prompts beside torch's SDPA (flash backend) on the same shapes. First,
+small steps are compared with float64. Medians over rounds; a share below its goal says so.
 
 --tiny runs all of it on small shapes, in Triton's interpreter where there is no GPU: that it runs, not how
 fast. --sweep measures other tile sizes beside those of the table instead.

@@ -69,7 +69,8 @@ class Sizes:
 
 TINY: Final = Sizes(
     heads=4, kv_heads=2, head_dim=32, block_tokens=16, dtype="float32", batch=2, context=64, chunk=24,
-    layers=2, copied_blocks=3, copy_nbytes=1 << 20, rounds=2, tuning=Tuning(16, 4, 1, 16, 16, 4, 1, split_tokens=32),
+    layers=2, copied_blocks=3, copy_nbytes=1 << 20, rounds=2,
+    tuning=Tuning(16, 4, 1, 16, 16, 4, 1, split_tokens=32),
 )  # fmt: skip
 """For Triton's interpreter: it shows that everything runs, and nothing about speed."""
 
@@ -88,7 +89,7 @@ def pool_of(layout: KVLayout, slots: int, hot: str, device: torch.device) -> KVP
     """Filled with random numbers, a piece at a time."""
     pool = DevicePool(layout, slots, device) if hot == "model" else QuantisedPool(layout, slots, hot, device)
     for layer in range(layout.layers):
-        for rows in torch.arange(slots * layout.block_tokens, device=device).split(1 << 16):
+        for rows in torch.split(torch.arange(slots * layout.block_tokens, device=device), 1 << 16):
             keys, values = torch.randn(
                 2, len(rows), layout.kv_heads, layout.head_dim, dtype=pool.dtype, device=device
             )
@@ -103,15 +104,17 @@ def times(work: Callable[[], object], rounds: int, device: torch.device) -> list
         work()
     if device.type != "cuda":
         return [_host_seconds(work) for _ in range(rounds)]
-    marks = [
-        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)
-    ]
+    marks = [(_mark(), _mark()) for _ in range(rounds)]
     for begin, end in marks:
         begin.record()
         work()
         end.record()
     torch.cuda.synchronize(device)
     return [begin.elapsed_time(end) / 1e3 for begin, end in marks]
+
+
+def _mark() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def _host_seconds(work: Callable[[], object]) -> float:
