@@ -50,8 +50,8 @@ class BlockDemand:
         if known >= self._max_model_len:
             return OverLimit(f"{what} leaves no room for output: this engine takes {self._max_model_len}")
         return OverLimit(
-            f"{what} needs {self.of(request, hold)} KV blocks of {unclaimed} free ones that nobody counts on, "
-            f"and a place among {running_max} running sequences ({running} taken): wait for others to end"
+            f"{what} needs {self.of(request, hold)} KV blocks of {unclaimed} free ones that nobody counts on "
+            f"and a place among {running_max} running ones ({running} taken): wait for others to end"
         )
 
     def _blocks(self, known: int, tokens_max: int, hold: bool) -> int:

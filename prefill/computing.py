@@ -32,13 +32,14 @@ _GONE_THERE: Final = frozenset({MissReason.ABSENT, MissReason.OTHER_EPOCH, MissR
 async def compute_first_token(worker: Worker, run: Prefilling) -> FirstToken:
     """Look at home and in the store, onboard, admit, wait for the token. The time in the engine's queue
     counts as compute."""
+    arrived = worker.clock.now()
     run.session = await worker.store.session(run.request.tenant)
     chain = KeyChain(run.session.namespace if run.session else _NO_NAMESPACE, worker.info.layout.block_tokens)
     chain.extend(run.tokens)
     if worker.loading.locked():
         worker.announcer.announce(run.session, chain.keys[: _usable_blocks(run, chain)])
-    async with worker.turn_to_load():
-        stats = await _onboard_and_admit(worker, run, chain)
+    async with worker.turn_to_load(run.request):
+        stats = await _onboard_and_admit(worker, run, chain, arrived)
     admitted = worker.clock.now()
     event = await _drawn(worker, run)
     computing_s = worker.clock.now() - admitted
@@ -46,7 +47,9 @@ async def compute_first_token(worker: Worker, run: Prefilling) -> FirstToken:
     return FirstToken(event, replace(stats, compute_s=stats.compute_s + computing_s))
 
 
-async def _onboard_and_admit(worker: Worker, run: Prefilling, chain: KeyChain) -> PrefillStats:
+async def _onboard_and_admit(
+    worker: Worker, run: Prefilling, chain: KeyChain, arrived: float
+) -> PrefillStats:
     """What lies here -> match -> read the rest -> admit. The stats are whole but for the computing that
     begins now. All is matched, also what lies here: decode may be elsewhere, and goes on from what is
     pinned."""
@@ -82,6 +85,7 @@ async def _onboard_and_admit(worker: Worker, run: Prefilling, chain: KeyChain) -
         blocks=onboarded.payloads,
         hold=True,
         timeout_s=limits.admit_timeout_s,
+        arrived_at=arrived,
     )
     read = len(onboarded.payloads)
     ended_by = onboarded.miss

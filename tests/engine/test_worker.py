@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine.engine_thread import EngineThread
 from engine.types import CompletedBlock, FinishReason, GenerationRequest, StepResult, TailKV, TokenEvent
-from engine.worker import EngineThread, WorkerLoop
+from engine.worker import WorkerLoop
 from kvstore.errors import ConfigError, OverLimit
 from tests.role_parts import WAIT_S, later, request
 
@@ -55,6 +56,7 @@ class FakeEngine:
         tail: TailKV | None = None,
         hold: bool = False,
         keep: bool = False,
+        arrival: int | None = None,
     ) -> tuple[int, ...]:
         self._called(f"admit {request.request_id}/{request.attempt}")
         self.entered.set()
@@ -65,6 +67,9 @@ class FakeEngine:
         if hold:
             self.hold.add(request.request_id)
         return ()
+
+    def slots_lacking(self) -> int:
+        return 0
 
     def step(self) -> StepResult:
         self._called("step")
