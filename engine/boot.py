@@ -32,7 +32,7 @@ from engine.onboard import Onboarding
 from engine.publisher import Publisher, PublishLimits
 from engine.registry import resolve_model
 from engine.store_link import Connect, StoreLink
-from engine.turns import OrderedTurns, urgency_of
+from engine.turns import OrderedTurns, too_late, urgency_of
 from engine.types import GenerationRequest, SamplingParams, WorkerInfo
 from engine.worker import WorkerLoop
 from engine.worker_config import RoleLimits, WorkerConfig
@@ -79,15 +79,19 @@ class Worker:
     role_counters: Counter[str] = field(default_factory=Counter)
 
     @asynccontextmanager
-    async def turn_to_load(self, request: GenerationRequest) -> AsyncIterator[None]:
+    async def turn_to_load(self, request: GenerationRequest, arrived_at: float) -> AsyncIterator[None]:
         """Held while a request's KV is outside the engine, so that a long queue costs no memory. Raises
-        OverLimit when the turn does not come within `admit_timeout_s`."""
+        OverLimit when the turn does not come within `admit_timeout_s`, DeadlineExceeded when the request's
+        own deadline passes before."""
+        urgency = urgency_of(request, arrived_at, arrival=0)
+        left_s, limit_s = urgency.deadline_at - self.clock.now(), self.limits.admit_timeout_s
         async with AsyncExitStack() as turn:
             try:
-                async with asyncio.timeout(self.limits.admit_timeout_s):
-                    urgency = urgency_of(request, self.clock.now(), arrival=0)
+                async with asyncio.timeout(min(left_s, limit_s)):
                     await turn.enter_async_context(self.loading.turn(urgency))
             except TimeoutError:
+                if left_s < limit_s:
+                    raise too_late(request) from None
                 raise OverLimit(f"worker {self.info.worker_id} is full: ask another, or later") from None
             yield
 

@@ -1,7 +1,6 @@
 """The engine: sequences in, tokens and full blocks out, one step at a time. It knows nothing of stores.
 
     admit(request, lent, ...)      copy in what others computed; the rest is computed by the next steps
-    fork(id, request)              a second sequence over the KV that the first has by now
     step()                         one forward pass: a row of every decoding sequence, then chunks of
                                    prompts within the token budget; draw tokens; copy out what became full
     take_tail(id), release(id)     what a handoff takes along; give the slots back
@@ -28,6 +27,7 @@ import numpy.typing as npt
 import torch
 
 from engine.admission import BlockDemand, check_onboarded, check_request, fitting_model_len
+from engine.allotment import Allotment
 from engine.batch import Chunk, make_batch
 from engine.config import EngineConfig
 from engine.detokenizer import IncrementalDetokenizer
@@ -36,9 +36,8 @@ from engine.pacing import StepPacing
 from engine.pool import KVPool
 from engine.runner import ModelRunner
 from engine.sampling.sampler import NO_TOKEN, Sampler
-from engine.scheduler import Plan, choose_victims, plan_step
+from engine.scheduler import Plan, plan_step
 from engine.sequence import Sequence
-from engine.sharing import ready_block
 from engine.tokenizer import Tokenizer
 from engine.types import (
     CompletedBlock,
@@ -89,6 +88,7 @@ class Engine:
         self._runner = ModelRunner(config, model_config, weights, self.layout, n_slots, self.max_model_len)
         self.slots = PoolSlots(n_slots)
         self._sequences: dict[str, Sequence] = {}
+        self._allotment = Allotment(self.pool, self.slots, config.block_tokens)
         self._demand = BlockDemand(config.block_tokens, self.max_model_len)
         self._promised = 0  # of the free slots, those that who runs is expected to need
         self._arrivals = itertools.count()
@@ -180,30 +180,6 @@ class Engine:
         self._enter(sequence)
         return sequence.slots
 
-    def fork(self, source_id: str, request: GenerationRequest, *, arrival: int | None = None) -> None:
-        """Take in a request of the same tenant that begins with the tokens of one that is here: it shares
-        the blocks computed by now, the last, partial one until either writes into it. All that is said of the
-        source's KV (its lineage) is true of the fork's.
-
-        Raises KeyError if the source is not here, OverLimit if there is no room for the rest, ValueError for
-        another tenant or what no correct caller passes.
-        """
-        source, size = self._sequences[source_id], self.config.block_tokens
-        self._check_new(request)
-        if request.tenant != source.request.tenant:
-            raise ValueError(f"request {request.request_id} is another tenant's than {source_id}")
-        tokens = (*request.prompt_ids, *request.output_ids)
-        pairs = zip(tokens[:-1], source.tokens[: source.computed], strict=False)
-        common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        shared = source.slots[: -(-common // size)]
-        if not self.can_admit(request, lent=common // size):
-            raise self._over_limit(request, hold=False)
-        sequence = self._new_sequence(request, shared, 0, False, False, arrival)
-        sequence.onboard(common, size)
-        sequence.computed_from, sequence.shares = source.computed_from, source.shares
-        self.slots.lend(shared)
-        self._enter(sequence)
-
     def slots_lacking(self) -> int:
         """How many slots the next step wants beyond the free ones. Who can free some does so before it asks
         for the step, which preempts otherwise."""
@@ -216,15 +192,19 @@ class Engine:
         """Compute one batch. Empty if there is no work. A sequence that ended has left the engine when its
         last event is returned, unless it was admitted with `hold` or `keep`."""
         plan = self._planned or self._plan()
-        preempted = self._preempt(plan) if plan.left_out else ()
-        if preempted:
+        preempted: tuple[GenerationRequest, ...] = ()
+        if plan.left_out:
+            victims = self._allotment.victims(self._sequences.values(), plan)
+            preempted = tuple(victim.so_far() for victim in victims)
+            for request in preempted:
+                self.release(request.request_id)
             plan = self._plan()
         self._planned = None
         taken, self._taken_over = self._taken_over, []
         if not plan.chunks:
             return StepResult(blocks=tuple(taken), preempted=preempted)
         for chunk in plan.chunks:
-            self._take_slots(chunk)
+            self._allotment.take(chunk)
         rows, began = sum(chunk.rows for chunk in plan.chunks), self._clock.now()
         logits = self._runner.run(make_batch(plan.chunks, self.config.block_tokens))
         drawing = [chunk.sequence for chunk in plan.chunks if chunk.draws]
@@ -319,7 +299,8 @@ class Engine:
     # One step
 
     def _plan(self) -> Plan:
-        self._take_over()
+        for sequence, index in self._allotment.take_over(self._sequences.values()):
+            self._taken_over.append(self._completed(sequence, index))
         return plan_step(
             self._sequences.values(),
             self._prompt_rows,
@@ -331,49 +312,6 @@ class Engine:
     def _prompt_rows(self, decoding: int) -> int:
         rows_max = self.config.step_tokens_max
         return rows_max - decoding if self._pacing is None else self._pacing.prompt_rows(decoding, rows_max)
-
-    def _take_over(self) -> None:
-        """Blocks that another sequence has computed since are this one's, too, and complete for both."""
-        size = self.config.block_tokens
-        for sequence in self._sequences.values():
-            while (slot := ready_block(sequence, self._sequences.values(), size)) is not None:
-                self.slots.lend((slot,))
-                self._taken_over.append(self._completed(sequence, sequence.take_over(slot, size)))
-
-    def _preempt(self, plan: Plan) -> tuple[GenerationRequest, ...]:
-        """See that slots come free for those who were left out. Those of blocks that the edge shard keeps do
-        when its owner has heard that who had them left."""
-        size, is_shared = self.config.block_tokens, self.slots.is_shared
-
-        def needs(sequence: Sequence) -> int:
-            return max(0, sequence.slots_for(1, size)) + sequence.writes_to_shared(size, is_shared)
-
-        victims = choose_victims(
-            self._sequences.values(),
-            plan.left_out,
-            needs,
-            self.slots.n_free - plan.taken,
-            lambda sequence: self.slots.used_once(sequence.slots),
-        )
-        preempted = tuple(victim.so_far() for victim in victims)
-        for request in preempted:
-            self.release(request.request_id)
-        return preempted
-
-    def _take_slots(self, chunk: Chunk) -> None:
-        """Those its rows are written to: its own alone, adjacent to the last one where that is free."""
-        sequence, size = chunk.sequence, self.config.block_tokens
-        name = sequence.request.request_id
-        if sequence.writes_to_shared(size, self.slots.is_shared):
-            index, tokens = divmod(sequence.computed, size)
-            shared, (own,) = sequence.slots[index], self.slots.allocate(1, name)
-            self.pool.write_tail(own, self.pool.read_tail(shared, tokens), tokens)
-            sequence.slots = (*sequence.slots[:index], own, *sequence.slots[index + 1 :])
-            self.slots.give_back((shared,))
-        wanted = sequence.slots_for(chunk.rows, size)
-        if wanted > 0:
-            after = sequence.slots[-1] if sequence.slots else None
-            sequence.slots += tuple(self.slots.allocate(wanted, name, after=after))
 
     def _advance(self, chunk: Chunk) -> list[CompletedBlock]:
         full = chunk.sequence.advance(chunk.rows, self.config.block_tokens)

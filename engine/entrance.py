@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
@@ -19,10 +18,10 @@ from typing import Final
 from engine.edge import EdgeShard
 from engine.engine_thread import EngineThread, SequenceSink, SyncEngine
 from engine.local_run import LocalRun
-from engine.turns import OrderedTurns, Urgency
+from engine.turns import OrderedTurns, Urgency, too_late
 from engine.types import GenerationRequest
 from kvstore.clock import Clock
-from kvstore.errors import ConfigError, DeadlineExceeded, OverLimit
+from kvstore.errors import ConfigError, OverLimit
 
 __all__ = ["Admitted", "Entrance"]
 
@@ -81,7 +80,7 @@ class Entrance:
         Raises OverLimit, DeadlineExceeded, ConfigError, and what `take_in` raises."""
         left_s = record.urgency.deadline_at - self._clock.now()
         try:
-            async with asyncio.timeout(min(timeout_s, left_s) if left_s < math.inf else timeout_s):
+            async with asyncio.timeout(min(timeout_s, left_s)):
                 entered = False
                 while not entered:
                     self.freed.set()  # whoever has its turn sees that we wait
@@ -90,7 +89,7 @@ class Entrance:
                             entered = await self._in_turn(request, record, take_in)
         except TimeoutError:
             if left_s < timeout_s:
-                raise _too_late(request) from None
+                raise too_late(request) from None
             raise OverLimit(
                 f"request {request.request_id} found no room in this engine within {timeout_s:.1f} s"
             ) from None
@@ -114,7 +113,7 @@ class Entrance:
         try:
             while not self._turns.is_overtaken(record.urgency):
                 if record.urgency.deadline_at <= self._clock.now():
-                    raise _too_late(request)
+                    raise too_late(request)
                 self.freed.clear()  # before asking: what is freed meanwhile must not be missed
                 if not self._is_releasing():
                     self._make_room(request, record)
@@ -144,10 +143,3 @@ class Entrance:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(PEERS_LEASE_LOOK_S):
                 await self.freed.wait()
-
-
-def _too_late(request: GenerationRequest) -> DeadlineExceeded:
-    return DeadlineExceeded(
-        f"request {request.request_id} waited for room longer than its deadline of {request.deadline_s} s: "
-        "allow more, give it a lower priority number, or add workers"
-    )

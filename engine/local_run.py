@@ -94,6 +94,24 @@ class LocalRun:
         if self._quality is not None:
             self._edge.keep(self, [index], [slot], self._quality)
 
+    def join(self, tenant: str, read: int) -> int:
+        """Others may have brought here meanwhile what it has read, or part of it: that is lent too, if it is
+        no lesser, instead of a second copy; how many of the `read` blocks."""
+        if not read:
+            return 0
+        held = len(self.slots)
+        usable = held + read
+        run = self._edge.lend(self.namespace, tenant, self._chain, usable, self.owner, least=self._quality)
+        more = max(0, len(run.slots) - held)
+        self._edge.counters["edge:lent"] -= len(run.slots) - more  # counted before
+        if more:
+            self._edge.take_back(self)
+            self.blocks, self.slots, self.leases = run.blocks, run.slots, run.leases
+            self._onboarded = self._onboarded[more:]
+            run.slots, run.leases = [], []
+        run.end()
+        return more
+
     def again(self, request: GenerationRequest) -> LocalRun:
         """For the sequence's next life, after it was preempted: what lies here now of its chain, none of it
         lesser than what it has been over until now, so that its lineage stays what it is."""

@@ -106,11 +106,10 @@ class Sequence:
         index, inside = divmod(self.computed, block_tokens)
         return inside > 0 and is_shared(self.slots[index])
 
-    def take_over(self, slot: int, block_tokens: int) -> int:
-        """The next block is in `slot`, computed by another. Its index."""
+    def take_over(self, slot: int, tokens: int) -> None:
+        """The next `tokens` tokens are in `slot`, computed by another."""
         self.slots += (slot,)
-        self.computed += block_tokens
-        return len(self.slots) - 1
+        self.computed += tokens
 
     def so_far(self) -> GenerationRequest:
         """The request that goes on where this one stands."""

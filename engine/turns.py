@@ -16,8 +16,9 @@ from contextlib import asynccontextmanager
 from typing import NamedTuple
 
 from engine.types import GenerationRequest
+from kvstore.errors import DeadlineExceeded
 
-__all__ = ["OrderedTurns", "Urgency", "urgency_of"]
+__all__ = ["OrderedTurns", "Urgency", "too_late", "urgency_of"]
 
 
 class Urgency(NamedTuple):
@@ -82,3 +83,10 @@ class OrderedTurns:
         if self._waiting:
             self._free -= 1
             self._waiting.pop(0)[2].set_result(None)
+
+
+def too_late(request: GenerationRequest) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"request {request.request_id} waited for its turn beyond its deadline of {request.deadline_s} s: "
+        "allow more, give it a lower priority number, or add workers"
+    )

@@ -169,10 +169,11 @@ class WorkerLoop:
         local = record.local
         lent: Sequence[int] = ()
         if local is not None:
-            local.handed_over = True
-            lent = tuple(local.slots)
             if local.recalled:
                 blocks, tail = (), None
+            blocks = blocks[local.join(request.tenant, len(blocks)) :]
+            local.handed_over = True
+            lent = tuple(local.slots)
         if record.again is None:
             record.next_block = len(lent) + len(blocks)
         self._admitted[request.request_id] = record

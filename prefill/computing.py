@@ -38,7 +38,7 @@ async def compute_first_token(worker: Worker, run: Prefilling) -> FirstToken:
     chain.extend(run.tokens)
     if worker.loading.locked():
         worker.announcer.announce(run.session, chain.keys[: _usable_blocks(run, chain)])
-    async with worker.turn_to_load(run.request):
+    async with worker.turn_to_load(run.request, arrived):
         stats = await _onboard_and_admit(worker, run, chain, arrived)
     admitted = worker.clock.now()
     event = await _drawn(worker, run)
@@ -148,8 +148,11 @@ async def assemble_handoff(worker: Worker, run: Prefilling, first: FirstToken) -
         worker.role_counters["prefill:handoffs_not_settled"] += 1
     run.leases = (*run.leases, *run.publication.take_leases())
     await _renew_if_old(worker, run)
+    full = len(run.tokens) // worker.info.layout.block_tokens
     blocks = _gapless(run.onboarded, run.publication.pins)
-    covers = len(blocks) == len(run.tokens) // worker.info.layout.block_tokens
+    if len(blocks) < full:
+        blocks = await _match_again(worker, run, full, blocks)
+    covers = len(blocks) == full
     tail = await worker.loop.take_tail(run.request.request_id) if covers else None
     output_ids = (*run.request.output_ids, first.event.token_id)
     return Handoff(
@@ -178,6 +181,26 @@ async def _match(worker: Worker, run: Prefilling, chain: KeyChain) -> Match:
     )
     run.leases, run.leased_at = match.leases, worker.clock.now()
     return match
+
+
+async def _match_again(
+    worker: Worker, run: Prefilling, full: int, blocks: tuple[PinnedBlock, ...]
+) -> tuple[PinnedBlock, ...]:
+    """What another request was writing when this one offered it is not pinned for this one: the same prompt
+    asked for several answers at once, mostly. It may be there by now."""
+    if run.session is None:
+        return blocks
+    chain = KeyChain(run.session.namespace, worker.info.layout.block_tokens)
+    chain.extend(run.tokens)
+    match = await worker.onboarding.match(
+        run.session,
+        chain.keys[:full],
+        owner=_owner(worker, run),
+        lease_s=worker.limits.lease_s,
+        timeout_s=worker.limits.match_timeout_s,
+    )
+    run.leases = (*run.leases, *match.leases)
+    return tuple(match.blocks) if len(match.blocks) > len(blocks) else blocks
 
 
 async def _renew_if_old(worker: Worker, run: Prefilling) -> None:

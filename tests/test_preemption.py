@@ -103,13 +103,15 @@ async def said_by(pair: Pair, names: list[str]) -> dict[str, list[TokenEvent]]:
 
 
 @MODES
-async def test_prefill_preempts_who_came_last(folder: Path, alone: Alone, engine: EngineConfig) -> None:
+async def test_prefill_preempts_who_came_last(
+    folder: Path, alone: Alone, engine: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Chunked prompts that were all let in, as if their first chunk were all they need."""
     asked = [request(prompt(150, i), name=f"r{i}", max_tokens=4) for i in range(3)]
     async with pair_over(folder, [shard()], engine=engine, parked_s=600.0) as pair:
         prefiller = pair.engines[0]
-        prefiller._demand.of = lambda *_: 1  # type: ignore[method-assign]
-        prefiller._demand.promised = lambda _: 0  # type: ignore[method-assign]
+        monkeypatch.setattr(prefiller._demand, "of", lambda *_: 1)
+        monkeypatch.setattr(prefiller._demand, "promised", lambda _: 0)
 
         async def one(wanted: GenerationRequest) -> tuple[int, ...]:
             await pair.prefill.prefill(wanted)
