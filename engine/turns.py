@@ -32,9 +32,8 @@ class Urgency(NamedTuple):
 
 def urgency_of(request: GenerationRequest, arrived_at: float, arrival: int) -> Urgency:
     """Of a request that has not run yet. A deadline is that of the first token: with output it is met."""
-    has_deadline = request.deadline_s is not None and not request.output_ids
-    deadline_at = arrived_at + request.deadline_s if has_deadline and request.deadline_s else math.inf
-    return Urgency(request.priority, True, deadline_at, arrival)
+    left_s = math.inf if request.deadline_s is None or request.output_ids else request.deadline_s
+    return Urgency(request.priority, True, arrived_at + left_s, arrival)
 
 
 class OrderedTurns:

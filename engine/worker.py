@@ -140,7 +140,7 @@ class WorkerLoop:
         admitted = self._admitted.get(request_id)
         if admitted is not None and admitted.attempt == attempt:
             del self._admitted[request_id]
-            if admitted.again is not None:
+            if admitted.again is not None and admitted.again is not asyncio.current_task():
                 admitted.again.cancel()
             self._releasing += 1
             released = self._thread.submit(self._engine.release, request_id)

@@ -150,7 +150,7 @@ async def assemble_handoff(worker: Worker, run: Prefilling, first: FirstToken) -
     await _renew_if_old(worker, run)
     full = len(run.tokens) // worker.info.layout.block_tokens
     blocks = _gapless(run.onboarded, run.publication.pins)
-    if len(blocks) < full:
+    if len(blocks) < full and run.publication.left_to_others:
         blocks = await _match_again(worker, run, full, blocks)
     covers = len(blocks) == full
     tail = await worker.loop.take_tail(run.request.request_id) if covers else None

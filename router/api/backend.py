@@ -130,7 +130,13 @@ class Backend:
             stop_token_ids=tuple(body.stop_token_ids or ()),
             ignore_eos=bool(body.ignore_eos),
         )
-        return Job(f"{prefix}-{secrets.token_hex(12)}", tuple(ids), sampling)
+        return Job(
+            f"{prefix}-{secrets.token_hex(12)}",
+            tuple(ids),
+            sampling,
+            priority=body.priority or 0,
+            deadline_s=body.deadline_s,
+        )
 
     def _room(self, ids: Sequence[int], body: GenerationBody, field: str) -> int:
         """Tokens that may be generated after the prompt."""
