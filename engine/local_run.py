@@ -52,7 +52,7 @@ class LocalRun:
     @property
     def waiting(self) -> bool:
         """Lent to a request that is not in the engine yet, nor on its way there."""
-        return not self.handed_over and not self._ended and bool(self.slots)
+        return not (self.handed_over or self._in_engine or self._ended) and bool(self.slots)
 
     def lent(self, blocks: tuple[PinnedBlock, ...], slots: list[int], lease: LeaseId) -> None:
         self.blocks, self.slots = blocks, slots
