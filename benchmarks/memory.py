@@ -126,7 +126,7 @@ class Paged:
                 self._leave(victim)
             plan = self._plan()
         for chunk in plan.chunks:
-            self.allotment.take(chunk)
+            assert self.allotment.take(chunk), "planned without slots"
             draws = chunk.draws
             chunk.sequence.advance(chunk.rows, BLOCK_TOKENS)
             if draws:

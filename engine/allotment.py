@@ -16,6 +16,7 @@ from engine.pool import KVPool
 from engine.scheduler import Plan, choose_victims
 from engine.sequence import Sequence
 from engine.sharing import ready_part
+from kvstore.errors import OverLimit
 from kvstore.tiers.pool_slots import PoolSlots
 
 __all__ = ["Allotment"]
@@ -29,21 +30,14 @@ class Allotment:
         self._slots = slots
         self._block_tokens = block_tokens
 
-    def take(self, chunk: Chunk) -> None:
-        """Its own alone, adjacent to the last one where that is free. Raises OverLimit: the plan was for more
-        slots than there are."""
-        sequence, size = chunk.sequence, self._block_tokens
-        name = sequence.request.request_id
-        if sequence.writes_to_shared(size, self._slots.is_shared):
-            index, tokens = divmod(sequence.computed, size)
-            shared, (own,) = sequence.slots[index], self._slots.allocate(1, name)
-            self._pool.write_tail(own, self._pool.read_tail(shared, tokens), tokens)
-            sequence.slots = (*sequence.slots[:index], own, *sequence.slots[index + 1 :])
-            self._slots.give_back((shared,))
-        wanted = sequence.slots_for(chunk.rows, size)
-        if wanted > 0:
-            after = sequence.slots[-1] if sequence.slots else None
-            sequence.slots += tuple(self._slots.allocate(wanted, name, after=after))
+    def take(self, chunk: Chunk) -> bool:
+        """Its own alone, adjacent to the last one where that is free. False: a peer's blocks have come into
+        the slots that were free when the step was planned; the chunk waits for the next one."""
+        try:
+            self._take(chunk.sequence, chunk.rows)
+        except OverLimit:
+            return False
+        return True
 
     def take_over(self, sequences: Collection[Sequence]) -> list[tuple[Sequence, int]]:
         """Each sequence and full block that came to be its own by this, in the order of its chain."""
@@ -70,3 +64,16 @@ class Allotment:
             slots.n_free - plan.taken,
             lambda sequence: slots.used_once(sequence.slots),
         )
+
+    def _take(self, sequence: Sequence, rows: int) -> None:
+        name, size = sequence.request.request_id, self._block_tokens
+        if sequence.writes_to_shared(size, self._slots.is_shared):
+            index, tokens = divmod(sequence.computed, size)
+            shared, (own,) = sequence.slots[index], self._slots.allocate(1, name)
+            self._pool.write_tail(own, self._pool.read_tail(shared, tokens), tokens)
+            sequence.slots = (*sequence.slots[:index], own, *sequence.slots[index + 1 :])
+            self._slots.give_back((shared,))
+        wanted = sequence.slots_for(rows, size)
+        if wanted > 0:
+            after = sequence.slots[-1] if sequence.slots else None
+            sequence.slots += tuple(self._slots.allocate(wanted, name, after=after))

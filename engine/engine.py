@@ -201,13 +201,12 @@ class Engine:
             plan = self._plan()
         self._planned = None
         taken, self._taken_over = self._taken_over, []
-        if not plan.chunks:
+        chunks = [chunk for chunk in plan.chunks if self._allotment.take(chunk)]
+        if not chunks:
             return StepResult(blocks=tuple(taken), preempted=preempted)
-        for chunk in plan.chunks:
-            self._allotment.take(chunk)
-        rows, began = sum(chunk.rows for chunk in plan.chunks), self._clock.now()
-        logits = self._runner.run(make_batch(plan.chunks, self.config.block_tokens))
-        drawing = [chunk.sequence for chunk in plan.chunks if chunk.draws]
+        rows, began = sum(chunk.rows for chunk in chunks), self._clock.now()
+        logits = self._runner.run(make_batch(chunks, self.config.block_tokens))
+        drawing = [chunk.sequence for chunk in chunks if chunk.draws]
         tokens = Sampler.sample(
             logits,
             [sequence.request.sampling for sequence in drawing],
@@ -215,7 +214,7 @@ class Engine:
         )
         if self._pacing is not None:
             self._pacing.took(rows, self._clock.now() - began)
-        blocks = [*taken, *(block for chunk in plan.chunks for block in self._advance(chunk))]
+        blocks = [*taken, *(block for chunk in chunks for block in self._advance(chunk))]
         events = [self._take_token(*drawn) for drawn in zip(drawing, tokens, strict=True)]
         self._changed()
         return StepResult(tuple(events), tuple(blocks), rows, preempted)

@@ -131,6 +131,7 @@ class Sequence:
         )
 
     def fail(self, what: str) -> TokenEvent:
+        self.shares = False  # who knows since when its KV is damaged
         return TokenEvent(
             self.request.request_id, self.request.attempt, self.output_count, -1, FinishReason.ERROR, what
         )

@@ -12,6 +12,7 @@ import torch
 from engine.engine import Engine
 from engine.monolithic import generate_all
 from engine.prediction import OutputPrediction
+from engine.sampling.sampler import NO_TOKEN, Sampler
 from engine.types import FinishReason, GenerationRequest, StepResult
 from tests.engine.conftest import EngineFactory, Logits, prompt, request, run, tokens_of
 
@@ -225,3 +226,30 @@ def test_what_was_onboarded_is_its_owners_alone(make_engine: EngineFactory) -> N
     engine.step()
     engine.admit(request("computes", prompt(40), 2))
     assert computed(run(engine)) == 41 + 1
+
+
+def test_slots_that_a_peer_takes_behind_the_plan_cost_a_step_and_no_sequence(
+    make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks pulled from another worker come into free slots from another thread."""
+    expected = alone(make_engine, request("a", prompt(20), 4))
+    engine = make_engine(**SMALL, pool_blocks=8)
+    engine.admit(request("a", prompt(20), 4))
+    assert engine.slots_lacking() == 0
+    arrived = engine.slots.take_kept(8)
+    assert engine.step() == StepResult()
+    for slot in arrived:
+        engine.slots.drop(slot)
+    assert [tuple(tokens_of(run(engine), "a"))] == expected
+
+
+def test_nothing_is_taken_over_from_a_damaged_sequence(
+    make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(**SMALL)
+    engine.admit(request("damaged", prompt(24), 4), hold=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "sample", staticmethod(lambda logits, *_: [NO_TOKEN] * len(logits)))
+        run(engine)
+    engine.admit(request("sound", prompt(24), 2))
+    assert computed(run(engine)) == 25
