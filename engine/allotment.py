@@ -1,10 +1,13 @@
 """Which slots of the pool a sequence has: taken as it computes, taken over from others, copied on write.
 
+    settle(name, room)   a place to grow in: a free run that nobody else means to grow into
     take(chunk)          the slots its rows go to; a block that others read is copied first
     take_over(all)       blocks that another has computed since, one more user of each
     victims(all, plan)   who must leave so that those who found no slot do
 
-Nothing here computes; what is copied is the part of one block that a fork has in common with its source.
+A place to grow in is a wish, not a reservation: it keeps a sequence's blocks adjacent, which attention reads
+in place, and gives way where slots are scarce. Nothing here computes; what is copied is the part of one block
+that a fork has in common with its source.
 """
 
 from __future__ import annotations
@@ -29,6 +32,25 @@ class Allotment:
         self._pool = pool
         self._slots = slots
         self._block_tokens = block_tokens
+        self._places: dict[str, range] = {}
+
+    def settle(self, name: str, room: int, after: int | None) -> int | None:
+        """Find a sequence room for so many blocks, behind slot `after` if it may be; the slot behind which
+        its own begin. `leave` forgets it."""
+        start = self._slots.free_run(room, self._places.values(), after) if room > 0 else None
+        if start is None:
+            return after
+        self._places[name] = range(start, start + room)
+        return start - 1
+
+    def leave(self, sequence: Sequence) -> None:
+        """Its own slots are free, unless others read them or the edge shard keeps them."""
+        self._places.pop(sequence.request.request_id, None)
+        self._slots.give_back(sequence.own_slots)
+
+    def forget(self, name: str) -> None:
+        """It did not come in."""
+        self._places.pop(name, None)
 
     def take(self, chunk: Chunk) -> bool:
         """Its own alone, adjacent to the last one where that is free. False: a peer's blocks have come into
@@ -76,4 +98,7 @@ class Allotment:
         wanted = sequence.slots_for(rows, size)
         if wanted > 0:
             after = sequence.slots[-1] if sequence.slots else None
+            place = self._places.get(name)
+            if place is not None and place.start not in sequence.slots:
+                after = place.start - 1
             sequence.slots += tuple(self._slots.allocate(wanted, name, after=after))

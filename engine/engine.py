@@ -170,12 +170,15 @@ class Engine:
         if not self.can_admit(request, hold=hold, lent=len(lent)):
             raise self._over_limit(request, hold)
         needed = len(blocks) + (tail is not None)
-        own = self.slots.allocate(needed, request.request_id, after=lent[-1] if lent else None)
+        room = self._demand.of(request, hold) - len(lent)
+        after = self._allotment.settle(request.request_id, room, lent[-1] if lent else None)
+        own = self.slots.allocate(needed, request.request_id, after=after)
         try:
             sequence = self._new_sequence(request, (*lent, *own), len(lent), hold, keep, arrival)
             self._onboard(sequence, blocks, tail)
         except BaseException:
             self.slots.give_back(own)
+            self._allotment.forget(request.request_id)
             raise
         self._enter(sequence)
         return sequence.slots
@@ -233,7 +236,7 @@ class Engine:
         the edge shard. Does nothing if it is not there."""
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
-            self.slots.give_back(sequence.own_slots)
+            self._allotment.leave(sequence)
             self._taken_over = [block for block in self._taken_over if block.request_id != request_id]
             self._changed()
 

@@ -4,6 +4,7 @@ all its tokens; a block is computed once for all who need it; nobody waits forev
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -50,6 +51,21 @@ def test_a_sequence_holds_what_its_tokens_fill_and_never_a_block_more(make_engin
             assert held == -(-tokens // BLOCK)
         engine.check_integrity()
     assert engine.free_blocks == 64
+
+
+def test_sequences_that_grow_side_by_side_stay_adjacent_where_there_is_room(
+    make_engine: EngineFactory,
+) -> None:
+    """Attention reads what is adjacent in place."""
+    engine = make_engine(**SMALL)
+    for i in range(5):
+        engine.admit(request(f"r{i}", prompt(20, i), 60))
+    while len(engine._sequences) == 5:
+        engine.step()
+        for sequence in engine._sequences.values():
+            taken = sequence.slots
+            assert all(after == before + 1 for before, after in itertools.pairwise(taken))
+        engine.check_integrity()
 
 
 def test_admission_counts_on_what_ended_sequences_used(make_engine: EngineFactory) -> None:
