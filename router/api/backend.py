@@ -124,7 +124,13 @@ class Backend:
         prompt_ids = tuple(ids)  # one for all choices
         seeds = (choice_seed(sampling.seed, choice) for choice in range(body.n or 1))
         return [
-            Job(f"{prefix}-{secrets.token_hex(12)}", prompt_ids, replace(sampling, seed=seed))
+            Job(
+                f"{prefix}-{secrets.token_hex(12)}",
+                prompt_ids,
+                replace(sampling, seed=seed),
+                priority=body.priority or 0,
+                deadline_s=body.deadline_s,
+            )
             for seed in seeds
         ]
 

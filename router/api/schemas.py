@@ -35,6 +35,7 @@ IDS_MAX: Final = 1 << 18
 _SEED_MIN, _SEED_MAX = -(1 << 63), (1 << 63) - 1
 _TOKEN_ID_MAX: Final = (1 << 31) - 1
 _BIASES_MAX: Final = 1024
+_PRIORITY_MAX: Final = 1000
 
 
 def _only(*neutral: object) -> AfterValidator:
@@ -189,6 +190,8 @@ class GenerationBody(_Body):
     stop: Annotated[StopStrings | None, BeforeValidator(_listed)] = None
     stop_token_ids: Annotated[list[TokenIdField] | None, Field(max_length=64)] = None
     ignore_eos: bool | None = None
+    priority: Annotated[int | None, Field(ge=-_PRIORITY_MAX, le=_PRIORITY_MAX)] = None  # lower goes first
+    deadline_s: Annotated[float | None, Field(gt=0)] = None  # to the first token
     stream: bool | None = None
     stream_options: Annotated[StreamOptions | None, AfterValidator(_only_streamed)] = None
     return_token_ids: bool | None = None

@@ -131,3 +131,10 @@ async def test_a_top_k_of_minus_one_means_all_as_in_vllm(tmp_path: Path) -> None
         body = CompletionBody.model_validate({"model": MODEL, "prompt": "a", "top_k": given})
         (job,) = await backend.completion_jobs(body)
         assert job.sampling.top_k == meant
+
+
+async def test_priority_and_deadline_are_the_jobs(tmp_path: Path) -> None:
+    backend = fake_service(tmp_path).backend
+    body = CompletionBody.model_validate({"model": MODEL, "prompt": "a", "priority": -2, "deadline_s": 1.5})
+    (job,) = await backend.completion_jobs(body)
+    assert (job.priority, job.deadline_s) == (-2, 1.5)
