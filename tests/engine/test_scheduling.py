@@ -13,7 +13,8 @@ import torch
 from engine.engine import Engine
 from engine.monolithic import generate_all
 from engine.prediction import OutputPrediction
-from engine.sampling.sampler import NO_TOKEN, Sampler
+from engine.sampling.rows import NO_TOKEN, Drawn
+from engine.sampling.sampler import Sampler
 from engine.types import FinishReason, GenerationRequest, StepResult
 from tests.engine.conftest import EngineFactory, Logits, prompt, request, run, tokens_of
 
@@ -265,7 +266,7 @@ def test_nothing_is_taken_over_from_a_damaged_sequence(
     engine = make_engine(**SMALL)
     engine.admit(request("damaged", prompt(24), 4), hold=True)
     with monkeypatch.context() as patch:
-        patch.setattr(Sampler, "sample", staticmethod(lambda logits, *_: [NO_TOKEN] * len(logits)))
+        patch.setattr(Sampler, "sample", staticmethod(lambda logits, *_: [Drawn(NO_TOKEN)] * len(logits)))
         run(engine)
     engine.admit(request("sound", prompt(24), 2))
     assert computed(run(engine)) == 25
