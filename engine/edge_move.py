@@ -87,6 +87,8 @@ async def pull(
     if left:
         move.pulled.misses[move.ended_by or MissReason.ABSENT.value] += left
     edge.counters["edge:pulled"] += move.pulled.blocks
+    for reason, blocks in move.pulled.misses.items():
+        edge.counters[f"edge:not_pulled_{reason}"] += blocks
     return move.pulled
 
 
