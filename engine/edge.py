@@ -52,7 +52,7 @@ from kvstore.nouns import (
     TxnId,
     allow_stale,
 )
-from kvstore.tiers.base import Place
+from kvstore.tiers.base import Place, place_of
 from kvstore.tiers.device import DeviceTier, PagedPool
 from kvstore.tiers.pool_slots import PoolSlots
 from kvstore.transport.base import Purge
@@ -328,7 +328,7 @@ class EdgeShard:
         for i, (meta, slot) in enumerate(blocks):
             version = core.granted(txn, i)
             if version is not None:
-                self.tier.keep(Place(version.ref.slot, version.ref.generation), slot, meta)
+                self.tier.keep(place_of(version.ref), slot, meta)
                 core.written(txn, i, None, now)
         answer = core.commit(txn.id, LEASE_S, now)
         self.counters["edge:kept"] += len(blocks) - len(answer.refused)
