@@ -282,7 +282,7 @@ class EdgeShard:
         return {"gauge:slots_free": counts.free, "gauge:slots_kept": counts.kept}
 
     def lent_slots(self) -> list[int]:
-        """Each as often as it is lent."""
+        """Each as often as it is lent: what a check of conservation counts the users of slots by."""
         return [slot for run in self._runs for slot in run.slots]
 
     def check_integrity(self) -> None:

@@ -112,15 +112,6 @@ class Mover:
             async with asyncio.timeout(timeout_s), self._moved:
                 await self._moved.wait_for(settled)
 
-    async def drained(self, timeout_s: float) -> None:
-        """Until nothing waits or is under way. Raises TimeoutError."""
-
-        def done() -> bool:
-            return not self._core.moves.any_wanted() and not len(self._core.moves)
-
-        async with asyncio.timeout(timeout_s), self._moved:
-            await self._moved.wait_for(done)
-
     # -- inside ------------------------------------------------------------------------------------
 
     async def _run(self) -> None:

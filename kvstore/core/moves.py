@@ -101,9 +101,6 @@ class Moves:
         """Slots of encoded versions that are not there yet."""
         return {target.slot for target, move in self._under_way.items() if move.is_encoded}
 
-    def under_way_nbytes(self, to: Tier) -> int:
-        return self._arriving[to]
-
     @property
     def is_cut_short(self) -> bool:
         """Did the last `start` end only because it had done enough for one turn of the event loop?"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -55,7 +56,9 @@ async def life(store: StoreConfig, **opened: Any) -> AsyncIterator[tuple[StoreSe
 
 
 async def all_moved(driver: Any) -> None:
-    await driver.mover.drained(10)
+    moves, moved = driver.core.moves, driver.mover._moved
+    async with asyncio.timeout(10), moved:
+        await moved.wait_for(lambda: not moves.any_wanted() and not len(moves))
 
 
 async def test_what_was_kept_is_read_by_the_next_life_and_comes_up(tmp_path: Path) -> None:
