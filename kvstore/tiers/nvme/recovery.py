@@ -141,6 +141,7 @@ async def _open(
     for one in (one for of_disk in scanned for one in of_disk):
         counters.update(one.counters)
         _check_journal(one, journal)
+    counters["directory_sync_error"] += sum(disk.unsure for disk in disks)
     found = await threads.run(lambda: _index(disks, scanned, journal.state.purges, counters))
     return Opened(disks, every, journal, found, locks)
 
@@ -200,6 +201,7 @@ def _journals_home(names: dict[Path, list[str]]) -> Path | None:
 
 
 def _scan_directory(disk: Disk, names: Sequence[str]) -> list[Scanned]:
+    disk.settle_names()
     found: list[Scanned] = []
     for name in names:
         if UNFINISHED_NAME.fullmatch(name):
