@@ -76,7 +76,7 @@ class NvmeSection(BaseModel):
     def files(self, shard: ShardId) -> NvmeConfig:
         """Raises ConfigError for sizes that do not go together."""
         folders = tuple(directory / shard for directory in self.directories)
-        return NvmeConfig(folders, self.disk_nbytes, self.segment_nbytes, direct=self.direct)
+        return NvmeConfig(folders, self.disk_nbytes, self.segment_nbytes, direct=self.direct, owner=shard)
 
     def _encoding(self, layout: KVLayout) -> Encoding | None:
         """A layout that the codec cannot do goes down as it is."""

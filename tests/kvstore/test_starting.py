@@ -117,3 +117,17 @@ def test_sizes_that_do_not_go_together_are_refused_before_anything_starts(tmp_pa
         settings(tmp_path, disk_nbytes=4 << 20)
     with pytest.raises(ConfigError, match="unknown"):
         settings(tmp_path, codec="zip")
+
+
+async def test_what_another_shard_kept_is_refused_by_name(tmp_path: Path) -> None:
+    async with life(settings(tmp_path)) as (session, _, driver):
+        await session.put(TOKENS[:64], KV[:, :, :64])
+        await all_moved(driver)
+    (tmp_path / "shard-0").rename(tmp_path / "shard-1")
+    other = new_driver(settings(tmp_path), ShardId("shard-1"), SECRET)
+    with pytest.raises(ConfigError, match="holds the blocks of shard-0, this is shard-1"):
+        await other.start()
+    await other.close()
+    (tmp_path / "shard-1").rename(tmp_path / "shard-0")
+    async with life(settings(tmp_path)) as (session, _, _):
+        assert (await session.get(TOKENS[:64])).n_tokens == 64

@@ -25,6 +25,7 @@ class NvmeConfig:
     io_threads: int = 8
     write_wait_s: float = 10.0  # for room, before a write fails with ENOSPC
     direct: bool = True  # O_DIRECT where the file system takes it
+    owner: str = ""  # the shard; directories of another one are refused. Empty: whoever opens them
 
     def __post_init__(self) -> None:
         if not self.directories:

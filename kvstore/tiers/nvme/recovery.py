@@ -129,7 +129,9 @@ async def _open(
     else:
         store, state, number = await threads.run(lambda: load_journal(home / JOURNAL, files))
         journal = Journal(home, files, threads, store)
+        _check_owner(home, state.owner, config.owner)
         journal.inherit(state, number)
+    journal.state.owner = config.owner or journal.state.owner
     of_segments = SegmentFiles(files, store, Seal(store), config.direct)
     every = Segments()
     disks = [Disk(at, config, of_segments, threads, counters, every, draw) for at in config.directories]
@@ -210,6 +212,15 @@ def _scan_directory(disk: Disk, names: Sequence[str]) -> list[Scanned]:
         elif match := SEGMENT_NAME.fullmatch(name):
             found.append(scan(disk.files, disk.directory / name, int(match[1], 16)))
     return found
+
+
+def _check_owner(home: Path, found: str, wanted: str) -> None:
+    """Raises ConfigError for what another shard kept: clients look for none of its blocks here."""
+    if found and wanted and found != wanted:
+        raise ConfigError(
+            f"{home} holds the blocks of {found}, this is {wanted}: give each shard the directory it had, or "
+            "empty this one"
+        )
 
 
 def _check_journal(one: Scanned, journal: Journal) -> None:
