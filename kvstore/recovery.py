@@ -43,8 +43,8 @@ async def recover(core: ShardCore, tiers: Tiers, notes: Notes) -> None:
             place = place_of(ref)
             tiers.durable.adopt(block.record, place)
             tiers.host.leave(place)
-    core.counters.update({f"recovery:{name}": count for name, count in found.items()})
     if found := +found:  # without what was not found
+        core.counters.update({f"recovery:{name}": count for name, count in found.items()})
         log.info("recovered", shard=core.config.shard, **found)
 
 
