@@ -33,7 +33,10 @@ def status(
     tls_ca: TlsCa = None,
     json_out: Json = False,
 ) -> None:
-    """Show workers, shards and counters of a running service, or the shards of a store (--store NAME)."""
+    """Show workers and shards of a running service, or the shards of a store (--store NAME).
+
+    With --json also the shards' counters; exit code 1 while something of it is not ready.
+    """
     if store is not None:
         at = (store, token_file, tls_ca)
         raise typer.Exit(reported(lambda: _of_store(at, json_out)))
