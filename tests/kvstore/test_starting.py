@@ -131,3 +131,14 @@ async def test_what_another_shard_kept_is_refused_by_name(tmp_path: Path) -> Non
     (tmp_path / "shard-1").rename(tmp_path / "shard-0")
     async with life(settings(tmp_path)) as (session, _, _):
         assert (await session.get(TOKENS[:64])).n_tokens == 64
+
+
+def test_folders_of_shards_that_a_run_leaves_out_are_named(tmp_path: Path) -> None:
+    disks = [tmp_path / "a", tmp_path / "b", tmp_path / "not made yet"]
+    for disk in disks[:2]:
+        for shard in ("shard-0", "shard-1", "shard-2", "other"):
+            (disk / shard).mkdir(parents=True)
+    section = settings(tmp_path, directories=disks, disk_nbytes=192 << 20).nvme
+    assert section is not None
+    assert section.left_out({"shard-0", "shard-1"}) == [disks[0] / "shard-2", disks[1] / "shard-2"]
+    assert section.left_out({"shard-0", "shard-1", "shard-2"}) == []
