@@ -31,8 +31,10 @@ from engine.config import EngineConfig
 from engine.detokenizer import IncrementalDetokenizer
 from engine.models.config import ModelConfig
 from engine.pool import KVPool
+from engine.quantised_pool import held_nbytes
 from engine.runner import ModelRunner
-from engine.sampling.sampler import NO_TOKEN, Sampler
+from engine.sampling.rows import NO_TOKEN, NOTHING_ALLOWED, Drawn
+from engine.sampling.sampler import Sampler
 from engine.scheduler import schedule
 from engine.sequence import Sequence
 from engine.tokenizer import Tokenizer
@@ -68,7 +70,7 @@ class Engine:
             dtype=config.dtype,
             block_tokens=config.block_tokens,
         )
-        n_slots = config.pool_blocks or config.pool_nbytes // self.layout.block_nbytes
+        n_slots = config.pool_blocks or config.pool_nbytes // held_nbytes(self.layout, config.hot_pool)
         self.max_model_len = _max_model_len(config, model_config, n_slots)
         self._runner = ModelRunner(config, model_config, weights, self.layout, n_slots, self.max_model_len)
         self.slots = PoolSlots(n_slots)
@@ -155,13 +157,9 @@ class Engine:
             return StepResult()
         logits = self._runner.run(make_batch(chunks, self.config.block_tokens))
         drawing = [chunk.sequence for chunk in chunks if chunk.draws]
-        tokens = Sampler.sample(
-            logits,
-            [sequence.request.sampling for sequence in drawing],
-            [len(sequence.tokens) for sequence in drawing],
-        )
+        drawn = Sampler.sample(logits, [sequence.sampling_row() for sequence in drawing])
         blocks = [block for chunk in chunks for block in self._advance(chunk)]
-        events = [self._take_token(*drawn) for drawn in zip(drawing, tokens, strict=True)]
+        events = [self._take_token(*each) for each in zip(drawing, drawn, strict=True)]
         return StepResult(tuple(events), tuple(blocks), sum(chunk.rows for chunk in chunks))
 
     def take_tail(self, request_id: str) -> TailKV | None:
@@ -240,7 +238,11 @@ class Engine:
             keep=keep,
             tokens_max=min(len(request.prompt_ids) + sampling.max_tokens, self.max_model_len),
             eos_token_ids=self.model_config.eos_token_ids,
-            detokenizer=IncrementalDetokenizer(self.tokenizer, sampling.stop) if sampling.stop else None,
+            detokenizer=(
+                IncrementalDetokenizer(self.tokenizer, sampling.stop, sampling.min_tokens)
+                if sampling.stop
+                else None
+            ),
         )
 
     def _onboard(self, sequence: Sequence, blocks: Seq[Payload], tail: TailKV | None) -> None:
@@ -266,13 +268,17 @@ class Engine:
             for index in sequence.advance(chunk.rows, self.config.block_tokens)
         ]
 
-    def _take_token(self, sequence: Sequence, token_id: int) -> TokenEvent:
-        if token_id == NO_TOKEN:
+    def _take_token(self, sequence: Sequence, drawn: Drawn) -> TokenEvent:
+        if drawn.token_id == NO_TOKEN:
             event = sequence.fail(
                 "the model's logits are not finite: its weights or onboarded KV are damaged"
             )
+        elif drawn.token_id == NOTHING_ALLOWED:
+            event = sequence.fail(
+                "no token is left to draw: the request's constraint and min_tokens forbid all"
+            )
         else:
-            event = sequence.append(token_id)
+            event = sequence.append(drawn)
         if sequence.hold or (sequence.keep and event.finish is not None):
             sequence.parked = True
         elif event.finish is not None:

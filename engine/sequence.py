@@ -13,6 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from engine.detokenizer import IncrementalDetokenizer
+from engine.sampling.adjust import LogitAdjuster
+from engine.sampling.constraint import TokenConstraint
+from engine.sampling.rows import Drawn, SamplingRow
 from engine.types import FinishReason, GenerationRequest, TokenEvent
 
 __all__ = ["Sequence"]
@@ -26,6 +29,7 @@ class Sequence:
     __slots__ = (
         "_detokenizer",
         "_end_token_ids",
+        "_sampling_row",
         "_tokens_max",
         "computed",
         "hold",
@@ -49,7 +53,9 @@ class Sequence:
         tokens_max: int,
         eos_token_ids: Iterable[int],
         detokenizer: IncrementalDetokenizer | None,
+        constraint: TokenConstraint | None = None,
     ) -> None:
+        """`constraint` has accepted nothing yet."""
         self.request = request
         self.tokens = [*request.prompt_ids, *request.output_ids]
         self.slots = slots
@@ -68,6 +74,12 @@ class Sequence:
         if detokenizer is not None:
             for token_id in request.output_ids:
                 detokenizer.push(token_id)
+        if constraint is not None:
+            for token_id in request.output_ids:
+                constraint.accept(token_id)
+        ends, prompt_len = frozenset(eos_token_ids) | set(sampling.stop_token_ids), len(request.prompt_ids)
+        adjuster = LogitAdjuster(sampling, prompt_len, ends)
+        self._sampling_row = SamplingRow(sampling, self.tokens, prompt_len, ends, adjuster, constraint)
 
     @property
     def own_slots(self) -> tuple[int, ...]:
@@ -93,12 +105,23 @@ class Sequence:
         first = max(before // block_tokens, self.onboarded_blocks)
         return range(first, self.computed // block_tokens)
 
-    def append(self, token_id: int) -> TokenEvent:
+    def sampling_row(self) -> SamplingRow:
+        """Who the next token is drawn for. It sees `tokens` as they are when it is used."""
+        return self._sampling_row
+
+    def append(self, drawn: Drawn) -> TokenEvent:
         """Take the token that was drawn. The sequence has ended if the event has a finish."""
         index = self.output_count
-        self.tokens.append(token_id)
+        self.tokens.append(drawn.token_id)
+        if self._sampling_row.constraint is not None:
+            self._sampling_row.constraint.accept(drawn.token_id)
         return TokenEvent(
-            self.request.request_id, self.request.attempt, index, token_id, self._finish(token_id)
+            self.request.request_id,
+            self.request.attempt,
+            index,
+            drawn.token_id,
+            self._finish(drawn.token_id),
+            logprobs=drawn.logprobs,
         )
 
     def fail(self, what: str) -> TokenEvent:

@@ -32,7 +32,8 @@ class FinishReason(enum.Enum):
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is drawn. `temperature` 0 is greedy. Noise is a function of (seed, position)
-    alone, so a sequence goes on identically wherever it goes on."""
+    alone, so a sequence goes on identically wherever it goes on. What each parameter does to the logits, and
+    in which order: engine/sampling/adjust.py and sampler.py."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -42,6 +43,23 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_p: float = 0.0
+    min_tokens: int = 0  # no end token is drawn, and no stop string ends anything, before so many
+    repetition_penalty: float = 1.0  # over prompt and output
+    presence_penalty: float = 0.0  # over the output, as the next
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added)
+    logprobs: int | None = None  # None: none; else of the token drawn and of so many of the highest
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms of probabilities under the model itself, before any sampling parameter: of the token
+    that was drawn, and of the most probable ones, best first (of equals the lowest id first)."""
+
+    logprob: float
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +84,7 @@ class TokenEvent:
     token_id: int
     finish: FinishReason | None = None
     error: str | None = None  # what happened, when finish is ERROR (token_id is then -1)
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
