@@ -93,16 +93,10 @@ class DecodeRole:
         await self._worker.store.set_topology(topology)
 
     async def pull(self, tenant: str, keys: Sequence[BlockKey], source: ShardEntry, timeout_s: float) -> int:
-        """Move blocks of a chain from another worker's pool into this one's; how many of `keys` lie here
-        then. What did not come is in the counters, and costs what it costs to compute."""
-        pulled = await self._worker.pull(tenant, keys, source, timeout_s)
-        for reason, blocks in pulled.misses.items():
-            self._counters[f"edge:not_pulled_{reason}"] += blocks
-        return pulled.held + pulled.blocks
+        return await self._worker.pull(tenant, keys, source, timeout_s)
 
     async def forget_local(self) -> int:
-        """Drop the blocks kept in the engine's pool; how many. What runs goes on with those it was lent."""
-        return 0 if self._worker.edge is None else await self._worker.edge.forget()
+        return await self._worker.forget_local()
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no more work; wait for what runs. False: time was up, and what was left ended in an error."""

@@ -22,7 +22,7 @@ import structlog
 from engine.announcing import Announcer
 from engine.background import Background
 from engine.edge import EdgeShard
-from engine.edge_move import Pulled, pull
+from engine.edge_move import pull
 from engine.edge_watch import EdgeWatch
 from engine.engine import Engine
 from engine.engine_thread import EngineThread
@@ -105,10 +105,9 @@ class Worker:
             return None
         return self.edge.lend(session.namespace, tenant, chain, blocks_max, owner)
 
-    async def pull(
-        self, tenant: str, keys: Sequence[BlockKey], source: ShardEntry, timeout_s: float
-    ) -> Pulled:
-        """`keys`, a chain from its first block on, out of another worker's pool into this one. Raises
+    async def pull(self, tenant: str, keys: Sequence[BlockKey], source: ShardEntry, timeout_s: float) -> int:
+        """Move `keys`, a chain from its first block on, from another worker's pool into this one's; how many
+        lie here then. What did not come is in the counters, and costs what it costs to compute. Raises
         Unavailable without a local cache, or while the store is away."""
         session = await self.store.session(tenant)
         if self.edge is None or session is None:
@@ -118,9 +117,14 @@ class Worker:
             )
         transport = self.reach(source)
         try:
-            return await pull(self.edge, transport, session.namespace, tenant, keys, timeout_s=timeout_s)
+            pulled = await pull(self.edge, transport, session.namespace, tenant, keys, timeout_s=timeout_s)
         finally:
             await transport.close()
+        return pulled.held + pulled.blocks
+
+    async def forget_local(self) -> int:
+        """Drop the blocks kept in this worker's pool; how many. What runs goes on with those it was lent."""
+        return 0 if self.edge is None else await self.edge.forget()
 
     async def serve_edge(self, host: str, token: str | None) -> None:
         """Let other workers read the pool, from here on at `info.edge_address`. Raises ConfigError."""

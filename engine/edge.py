@@ -52,7 +52,7 @@ from kvstore.nouns import (
     TxnId,
     allow_stale,
 )
-from kvstore.tiers.base import Place
+from kvstore.tiers.base import Place, place_of
 from kvstore.tiers.device import DeviceTier, PagedPool
 from kvstore.tiers.pool_slots import PoolSlots
 from kvstore.transport.base import Purge
@@ -301,7 +301,7 @@ class EdgeShard:
         return {"gauge:slots_free": counts.free, "gauge:slots_kept": counts.kept}
 
     def lent_slots(self) -> list[int]:
-        """Each as often as it is lent."""
+        """Each as often as it is lent: what a check of conservation counts the users of slots by."""
         return [slot for run in self._runs for slot in run.slots]
 
     def check_integrity(self) -> None:
@@ -347,7 +347,7 @@ class EdgeShard:
         for i, (meta, slot) in enumerate(blocks):
             version = core.granted(txn, i)
             if version is not None:
-                self.tier.keep(Place(version.ref.slot, version.ref.generation), slot, meta)
+                self.tier.keep(place_of(version.ref), slot, meta)
                 core.written(txn, i, None, now)
         answer = core.commit(txn.id, LEASE_S, now)
         self.counters["edge:kept"] += len(blocks) - len(answer.refused)
