@@ -25,6 +25,7 @@ from engine.edge import EdgeShard
 from engine.edge_move import Pulled, pull
 from engine.edge_watch import EdgeWatch
 from engine.engine import Engine
+from engine.engine_thread import EngineThread
 from engine.gate import LoadGate
 from engine.local_run import LocalRun
 from engine.onboard import Onboarding
@@ -32,7 +33,8 @@ from engine.publisher import Publisher, PublishLimits
 from engine.registry import resolve_model
 from engine.store_link import Connect, StoreLink
 from engine.types import GenerationRequest, SamplingParams, WorkerInfo
-from engine.worker import EngineThread, WorkerLoop
+from engine.updating import WeightsUpdate
+from engine.worker import WorkerLoop
 from engine.worker_config import RoleLimits, WorkerConfig
 from kvstore.client import StoreClient
 from kvstore.clock import Clock, MonotonicClock
@@ -71,6 +73,7 @@ class Worker:
     publisher: Publisher
     loading: asyncio.Semaphore
     reach: Reach
+    weights: WeightsUpdate
     edge: EdgeShard | None = None  # None: the pool keeps nothing when a sequence ends
     edge_watch: EdgeWatch | None = None
     edge_server: ShardServer | None = None
@@ -258,6 +261,7 @@ def assemble(
         publisher=Publisher(store, background, publish_limits),
         loading=asyncio.Semaphore(limits.loading_max),
         reach=reach or _over_grpc(config),
+        weights=WeightsUpdate(engine, thread),
         edge=edge,
         edge_watch=edge_watch,
     )
@@ -270,6 +274,7 @@ def _info(config: WorkerConfig, engine: Engine, node_id: str) -> WorkerInfo:
         weights_digest=engine.weights_digest,
         layout=engine.layout,
         max_model_len=engine.max_model_len,
+        epoch_number=config.epoch_number,
         pid=os.getpid(),
         node_id=node_id,
     )

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ from engine.batch import Chunk, make_batch
 from engine.config import EngineConfig
 from engine.detokenizer import IncrementalDetokenizer
 from engine.models.config import ModelConfig
+from engine.models.llama import LlamaModel
 from engine.pool import KVPool
 from engine.runner import ModelRunner
 from engine.sampling.sampler import NO_TOKEN, Sampler
@@ -44,6 +45,9 @@ from kvstore.nouns import KVLayout, MissReason
 from kvstore.tiers.pool_slots import PoolSlots
 
 __all__ = ["Engine"]
+
+if TYPE_CHECKING:
+    from engine.updating import LoadedWeights
 
 Payload = memoryview | npt.NDArray[np.uint8]
 
@@ -82,6 +86,16 @@ class Engine:
         model_config = ModelConfig.from_folder(folder)
         weights = load_weights(folder, model_config, DTYPES[config.dtype])
         return cls(config, model_config, weights, Tokenizer.from_folder(folder))
+
+    def model_beside(self, model_config: ModelConfig, weights: Weights) -> LlamaModel:
+        """See `ModelRunner`. From any thread."""
+        return self._runner.model_beside(model_config, weights)
+
+    def swap_weights(self, loaded: LoadedWeights) -> None:
+        """Step with other weights from now on. KV that is there stays: whose it is, is the caller's to know
+        (engine/updating.py)."""
+        self._runner.swap(loaded.model)
+        self.model_config, self.weights_digest = loaded.model_config, loaded.digest
 
     @property
     def pool(self) -> KVPool:

@@ -19,24 +19,24 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, ParamSpec, Protocol, TypeVar
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import structlog
 
 from engine.edge import EdgeShard
+from engine.engine_thread import EngineThread, StepGate
+from engine.errors import WeightsChanged
 from engine.local_run import LocalRun
 from engine.types import CompletedBlock, FinishReason, GenerationRequest, StepResult, TailKV, TokenEvent
 from kvstore.errors import ConfigError, OverLimit
 
-__all__ = ["EngineThread", "SequenceSink", "SyncEngine", "WorkerLoop"]
+__all__ = ["SequenceSink", "SyncEngine", "WorkerLoop"]
 
-P = ParamSpec("P")
-T = TypeVar("T")
 Payload = memoryview | npt.NDArray[np.uint8]
 
 PEERS_LEASE_LOOK_S: Final = 0.25
@@ -91,21 +91,6 @@ class SequenceSink(Protocol):
         ...
 
 
-class EngineThread:
-    """The one thread that loads and runs an engine. Calls run one by one, in the order they are asked."""
-
-    def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="engine")
-
-    def submit(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
-        """Queue the call at once, before this returns; the future is the event loop's."""
-        return asyncio.wrap_future(self._executor.submit(call, *args, **kwargs))
-
-    async def close(self) -> None:
-        """Waits for the call that runs; those that wait are dropped."""
-        await asyncio.to_thread(self._executor.shutdown, cancel_futures=True)
-
-
 @dataclass(slots=True)
 class _Admitted:
     attempt: int
@@ -132,6 +117,8 @@ class WorkerLoop:
         self._turn = asyncio.Lock()  # admissions go in the order they came
         self._work = asyncio.Event()
         self._freed = asyncio.Event()
+        self.changes = 0  # how often the weights changed under this loop
+        self._gate = StepGate()
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -146,6 +133,20 @@ class WorkerLoop:
     def start(self) -> None:
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name="engine-steps")
+
+    def paused(self) -> AbstractAsyncContextManager[None]:
+        """Between two steps: no step and no admission runs, all that came of the last ones is told."""
+        return self._gate.held()
+
+    def weights_changed(self) -> None:
+        """Under `paused`: what was read before this, and is not in the engine yet, comes too late."""
+        self.changes += 1
+        self._freed.set()
+
+    def is_running(self, request_id: str, attempt: int) -> bool:
+        """Is this attempt in the engine, and neither ended nor parked?"""
+        admitted = self._admitted.get(request_id)
+        return admitted is not None and admitted.attempt == attempt and admitted.running
 
     async def close(self) -> None:
         """Stop stepping and end the engine thread. What is still admitted is dropped with the engine."""
@@ -166,17 +167,18 @@ class WorkerLoop:
         tail: TailKV | None = None,
         hold: bool = False,
         timeout_s: float,
+        as_of: int | None = None,
     ) -> None:
         """Wait for room, then take the request in; from then on `sink` is told what it yields. `local` is the
         loop's from here on, however this ends; if it was recalled meanwhile, `blocks` and `tail`, which stand
-        behind it, are not used either.
+        behind it, are not used either. `as_of` are the `changes` that the request was read for.
 
-        Raises OverLimit when too many wait already or there is no room within `timeout_s`, ConfigError when
-        it would not fit an empty engine either, and what Engine.admit raises. Then, and when cancelled,
-        nothing is held.
+        Raises WeightsChanged when there were more since, OverLimit when too many wait already or there is no
+        room within `timeout_s`, ConfigError when it would not fit an empty engine either, and what
+        Engine.admit raises. Then, and when cancelled, nothing is held.
         """
         try:
-            await self._admit(request, sink, local, blocks, tail, hold, timeout_s)
+            await self._admit(request, sink, local, blocks, tail, hold, timeout_s, as_of)
         except BaseException:
             # Unless the engine was asked: then `local` ends behind what the engine does (`_released`).
             if local is not None:
@@ -192,6 +194,7 @@ class WorkerLoop:
         tail: TailKV | None,
         hold: bool,
         timeout_s: float,
+        as_of: int | None,
     ) -> None:
         if self.waiting >= self._waiting_max:
             raise OverLimit(f"{self.waiting} requests wait for this engine already: try another, or later")
@@ -199,8 +202,12 @@ class WorkerLoop:
         try:
             async with asyncio.timeout(timeout_s), self._turn:
                 with self._edge.admission() if self._edge is not None else contextlib.nullcontext():
-                    await self._wait_for_room(request, local, hold)
-                    await self._take_in(request, sink, local, blocks, tail, hold)
+                    await self._wait_for_room(request, local, hold, as_of)
+                    while not self._gate.is_open:
+                        await self._gate.opened()
+                        await self._wait_for_room(request, local, hold, as_of)
+                    with self._gate.passing():
+                        await self._take_in(request, sink, local, blocks, tail, hold)
         except TimeoutError:
             raise OverLimit(
                 f"request {request.request_id} found no room in this engine within {timeout_s:.1f} s"
@@ -226,7 +233,9 @@ class WorkerLoop:
 
     # -- admission ---------------------------------------------------------------------------------
 
-    async def _wait_for_room(self, request: GenerationRequest, local: LocalRun | None, hold: bool) -> None:
+    async def _wait_for_room(
+        self, request: GenerationRequest, local: LocalRun | None, hold: bool, as_of: int | None
+    ) -> None:
         if not await self._thread.submit(self._engine.can_ever_admit, request):
             raise ConfigError(
                 f"request {request.request_id} of {len(request.prompt_ids)} prompt tokens and max_tokens "
@@ -234,14 +243,20 @@ class WorkerLoop:
                 "the prompt, lower max_tokens, or raise engine.pool_nbytes or engine.max_model_len"
             )
         while True:
+            self._check_weights(as_of)
             self._freed.clear()  # before asking: what is freed meanwhile must not be missed
             if not self._releasing:
                 self._make_room(request, local, hold)
             lent = 0 if local is None else len(local.slots)
             if await self._thread.submit(self._engine.can_admit, request, hold=hold, lent=lent):
+                self._check_weights(as_of)
                 return
             if self._releasing or not self._make_room(request, local, hold):
                 await self._some_room()
+
+    def _check_weights(self, as_of: int | None) -> None:
+        if as_of not in (None, self.changes):
+            raise WeightsChanged("the weights changed while it waited: what was read for it is of the old")
 
     def _make_room(self, request: GenerationRequest, local: LocalRun | None, hold: bool) -> bool:
         """Idle blocks of the cache go, as many as are needed and if they are enough. Did anything change?"""
@@ -310,15 +325,17 @@ class WorkerLoop:
     async def _run(self) -> None:
         while True:
             self._work.clear()
-            try:
-                result = await self._thread.submit(self._step)
-            except Exception as error:
-                self._fail_running(error)
-                result = None
+            await self._gate.opened()
+            with self._gate.passing():
+                try:
+                    result = await self._thread.submit(self._step)
+                except Exception as error:
+                    self._fail_running(error)
+                    result = None
+                if result is not None:
+                    self._dispatch(result)
             if result is None:
                 await self._work.wait()
-            else:
-                self._dispatch(result)
 
     def _step(self) -> StepResult | None:
         """In the engine thread. None: there was nothing to do."""

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine.engine_thread import EngineThread
 from engine.types import CompletedBlock, FinishReason, GenerationRequest, StepResult, TailKV, TokenEvent
-from engine.worker import EngineThread, WorkerLoop
+from engine.worker import WorkerLoop
 from kvstore.errors import ConfigError, OverLimit
 from tests.role_parts import WAIT_S, later, request
 
