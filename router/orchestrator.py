@@ -42,6 +42,7 @@ class Piece:
     text: str
     finish: FinishReason | None
     stats: PrefillStats | None = None  # on the first
+    epochs: tuple[int, ...] = ()  # of the weights that drew it and of the KV behind it
 
 
 class Orchestrator:
@@ -219,7 +220,7 @@ class _Text:
             text += self._detokenizer.flush()
             # The text held back may complete a stop string when it is let out.
             finish = FinishReason.STOP if self._detokenizer.finished_by_stop else finish
-        return Piece(event.token_id, text, finish, stats)
+        return Piece(event.token_id, text, finish, stats, event.epochs)
 
 
 async def _wind_up(driver: asyncio.Task[None], attempts: Attempts) -> None:

@@ -50,6 +50,7 @@ class Tally:
         choice.text.append(piece.text)
         choice.token_ids.append(piece.token_id)
         choice.finish = piece.finish
+        self._epochs.update(piece.epochs)
         if piece.stats is not None:
             self._cached += piece.stats.cached_tokens
             self._by_tier.update(piece.stats.cached_by_tier)
