@@ -153,16 +153,17 @@ class DecodeRole:
 
     def weights_changed(self, mode: UpdateMode, epoch: Epoch) -> None:
         """Who is not in the engine yet is computed from its tokens (abort: ends, as all do)."""
+        loop = self._worker.loop
         for run in [*self._live.values()]:
             if mode is UpdateMode.ABORT:
                 why = EpochConflict(f"the weights changed to epoch {epoch.number}: send the request again")
                 run.on_error(why, FinishReason.ABORT)
-            elif not self._worker.loop.is_running(run.request_id, run.attempt):
+            elif not loop.holds(run.request_id, run.attempt):
                 continue
-            elif mode is UpdateMode.KEEP:
+            elif mode is UpdateMode.KEEP and loop.holds(run.request_id, run.attempt, running=True):
                 run.keep_over(epoch)
-            else:
-                self._worker.loop.release(run.request_id, run.attempt)
+            else:  # also where it has no KV now that it could keep
+                loop.release(run.request_id, run.attempt)
                 run.task = self._worker.background.spawn(self._begin(run), f"begin {run.request_id} again")
 
     # -- inside ------------------------------------------------------------------------------------

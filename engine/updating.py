@@ -251,7 +251,7 @@ async def _between_steps(
                     role.left.clear()
                     await role.left.wait()
                 async with contextlib.AsyncExitStack() as pausing:
-                    await pausing.enter_async_context(worker.loop.paused())
+                    await pausing.enter_async_context(worker.loop.gate.held())
                     if not drains or role.idle:
                         return pausing.pop_all()
     except TimeoutError:

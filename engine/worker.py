@@ -19,7 +19,6 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, Protocol
@@ -29,9 +28,10 @@ import numpy.typing as npt
 import structlog
 
 from engine.edge import EdgeShard
-from engine.engine_thread import EngineThread, StepGate
+from engine.engine_thread import EngineThread
 from engine.errors import WeightsChanged
 from engine.local_run import LocalRun
+from engine.step_gate import StepGate
 from engine.types import CompletedBlock, FinishReason, GenerationRequest, StepResult, TailKV, TokenEvent
 from kvstore.errors import ConfigError, OverLimit
 
@@ -118,7 +118,7 @@ class WorkerLoop:
         self._work = asyncio.Event()
         self._freed = asyncio.Event()
         self.changes = 0  # how often the weights changed under this loop
-        self._gate = StepGate()
+        self.gate = StepGate()  # held: between two steps, and all that came of the last one is told
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -134,19 +134,16 @@ class WorkerLoop:
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name="engine-steps")
 
-    def paused(self) -> AbstractAsyncContextManager[None]:
-        """Between two steps: no step and no admission runs, all that came of the last ones is told."""
-        return self._gate.held()
-
     def weights_changed(self) -> None:
-        """Under `paused`: what was read before this, and is not in the engine yet, comes too late."""
+        """While the gate is held. What was read before this, and is not in the engine yet, comes too late."""
         self.changes += 1
         self._freed.set()
 
-    def is_running(self, request_id: str, attempt: int) -> bool:
-        """Is this attempt in the engine, and neither ended nor parked?"""
+    def holds(self, request_id: str, attempt: int, *, running: bool = False) -> bool:
+        """Is this attempt the loop's? With `running`: and do steps compute it?"""
         admitted = self._admitted.get(request_id)
-        return admitted is not None and admitted.attempt == attempt and admitted.running
+        ours = admitted if admitted is not None and admitted.attempt == attempt else None
+        return ours is not None and (ours.running or not running)
 
     async def close(self) -> None:
         """Stop stepping and end the engine thread. What is still admitted is dropped with the engine."""
@@ -203,10 +200,10 @@ class WorkerLoop:
             async with asyncio.timeout(timeout_s), self._turn:
                 with self._edge.admission() if self._edge is not None else contextlib.nullcontext():
                     await self._wait_for_room(request, local, hold, as_of)
-                    while not self._gate.is_open:
-                        await self._gate.opened()
+                    while not self.gate.is_open:
+                        await self.gate.opened()
                         await self._wait_for_room(request, local, hold, as_of)
-                    with self._gate.passing():
+                    with self.gate.passing():
                         await self._take_in(request, sink, local, blocks, tail, hold)
         except TimeoutError:
             raise OverLimit(
@@ -325,8 +322,8 @@ class WorkerLoop:
     async def _run(self) -> None:
         while True:
             self._work.clear()
-            await self._gate.opened()
-            with self._gate.passing():
+            await self.gate.opened()
+            with self.gate.passing():
                 try:
                     result = await self._thread.submit(self._step)
                 except Exception as error:

@@ -182,16 +182,20 @@ class PrefillRole:
 
     def weights_changed(self, mode: UpdateMode, epoch: Epoch) -> None:
         """Who is not in the engine yet begins again by itself (WeightsChanged, from the loop)."""
+        loop = self._worker.loop
         for run in [*self._live.values()]:
             parked = run.drawn.done()
-            running = self._worker.loop.is_running(run.request.request_id, run.request.attempt)
-            if mode is UpdateMode.ABORT and (parked or running):
+            if parked and mode is UpdateMode.ABORT:
+                self._end(run)
+            elif parked or not loop.holds(run.request.request_id, run.request.attempt):
+                continue
+            elif mode is UpdateMode.ABORT:
                 run.on_error(Unavailable(f"{run.name} was ended for other weights: send it again"))
-                if parked:
-                    self._end(run)
-            elif running and mode is UpdateMode.KEEP:
+            elif mode is UpdateMode.KEEP and loop.holds(
+                run.request.request_id, run.request.attempt, running=True
+            ):
                 run.keep_over(epoch)
-            elif running:
+            else:  # also where it has no KV now that it could keep
                 run.on_error(WeightsChanged("computed under the old weights"))
 
     # -- inside ------------------------------------------------------------------------------------

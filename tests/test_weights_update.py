@@ -247,7 +247,7 @@ async def test_a_prefill_that_is_aborted_may_be_sent_again(oracle: Oracle) -> No
         await role.prefill(request(prompt(20), name="parked"))
         long = request(prompt(430), name="long")
         running = asyncio.create_task(role.prefill(long))
-        while not load.pair.workers[0].loop.is_running("long", 1):  # noqa: ASYNC110
+        while not load.pair.workers[0].loop.holds("long", 1, running=True):  # noqa: ASYNC110
             await asyncio.sleep(0)
         await role.update_weights(oracle.path(2), 2, ABORT, WAIT_S)
         with pytest.raises(Unavailable, match="send it again"):

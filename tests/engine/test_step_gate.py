@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from engine.engine_thread import StepGate
+from engine.step_gate import StepGate
 
 
 async def test_nobody_passes_while_it_is_held_and_who_passes_is_waited_for() -> None:
