@@ -63,7 +63,7 @@ async def _onboard(worker: Worker, run: Decoding, as_of: int) -> None:
     chain = KeyChain(run.session.namespace if run.session else _NO_NAMESPACE, worker.info.layout.block_tokens)
     chain.extend(run.tokens)
     owner = f"{worker.info.worker_id}/{run.request_id}/{run.attempt}"
-    async with worker.turn_to_load():
+    async with worker.turn_to_load(run.handoff.request, worker.clock.now()):
         full = run.handoff.next_position // chain.block_tokens
         run.local = worker.lend(run.session, run.handoff.request.tenant, chain, full, owner)
         held = 0

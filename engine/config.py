@@ -61,6 +61,12 @@ class EngineConfig(BaseModel):
         description="Tokens one step computes: decode rows first, then prompts in chunks. Larger is better "
         "for prompts, worse for the gap between the tokens of running sequences",
     )
+    step_s_target: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds that a step should take at most while something decodes: prompts get so many "
+        "tokens a step as measured times allow, but at least a block. None: always step_tokens_max",
+    )
     running_max: int = Field(
         64, ge=1, description="Sequences that may run at once (parked ones do not count)"
     )

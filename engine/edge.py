@@ -126,15 +126,22 @@ class EdgeShard:
     # -- what sequences do -------------------------------------------------------------------------
 
     def lend(
-        self, namespace: NamespaceId, tenant: str, chain: KeyChain, blocks_max: int, owner: str
+        self,
+        namespace: NamespaceId,
+        tenant: str,
+        chain: KeyChain,
+        blocks_max: int,
+        owner: str,
+        *,
+        least: Quality | None = None,
     ) -> LocalRun:
         """A sequence's share of the pool's cache: the first blocks of its chain that lie here, at most
-        `blocks_max`, under a lease, and the way for its own full blocks to stay. Always an answer, maybe an
-        empty one."""
+        `blocks_max` and of the quality `least` or better (None: the worker's own), under a lease, and the way
+        for its own full blocks to stay. Always an answer, maybe an empty one."""
         run = LocalRun(self, namespace, chain, owner)
         self._runs[run] = None
         core, now = self.driver.core, self._clock.now()
-        snapshot = Snapshot(namespace, self.epoch, self.min_quality)
+        snapshot = Snapshot(namespace, self.epoch, max(self.min_quality, least or self.min_quality))
         try:
             self.open(namespace, tenant)
             keys = chain.keys[: min(blocks_max, core.config.limits.keys_max)]
@@ -240,6 +247,13 @@ class EdgeShard:
         self.driver.reap()
         self.counters["edge:evicted"] += evicted
         return evicted > 0
+
+    def give_room(self, lacking: int, keep: LocalRun | None) -> None:
+        """For a step that lacks so many slots: as `make_room`, or all that is idle if even that is too
+        little."""
+        if not self.make_room(self.slots.n_free + lacking, keep):
+            self.counters["edge:evicted"] += evict_idle(self.driver.core, lacking)
+            self.driver.reap()
 
     @contextlib.contextmanager
     def admission(self) -> Iterator[None]:

@@ -63,6 +63,8 @@ class GenerationRequest:
     sampling: SamplingParams
     output_ids: tuple[int, ...] = ()
     tenant: str = "default"
+    priority: int = 0  # lower goes first, and leaves last when room is short
+    deadline_s: float | None = None  # from its arrival at a worker to its turn there; None: it waits
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,7 @@ class CompletedBlock:
     attempt: int
     chain_index: int
     payload: npt.NDArray[np.uint8]
+    slot: int = -1  # of the pool, where it lies
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +103,13 @@ class TailKV:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one step of the engine produced, over all its sequences."""
+    """What one step of the engine produced, over all its sequences. Who was `preempted` has left the engine
+    for want of room: the request, with all its tokens so far as output, to be admitted again."""
 
     events: tuple[TokenEvent, ...] = ()
     blocks: tuple[CompletedBlock, ...] = ()
     tokens_computed: int = 0
+    preempted: tuple[GenerationRequest, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,20 @@ class PoolSlots:
         with self._lock:
             return self._table.can_allocate(n)
 
+    def is_shared(self, slot: int) -> bool:
+        """Does somebody beside its one user read it, or may come to?"""
+        with self._lock:
+            return self._users[slot] > 1 or bool(self._kept[slot])
+
+    def is_kept(self, slot: int) -> bool:
+        with self._lock:
+            return bool(self._kept[slot])
+
+    def used_once(self, slots: Sequence[int]) -> int:
+        """How many of these are free, or idle, when their one user gives them back."""
+        with self._lock:
+            return sum(self._users[slot] == 1 for slot in slots)
+
     def allocate(self, n: int, owner: str, after: int | None = None) -> list[int]:
         """`n` slots for one user, `SlotTable.allocate`'s choice. Raises OverLimit, and takes nothing."""
         with self._lock:
