@@ -34,6 +34,7 @@ from engine.registry import resolve_model
 from engine.store_link import Connect, StoreLink
 from engine.turns import OrderedTurns, too_late, urgency_of
 from engine.types import GenerationRequest, SamplingParams, WorkerInfo
+from engine.updating import WeightsUpdate
 from engine.worker import WorkerLoop
 from engine.worker_config import RoleLimits, WorkerConfig
 from kvstore.client import StoreClient
@@ -73,6 +74,7 @@ class Worker:
     publisher: Publisher
     loading: OrderedTurns
     reach: Reach
+    weights: WeightsUpdate
     edge: EdgeShard | None = None  # None: the pool keeps nothing when a sequence ends
     edge_watch: EdgeWatch | None = None
     edge_server: ShardServer | None = None
@@ -266,6 +268,7 @@ def assemble(
         publisher=Publisher(store, background, publish_limits),
         loading=OrderedTurns(limits.loading_max),
         reach=reach or _over_grpc(config),
+        weights=WeightsUpdate(engine, thread),
         edge=edge,
         edge_watch=edge_watch,
         kv_quality=config.engine.kv_quality,
@@ -292,6 +295,7 @@ def _info(config: WorkerConfig, engine: Engine, node_id: str) -> WorkerInfo:
         weights_digest=engine.weights_digest,
         layout=engine.layout,
         max_model_len=engine.max_model_len,
+        epoch_number=config.epoch_number,
         pid=os.getpid(),
         node_id=node_id,
     )

@@ -36,6 +36,7 @@ from kvstore.frame import HEADER_NBYTES
 from kvstore.hashing import KeyChain
 from kvstore.nouns import (
     DROP,
+    ISOLATE,
     OFFERS_MAX,
     BlockMeta,
     BlockRef,
@@ -190,14 +191,25 @@ class EdgeShard:
             core.advance_epoch(model_id, known.current, allow_stale(known.stale_lag_max))
         self.driver.reap()
 
+    def know(self, epoch: Epoch) -> None:
+        """Weights that are to come. Raises EpochConflict, OverLimit."""
+        self.driver.core.register_epoch(self.spec.model_id, epoch)
+
+    def change_epoch(self, epoch: Epoch) -> None:
+        """What is lent and kept from here on is of this epoch. What lies here of others is lent to nobody any
+        more, goes first, and stays while it is in use. Whatever the pool holds, it costs the same."""
+        self.driver.core.advance_epoch(self.spec.model_id, epoch.number, ISOLATE)
+        self.epoch = epoch
+        self.driver.reap()
+
     def keep(self, run: LocalRun, indexes: Sequence[int], slots: Sequence[int], quality: Quality) -> None:
         """Commit full blocks of a running sequence under the slots they lie in. What is here already, as good
         or better, stays as it is, and the sequence's own copy goes with the sequence. It claims no more than
         this pool can hold, whatever it was read as.
 
         Nothing is kept of a sequence that began before something was forgotten here: what it read may have
-        been deleted since."""
-        if run.begun_at != self.forgotten:
+        been deleted since. Nor of one that began under other weights: what it attends to is of both."""
+        if run.begun_at != self.forgotten or run.epoch != self.epoch:
             return
         quality = min(quality, self.kv_quality)
         for first in range(0, len(indexes), OFFERS_MAX):

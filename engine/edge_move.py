@@ -212,7 +212,7 @@ class _Move:
         metas = [block.meta for block in blocks]
         opened = await driver.begin(
             self._snapshot.namespace,
-            self._edge.epoch,
+            self._snapshot.epoch,  # not the pool's of now: the weights may have changed since
             metas[0].quality,
             [BlockOffer(m.key, m.parent, m.chain_index, m.placement, self._edge.frame_nbytes) for m in metas],
             self._owner,

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ from engine.batch import Chunk, make_batch
 from engine.config import EngineConfig
 from engine.detokenizer import IncrementalDetokenizer
 from engine.models.config import ModelConfig
+from engine.models.llama import LlamaModel
 from engine.pacing import StepPacing
 from engine.pool import KVPool
 from engine.quantised_pool import held_nbytes
@@ -57,6 +58,9 @@ from kvstore.nouns import KVLayout, MissReason
 from kvstore.tiers.pool_slots import PoolSlots
 
 __all__ = ["Engine"]
+
+if TYPE_CHECKING:
+    from engine.updating import LoadedWeights
 
 Payload = memoryview | npt.NDArray[np.uint8]
 
@@ -109,6 +113,19 @@ class Engine:
         weights = load_weights(folder, model_config, DTYPES[config.dtype])
         tokenizer = Tokenizer.from_folder(folder)
         return cls(config, model_config, weights, tokenizer, clock or MonotonicClock())
+
+    def model_beside(self, model_config: ModelConfig, weights: Weights) -> LlamaModel:
+        """See `ModelRunner`. From any thread."""
+        return self._runner.model_beside(model_config, weights)
+
+    def swap_weights(self, loaded: LoadedWeights) -> None:
+        """Step with other weights from now on. KV that is there stays: whose it is, is the caller's to know
+        (engine/updating.py)."""
+        self._runner.swap(loaded.model)
+        for sequence in self._sequences.values():
+            sequence.shares = False  # what it has is of other weights than what it will compute
+        self._planned = None  # it may have counted on sharing
+        self.model_config, self.weights_digest = loaded.model_config, loaded.digest
 
     @property
     def pool(self) -> KVPool:

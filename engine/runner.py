@@ -38,7 +38,8 @@ class ModelRunner:
         n_slots: int,
         max_model_len: int,
     ) -> None:
-        self._model = LlamaModel(model_config, weights.tensors, max_model_len)
+        self._max_model_len = max_model_len
+        self._model = self.model_beside(model_config, weights)
         windows = model_config.windows
         if config.batch_invariant:
             _check_invariance(self._model, layout)
@@ -48,6 +49,14 @@ class ModelRunner:
             else SdpaAttention(windows)
         )
         self.pool = make_pool(layout, n_slots, config.hot_pool)
+
+    def model_beside(self, model_config: ModelConfig, weights: Weights) -> LlamaModel:
+        """A model of other weights and the same shape, ready for `swap`; nothing changes. From any thread."""
+        return LlamaModel(model_config, weights.tensors, self._max_model_len)
+
+    def swap(self, model: LlamaModel) -> None:
+        """Compute with this one from the next batch on. The pool stays as it is."""
+        self._model = model
 
     def run(self, batch: Batch) -> torch.Tensor:
         """Compute the batch's KV into the pool; float32 [len(logits_rows), vocabulary]."""

@@ -29,6 +29,15 @@ class FinishReason(enum.Enum):
     ERROR = "error"
 
 
+class UpdateMode(enum.Enum):
+    """What becomes of the sequences that run when the weights under them change."""
+
+    DRAIN = "drain"  # they end first, with the old weights; what is new waits
+    ABORT = "abort"  # they end at once, and say why
+    KEEP = "keep"  # they go on over the KV they have: nothing of it is published or kept from then on
+    RECOMPUTE = "recompute"  # their tokens are computed anew under the new weights, then they go on
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is drawn. `temperature` 0 is greedy. Noise is a function of (seed, position)
@@ -85,8 +94,9 @@ class TokenEvent:
     index: int
     token_id: int
     finish: FinishReason | None = None
-    error: str | None = None  # what happened, when finish is ERROR (token_id is then -1)
+    error: str | None = None  # what happened, when finish is ERROR or ABORT (token_id is then -1)
     logprobs: TokenLogprobs | None = None
+    epochs: tuple[int, ...] = ()  # of the weights that drew it and of the KV it attended to; told by roles
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +151,7 @@ class FirstToken:
 
     event: TokenEvent
     stats: PrefillStats
+    epoch: Epoch | None = None  # of the weights that drew it
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +183,7 @@ class WorkerInfo:
     pid: int
     node_id: str  # of the cluster's node it runs on; empty outside a cluster
     edge_address: str = ""  # where other workers read its pool; empty: nowhere
+    epoch_number: int = 0  # of the weights loaded now
 
 
 @dataclass(frozen=True, slots=True)
