@@ -11,6 +11,7 @@ from itertools import groupby
 from pathlib import Path
 
 from decode.role import DecodeRole
+from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.monolithic import generate
 from engine.types import FinishReason, GenerationRequest, TokenEvent, UpdateMode
@@ -185,10 +186,10 @@ def assert_whole(load: Load) -> None:
 
 
 @asynccontextmanager
-async def under_load(oracle: Oracle, stores: Sequence[ShardDriver] | None = None) -> AsyncIterator[Load]:
-    """A pair at epoch 1 with its pools' caches on, polled."""
-    shards = stores or [shard("s0"), shard("s1")]
-    async with pair_over(Path(oracle.path(1)), shards, engine=CACHING) as pair:
+async def under_load(oracle: Oracle, engine: EngineConfig = CACHING) -> AsyncIterator[Load]:
+    """A pair at epoch 1, with its pools' caches on unless told otherwise, polled."""
+    shards = [shard("s0"), shard("s1")]
+    async with pair_over(Path(oracle.path(1)), shards, engine=engine) as pair:
         load = Load(pair)
         polling = asyncio.create_task(load.poll())
         try:
