@@ -38,18 +38,23 @@ class ModelRunner:
         n_slots: int,
         max_model_len: int,
     ) -> None:
-        self._max_model_len = max_model_len
+        self._config, self._layout, self._max_model_len = config, layout, max_model_len
         self._model = self.model_beside(model_config, weights)
-        if config.batch_invariant:
-            _check_invariance(self._model, layout)
+        windows = model_config.windows
         self._attention: AttentionBackend = (
-            FixedSplitAttention(model_config.heads) if config.batch_invariant else SdpaAttention()
+            FixedSplitAttention(model_config.heads, windows)
+            if config.batch_invariant
+            else SdpaAttention(windows)
         )
         self.pool = KVPool(layout, n_slots)
 
     def model_beside(self, model_config: ModelConfig, weights: Weights) -> LlamaModel:
-        """A model of other weights and the same shape, ready for `swap`; nothing changes. From any thread."""
-        return LlamaModel(model_config, weights.tensors, self._max_model_len)
+        """A model of other weights and the same shape, ready for `swap`; nothing changes. From any thread.
+        Batch invariance is proved for it: how a product is computed may depend on the weights."""
+        model = LlamaModel(model_config, weights.tensors, self._max_model_len)
+        if self._config.batch_invariant:
+            _check_invariance(model, self._layout)
+        return model
 
     def swap(self, model: LlamaModel) -> None:
         """Compute with this one from the next batch on. The pool stays as it is."""
@@ -78,5 +83,7 @@ def _check_invariance(model: LlamaModel, layout: KVLayout) -> None:
         Rowwise(F.silu, model.inner_width, dtype),
         Rowwise(torch.exp2, ROWS_MULTIPLE * tile_width(layout.block_tokens), torch.float32),
     ]
+    if model.config.query_key_norm:
+        rowwise.append(Rowwise(model.normed_heads, model.projected_width, dtype))
     check_row_invariance(model.products(), rowwise)
-    check_attention_invariance(model.config.heads, layout)
+    check_attention_invariance(model.config.heads, layout, windowed=any(model.config.windows))
