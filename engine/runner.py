@@ -38,9 +38,11 @@ class ModelRunner:
         n_slots: int,
         max_model_len: int,
     ) -> None:
-        self._config, self._layout, self._max_model_len = config, layout, max_model_len
-        self._model = self.model_beside(model_config, weights)
+        self._config, self._max_model_len = config, max_model_len
+        self._model = LlamaModel(model_config, weights.tensors, max_model_len)
         windows = model_config.windows
+        if config.batch_invariant:
+            _check_invariance(self._model, layout)
         self._attention: AttentionBackend = (
             FixedSplitAttention(model_config.heads, windows)
             if config.batch_invariant
@@ -50,10 +52,11 @@ class ModelRunner:
 
     def model_beside(self, model_config: ModelConfig, weights: Weights) -> LlamaModel:
         """A model of other weights and the same shape, ready for `swap`; nothing changes. From any thread.
-        Batch invariance is proved for it: how a product is computed may depend on the weights."""
+        Its products are proved to be batch-invariant: how one is computed may depend on the weights. The rest
+        depends on shapes."""
         model = LlamaModel(model_config, weights.tensors, self._max_model_len)
         if self._config.batch_invariant:
-            _check_invariance(model, self._layout)
+            check_row_invariance(model.products(), ())
         return model
 
     def swap(self, model: LlamaModel) -> None:

@@ -64,7 +64,7 @@ class LoadedWeights:
 def load_beside(engine: Engine, folder: Path) -> LoadedWeights:
     """The weights of `folder` for an engine that goes on meanwhile; it is not touched. From any thread.
 
-    Batch invariance is proved for them as well: which product computes a row may depend on the weights.
+    Batch invariance is proved for its products: which of them computes a row may depend on the weights.
     Raises ModelError's kinds, ConfigError where architecture, layout or tokenizer are not the engine's.
     """
     config = ModelConfig.from_folder(folder)
