@@ -38,8 +38,8 @@ class ModelRunner:
         n_slots: int,
         max_model_len: int,
     ) -> None:
-        self._max_model_len = max_model_len
-        self._model = self.model_beside(model_config, weights)
+        self._config, self._max_model_len = config, max_model_len
+        self._model = LlamaModel(model_config, weights.tensors, max_model_len)
         windows = model_config.windows
         if config.batch_invariant:
             _check_invariance(self._model, layout)
@@ -51,8 +51,13 @@ class ModelRunner:
         self.pool = make_pool(layout, n_slots, config.hot_pool)
 
     def model_beside(self, model_config: ModelConfig, weights: Weights) -> LlamaModel:
-        """A model of other weights and the same shape, ready for `swap`; nothing changes. From any thread."""
-        return LlamaModel(model_config, weights.tensors, self._max_model_len)
+        """A model of other weights and the same shape, ready for `swap`; nothing changes. From any thread.
+        Its products are proved to be batch-invariant: how one is computed may depend on the weights. The rest
+        depends on shapes."""
+        model = LlamaModel(model_config, weights.tensors, self._max_model_len)
+        if self._config.batch_invariant:
+            check_row_invariance(model.products(), ())
+        return model
 
     def swap(self, model: LlamaModel) -> None:
         """Compute with this one from the next batch on. The pool stays as it is."""

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import structlog
+import torch
 
 from engine.models.config import ModelConfig
 from engine.models.llama import LlamaModel
@@ -63,7 +64,7 @@ class LoadedWeights:
 def load_beside(engine: Engine, folder: Path) -> LoadedWeights:
     """The weights of `folder` for an engine that goes on meanwhile; it is not touched. From any thread.
 
-    Batch invariance is not proved anew: a row's bits depend on the shapes, which are those proved at load.
+    Batch invariance is proved for its products: which of them computes a row may depend on the weights.
     Raises ModelError's kinds, ConfigError where architecture, layout or tokenizer are not the engine's.
     """
     config = ModelConfig.from_folder(folder)
@@ -78,6 +79,9 @@ def load_beside(engine: Engine, folder: Path) -> LoadedWeights:
             f"{folder} has another tokenizer or chat template than the weights that run: the same ids would "
             "mean other text. Start a service of its own for it"
         )
+    torch.set_num_threads(
+        engine.config.compute_threads
+    )  # also of this thread: what is proved here runs there
     weights = load_weights(folder, config, DTYPES[engine.config.dtype])
     return LoadedWeights(config, engine.model_beside(config, weights), weights.digest)
 

@@ -22,6 +22,7 @@ from tests.weights_parts import (
     assert_drawn_by_fresh_engines,
     assert_whole,
     inspect,
+    prepare_both,
     roles_of,
     settled,
     stores_of,
@@ -65,6 +66,7 @@ async def test_no_request_is_lost_and_each_token_is_its_epochs_own(
     oracle: Oracle, mode: UpdateMode, prefill_first: bool
 ) -> None:
     async with under_load(oracle) as load:
+        await prepare_both(load, oracle, 2)
         load.begin(*wave("a"))
         await load.until_said(40)
         updating = asyncio.create_task(update_both(load, oracle, 2, mode, prefill_first=prefill_first))
@@ -84,6 +86,7 @@ async def test_no_request_is_lost_and_each_token_is_its_epochs_own(
 async def test_keep_goes_on_over_old_kv_and_shares_none_of_it(oracle: Oracle) -> None:
     """As an engine does whose weights were changed between the same two tokens."""
     async with under_load(oracle) as load:
+        await prepare_both(load, oracle, 2)
         load.begin(*wave("a", 4))
         await load.until_said(60)
         await update_both(load, oracle, 2, KEEP, prefill_first=False)
@@ -123,6 +126,7 @@ def changed_between(oracle: Oracle, asked: GenerationRequest, after: int) -> tup
 
 async def test_abort_ends_what_runs_and_says_why(oracle: Oracle) -> None:
     async with under_load(oracle) as load:
+        await prepare_both(load, oracle, 2)
         load.begin(*wave("a", 4, max_tokens=200))
         await load.until_said(40)
         await update_both(load, oracle, 2, ABORT, prefill_first=False)
@@ -203,6 +207,7 @@ async def test_a_handoff_of_weights_that_were_drained_or_aborted_is_refused(orac
 
 async def test_drain_that_takes_too_long_leaves_everything_as_it_was(oracle: Oracle) -> None:
     async with under_load(oracle) as load:
+        await prepare_both(load, oracle, 2)
         load.begin(*wave("a", 2, max_tokens=150))
         await load.until_said(6)
         before = load.pair.workers[1].info
@@ -244,6 +249,7 @@ async def test_new_requests_wait_while_prefill_drains(oracle: Oracle) -> None:
 async def test_a_prefill_that_is_aborted_may_be_sent_again(oracle: Oracle) -> None:
     async with under_load(oracle) as load:
         role = load.pair.prefill
+        await prepare_both(load, oracle, 2)
         await role.prefill(request(prompt(20), name="parked"))
         long = request(prompt(430), name="long")
         running = asyncio.create_task(role.prefill(long))
@@ -277,20 +283,18 @@ def broken(kind: str, path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["other shape", "too short", "missing", "truncated", "other tokenizer"])
-async def test_an_update_that_fails_leaves_everything_as_it_was(
-    oracle: Oracle, kind: str, tmp_path: Path
-) -> None:
-    path = broken(kind, tmp_path / "model")
+async def test_an_update_that_fails_leaves_everything_as_it_was(oracle: Oracle, tmp_path: Path) -> None:
     async with under_load(oracle) as load:
         load.begin(*wave("a", 3))
         await load.until_said(20)
-        for role, worker in zip(roles_of(load.pair), load.pair.workers, strict=True):
-            before = worker.info
-            with pytest.raises((ConfigError, ModelError)):
-                await role.update_weights(str(path), 2, RECOMPUTE, WAIT_S)
-            assert worker.info == before
-            assert worker.store.epoch.number == 1
+        for kind in ("other shape", "too short", "missing", "truncated", "other tokenizer"):
+            path = broken(kind, tmp_path / kind)
+            for role, worker in zip(roles_of(load.pair), load.pair.workers, strict=True):
+                before = worker.info
+                with pytest.raises((ConfigError, ModelError)):
+                    await role.update_weights(str(path), 2, RECOMPUTE, WAIT_S)
+                assert worker.info == before, kind
+                assert worker.store.epoch.number == 1, kind
         load.begin(*wave("b", 2))
         await load.over()
         assert_whole(load)

@@ -200,6 +200,12 @@ async def under_load(oracle: Oracle, engine: EngineConfig = CACHING) -> AsyncIte
             await asyncio.gather(polling, return_exceptions=True)
 
 
+async def prepare_both(load: Load, oracle: Oracle, epoch: int) -> None:
+    """So that the update meets what runs when it is told to, however long loading takes."""
+    for role in roles_of(load.pair):
+        await role.prepare_weights(oracle.path(epoch), epoch)
+
+
 async def update_both(
     load: Load, oracle: Oracle, epoch: int, mode: UpdateMode, *, prefill_first: bool = True
 ) -> None:

@@ -201,6 +201,11 @@ class House:
         async with asyncio.timeout(2 * WAIT_S):
             await asyncio.gather(*self.tasks)
 
+    async def prepared(self, number: int) -> None:
+        """So that the update meets what runs when it is told to, however long loading takes."""
+        for process in self.launcher.workers.values():
+            await process.role.prepare_weights(self.oracle.path(number), number)
+
     async def update(self, number: int, mode: UpdateMode, timeout_s: float = WAIT_S) -> dict[str, Any]:
         wanted = WantedWeights(self.oracle.path(number), number, mode, timeout_s)
         return await self.service.update_weights(wanted)
@@ -256,6 +261,7 @@ async def house_of(oracle: Oracle, workers: int = 2) -> AsyncIterator[House]:
 @pytest.mark.parametrize("mode", [DRAIN, KEEP, RECOMPUTE])
 async def test_nobody_is_lost_and_each_answer_names_its_epochs(oracle: Oracle, mode: UpdateMode) -> None:
     async with house_of(oracle) as house:
+        await house.prepared(2)
         house.begin("a", 6)
         await house.until(lambda: house.tokens > 40)
         updating = asyncio.create_task(house.update(2, mode))
@@ -282,6 +288,7 @@ async def test_nobody_is_lost_and_each_answer_names_its_epochs(oracle: Oracle, m
 
 async def test_abort_fails_answers_that_began_and_no_others(oracle: Oracle) -> None:
     async with house_of(oracle) as house:
+        await house.prepared(2)
         house.begin("a", 6, max_tokens=200)
         await house.until(lambda: all(house.said.values()))
         updating = asyncio.create_task(house.update(2, ABORT))
@@ -328,6 +335,7 @@ async def test_a_worker_that_fails_to_change_is_replaced_by_one_that_has_them(
             raise Unavailable("out of memory")
 
         monkeypatch.setattr(broken, "update_weights", fails)
+        await house.prepared(2)
         house.begin("a", 6)
         await house.until(lambda: house.tokens > 30)
         report = await house.update(2, RECOMPUTE)
@@ -346,6 +354,7 @@ async def test_a_worker_that_fails_to_change_is_replaced_by_one_that_has_them(
 
 async def test_drain_that_takes_too_long_changes_nobody_and_lets_all_in_again(oracle: Oracle) -> None:
     async with house_of(oracle, workers=1) as house:
+        await house.prepared(2)
         house.begin("a", 2, max_tokens=120)
         await house.until(lambda: house.tokens > 4)
         updating = asyncio.create_task(house.update(2, DRAIN, timeout_s=0.05))
