@@ -16,8 +16,9 @@ Synchronous and owned by one thread. What a step costs: docs/benchmarks.md.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Seq
+from itertools import islice
 from pathlib import Path
 from typing import Self
 
@@ -36,9 +37,13 @@ from engine.sampling.rows import NO_TOKEN, Drawn
 from engine.sampling.sampler import Sampler
 from engine.scheduler import schedule
 from engine.sequence import Sequence
+from engine.speculation.base import DrafterFactory
+from engine.speculation.ngram import NGramDrafter
+from engine.speculation.speculator import Speculator
 from engine.tokenizer import Tokenizer
 from engine.types import CompletedBlock, GenerationRequest, StepResult, TailKV, TokenEvent
 from engine.weights import DTYPES, Weights, load_weights
+from kvstore.clock import Clock, MonotonicClock
 from kvstore.errors import ConfigError, CorruptBlock, OverLimit
 from kvstore.frame import payload_checksum
 from kvstore.nouns import KVLayout, MissReason
@@ -52,10 +57,18 @@ log = structlog.get_logger(__name__)
 
 
 class Engine:
-    """See the module. `layout`, `weights_digest` and `tokenizer` name what its KV is interchangeable with."""
+    """See the module. `layout`, `weights_digest` and `tokenizer` name what its KV is interchangeable with.
+    `make_drafter` guesses tokens instead of what `config.speculation` names."""
 
     def __init__(
-        self, config: EngineConfig, model_config: ModelConfig, weights: Weights, tokenizer: Tokenizer
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        weights: Weights,
+        tokenizer: Tokenizer,
+        *,
+        make_drafter: DrafterFactory | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self.config = config
         self.model_config = model_config
@@ -74,6 +87,10 @@ class Engine:
         self._runner = ModelRunner(config, model_config, weights, self.layout, n_slots, self.max_model_len)
         self.slots = PoolSlots(n_slots)
         self._sequences: dict[str, Sequence] = {}  # in the order of admission
+        self._clock = clock or MonotonicClock()
+        if make_drafter is None and config.speculation == "ngram":
+            make_drafter = NGramDrafter
+        self._speculator = None if make_drafter is None else Speculator(make_drafter, config, model_config)
 
     @classmethod
     def load(cls, folder: Path, config: EngineConfig) -> Self:
@@ -154,12 +171,28 @@ class Engine:
         chunks = schedule(self._sequences.values(), self.config.step_tokens_max)
         if not chunks:
             return StepResult()
+        if self._speculator is not None:
+            chunks = self._speculator.draft(chunks)
+        began = self._clock.now()
         logits = self._runner.run(make_batch(chunks, self.config.block_tokens))
-        drawing = [chunk.sequence for chunk in chunks if chunk.draws]
-        drawn = Sampler.sample(logits, [sequence.sampling_row() for sequence in drawing])
-        blocks = [block for chunk in chunks for block in self._advance(chunk)]
-        events = [self._take_token(*each) for each in zip(drawing, drawn, strict=True)]
-        return StepResult(tuple(events), tuple(blocks), sum(chunk.rows for chunk in chunks))
+        rows = [row for chunk in chunks if chunk.draws for row in chunk.sequence.sampling_rows(chunk.drafts)]
+        drawn = iter(Sampler.sample(logits, rows))
+        if self._speculator is not None:
+            self._speculator.observe(chunks, self._clock.now() - began)
+        drawing = sum(chunk.draws for chunk in chunks)  # before they have taken what was drawn
+        events: list[TokenEvent] = []
+        blocks: list[CompletedBlock] = []
+        for chunk in chunks:
+            told, full = self._take(chunk, drawn)
+            events += told
+            blocks += full
+        return StepResult(
+            tuple(events),
+            tuple(blocks),
+            tokens_computed=sum(chunk.rows for chunk in chunks) + len(events) - drawing,
+            drafts_proposed=sum(len(chunk.drafts) for chunk in chunks),
+            drafts_accepted=len(events) - drawing,
+        )
 
     def take_tail(self, request_id: str) -> TailKV | None:
         """A copy of the KV behind the last full computed block. None if there is none, or no sequence."""
@@ -253,28 +286,44 @@ class Engine:
 
     # One step
 
-    def _advance(self, chunk: Chunk) -> list[CompletedBlock]:
-        sequence = chunk.sequence
+    def _take(self, chunk: Chunk, drawn: Iterator[Drawn]) -> tuple[list[TokenEvent], list[CompletedBlock]]:
+        """What was drawn for its rows, up to the first that is not the draft behind it: that one is the next
+        token. What became computed: the token before each of those, and what stood before."""
+        sequence, drafts, draws = chunk.sequence, chunk.drafts, chunk.draws
+        events: list[TokenEvent] = []
+        for own, draft in zip(list(islice(drawn, len(drafts) + draws)), (*drafts, None), strict=False):
+            events.append(self._append(sequence, own))
+            if events[-1].finish is not None or own.token_id != draft:
+                break
+        if drafts and self._speculator is not None:
+            self._speculator.verified(chunk, [event.token_id for event in events])
+        blocks = self._advance(sequence, chunk.rows + len(events) - draws)
+        self._park_or_release(sequence, events)
+        return events, blocks
+
+    def _advance(self, sequence: Sequence, rows: int) -> list[CompletedBlock]:
         request = sequence.request
         return [
             CompletedBlock(
                 request.request_id, request.attempt, index, self.pool.read_block(sequence.slots[index])
             )
-            for index in sequence.advance(chunk.rows, self.config.block_tokens)
+            for index in sequence.advance(rows, self.config.block_tokens)
         ]
 
-    def _take_token(self, sequence: Sequence, drawn: Drawn) -> TokenEvent:
+    @staticmethod
+    def _append(sequence: Sequence, drawn: Drawn) -> TokenEvent:
         if drawn.token_id == NO_TOKEN:
-            event = sequence.fail(
-                "the model's logits are not finite: its weights or onboarded KV are damaged"
-            )
-        else:
-            event = sequence.append(drawn)
-        if sequence.hold or (sequence.keep and event.finish is not None):
+            return sequence.fail("the model's logits are not finite: its weights or onboarded KV are damaged")
+        return sequence.append(drawn)
+
+    def _park_or_release(self, sequence: Sequence, events: Seq[TokenEvent]) -> None:
+        if not events:
+            return
+        finished = events[-1].finish is not None
+        if sequence.hold or (sequence.keep and finished):
             sequence.parked = True
-        elif event.finish is not None:
+        elif finished:
             self.release(sequence.request.request_id)
-        return event
 
 
 def _max_model_len(config: EngineConfig, model_config: ModelConfig, n_slots: int) -> int:

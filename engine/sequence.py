@@ -14,6 +14,7 @@ from collections.abc import Iterable
 
 from engine.detokenizer import IncrementalDetokenizer
 from engine.sampling.rows import Drawn, SamplingRow
+from engine.speculation.drafting import Drafting
 from engine.types import FinishReason, GenerationRequest, TokenEvent
 
 __all__ = ["Sequence"]
@@ -29,6 +30,7 @@ class Sequence:
         "_end_token_ids",
         "_tokens_max",
         "computed",
+        "drafting",
         "hold",
         "keep",
         "lent",
@@ -60,6 +62,7 @@ class Sequence:
         self.parked = False
         self.computed = 0
         self.onboarded_blocks = 0
+        self.drafting: Drafting | None = None  # the speculator's
         sampling = request.sampling
         self._tokens_max = tokens_max
         self._end_token_ids = frozenset(sampling.stop_token_ids) | (
@@ -94,9 +97,19 @@ class Sequence:
         first = max(before // block_tokens, self.onboarded_blocks)
         return range(first, self.computed // block_tokens)
 
-    def sampling_row(self) -> SamplingRow:
-        """Who the next token is drawn for. It sees `tokens` as they are when it is used."""
-        return SamplingRow(self.request.sampling, self.tokens, len(self.request.prompt_ids))
+    def draft_room(self, block_tokens: int) -> int:
+        """Drafts that could become tokens, the last of all aside, and have a place in the slots at hand."""
+        return min(self._tokens_max - 1, len(self.slots) * block_tokens) - len(self.tokens)
+
+    def sampling_rows(self, drafts: tuple[int, ...]) -> list[SamplingRow]:
+        """Who the next token is drawn for, and the one behind each draft if it and those before it are right.
+        The first sees `tokens` as they are when it is used."""
+        params, prompt_len = self.request.sampling, len(self.request.prompt_ids)
+        rows = [SamplingRow(params, self.tokens, prompt_len)]
+        return rows + [
+            SamplingRow(params, [*self.tokens, *drafts[:count]], prompt_len)
+            for count in range(1, len(drafts) + 1)
+        ]
 
     def append(self, drawn: Drawn) -> TokenEvent:
         """Take the token that was drawn. The sequence has ended if the event has a finish."""

@@ -101,11 +101,14 @@ class TailKV:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one step of the engine produced, over all its sequences."""
+    """What one step of the engine produced, over all its sequences. A sequence whose drafts were accepted has
+    several events, one after another; its blocks hold none but tokens told by events before its last one."""
 
     events: tuple[TokenEvent, ...] = ()
     blocks: tuple[CompletedBlock, ...] = ()
-    tokens_computed: int = 0
+    tokens_computed: int = 0  # rejected drafts aside
+    drafts_proposed: int = 0
+    drafts_accepted: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,67 @@
+"""Promise: the n-gram drafter finds the longest earlier occurrence, and looks at each token once."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.speculation.ngram import CANDIDATES_MAX, GRADES, MATCH_MAX, NGramDrafter
+
+
+def guess(text: list[int], count: int = 4) -> list[int]:
+    return list(NGramDrafter().propose(text, count).tokens)
+
+
+def test_it_continues_what_was_there_before() -> None:
+    assert guess([1, 2, 3, 4, 1, 9, 1, 2, 3]) == [4, 1, 9, 1]
+    assert guess([1, 2, 3, 4, 5]) == []
+    assert guess([7]) == []
+    assert guess([7, 7]) == [], "one token alone foretells nothing"
+
+
+def test_the_longest_match_wins_and_of_equals_the_latest() -> None:
+    assert guess([1, 2, 3, 10, 9, 2, 3, 20, 1, 2, 3], 1) == [10]
+    assert guess([2, 3, 10, 2, 3, 20, 2, 3], 1) == [20]
+
+
+def test_a_guess_runs_on_into_itself() -> None:
+    assert guess([5, 6, 5, 6], 7) == [5, 6, 5, 6, 5, 6, 5]
+    assert guess([8, 8, 8], 3) == [8, 8, 8]
+
+
+def test_longer_matches_are_of_higher_grades() -> None:
+    grades = []
+    for length in range(2, MATCH_MAX + 3):
+        text = list(range(length))
+        grades.append(NGramDrafter().propose([*text, 99, *text], 1).grade)
+    assert grades == sorted(grades)
+    assert set(grades) == set(range(NGramDrafter.grades))
+    assert NGramDrafter.grades == len(GRADES)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, 9), st.data())
+def test_it_equals_a_scan_of_the_text_however_it_grew(
+    text: list[int], count: int, data: st.DataObject
+) -> None:
+    drafter = NGramDrafter()
+    for known in sorted(data.draw(st.sets(st.integers(1, len(text)), max_size=4))):
+        drafter.propose(text[:known], 1)
+    assert list(drafter.propose(text, count).tokens) == _scan(text, count)
+
+
+def _scan(text: list[int], count: int) -> list[int]:
+    """The definition: of the last occurrences of the text's last pair the one with the longest match."""
+    ends = [end for end in range(1, len(text) - 1) if text[end - 1 : end + 1] == text[-2:]]
+    best, longest = None, 0
+    for end in ends[::-1][:CANDIDATES_MAX]:
+        length = 2
+        while length < min(MATCH_MAX, end + 1) and text[end - length] == text[-1 - length]:
+            length += 1
+        if length > longest:
+            best, longest = end, length
+    if best is None:
+        return []
+    grown = list(text)
+    for offset in range(count):
+        grown.append(grown[best + 1 + offset])
+    return grown[len(text) :]
