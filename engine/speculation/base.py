@@ -13,11 +13,11 @@ __all__ = ["Draft", "Drafter", "DrafterFactory"]
 
 
 class Draft(NamedTuple):
-    """Guessed tokens, in order. `grade` says how good the drafter thinks its guess is, or how it was made:
-    how often guesses come true is learned for each grade by itself."""
+    """Guessed tokens, in order, and of each a grade: how good the drafter thinks it is if those before it are
+    right, or how it was made. How often guesses come true is learned for each grade by itself."""
 
-    tokens: Sequence[int]
-    grade: int = 0
+    tokens: Sequence[int] = ()
+    grades: Sequence[int] = ()
 
 
 class Drafter(Protocol):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from engine.speculation.base import Draft, Drafter
@@ -26,10 +25,10 @@ class Experience:
     __slots__ = ("_by_grade",)
 
     def __init__(self) -> None:
-        self._by_grade: defaultdict[int, Acceptance] = defaultdict(partial(Acceptance, _SHARED_MEMORY))
+        self._by_grade: defaultdict[int, Acceptance] = defaultdict(lambda: Acceptance(_SHARED_MEMORY))
 
-    def learn(self, grade: int, accepted: int, tried: int) -> None:
-        self._by_grade[grade].learn(accepted, tried)
+    def learn(self, grade: int, came_true: bool) -> None:
+        self._by_grade[grade].learn(came_true)
 
     def chance(self, grade: int) -> float:
         return self._by_grade[grade].chance(_CHANCE_PRIOR, _PRIOR_WEIGHT)
@@ -38,36 +37,38 @@ class Experience:
 class Drafting:
     """`passed_over`: chances to draft that were let go since the last draft, because none would have paid."""
 
-    __slots__ = ("_drafter", "_experience", "_grade", "_own", "passed_over")
+    __slots__ = ("_drafter", "_experience", "_grades", "_own", "passed_over")
 
     def __init__(self, drafter: Drafter, experience: Experience) -> None:
         self.passed_over = 0
         self._drafter = drafter
         self._experience = experience
-        self._own: defaultdict[int, Acceptance] = defaultdict(partial(Acceptance, _OWN_MEMORY))
-        self._grade = 0  # of the last draft
+        self._own = [Acceptance(_OWN_MEMORY) for _ in range(drafter.grades)]
+        self._grades: Sequence[int] = ()  # of the last draft
 
     def propose(self, tokens: Sequence[int], tokens_max: int, vocab_size: int) -> Draft:
-        """What the drafter guesses, cut where it is no token or too long; of a grade that it said it has."""
-        guessed, grade = self._drafter.propose(tokens, tokens_max)
-        sound: list[int] = []
-        for token in guessed[:tokens_max]:
-            if not 0 <= token < vocab_size:
+        """What the drafter guesses, cut where it is no token, or of no grade, or too long."""
+        sound: list[tuple[int, int]] = []
+        for token, grade in zip(*self._drafter.propose(tokens, tokens_max), strict=False):
+            if len(sound) == tokens_max or not (0 <= token < vocab_size and 0 <= grade < len(self._own)):
                 break
-            sound.append(token)
-        self._grade = min(max(grade, 0), self._drafter.grades - 1)
-        return Draft(sound, self._grade)
+            sound.append((token, grade))
+        draft = Draft([token for token, _ in sound], [grade for _, grade in sound])
+        self._grades = draft.grades
+        return draft
 
-    def learn(self, accepted: int, tried: int) -> None:
-        """Of the last draft so many tokens were tried, and all of these accepted but perhaps the last."""
-        self._own[self._grade].learn(accepted, tried)
-        self._experience.learn(self._grade, accepted, tried)
-        self._drafter.told(accepted, tried)
+    def learn(self, verdicts: Sequence[bool]) -> None:
+        """So many tokens of the last draft were tried, and came true or not."""
+        for grade, came_true in zip(self._grades, verdicts, strict=False):
+            self._own[grade].learn(came_true)
+            self._experience.learn(grade, came_true)
+        self._drafter.told(sum(verdicts), len(verdicts))
 
-    def chance(self, grade: int) -> float:
-        """That a guess of this grade comes true, if those before it in its draft did."""
-        return self._own[grade].chance(self._experience.chance(grade), _SHARED_WEIGHT)
+    def chances(self, grades: Iterable[int]) -> list[float]:
+        """That guesses of these grades come true, each if those before it in its draft did."""
+        shared = self._experience
+        return [self._own[grade].chance(shared.chance(grade), _SHARED_WEIGHT) for grade in grades]
 
     @property
     def best_chance(self) -> float:
-        return max(self.chance(grade) for grade in range(self._drafter.grades))
+        return max(self.chances(range(len(self._own))))

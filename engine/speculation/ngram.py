@@ -29,7 +29,7 @@ CANDIDATES_MAX: Final = 24
 """Occurrences that are compared."""
 MATCH_MAX: Final = 12
 """A match that long is taken at once: longer ones foretell no better."""
-GRADES: Final = (2, 3, 4, 6, 9)
+GRADES: Final = (2, 3, 4, 6, 9, 13)
 """Matches from so many tokens on are a grade of their own: the longer, the better they foretell."""
 _NONE: Final = -1
 
@@ -48,10 +48,11 @@ class NGramDrafter:
     def propose(self, tokens: Sequence[int], tokens_max: int) -> Draft:
         self._index(tokens)
         end, length = self._longest(tokens)
-        if length < GRADES[0]:
-            return Draft(())
-        grade = sum(length >= least for least in GRADES) - 1
-        return Draft(_copy(tokens, end + 1, tokens_max), grade)
+        if not length:
+            return Draft()
+        # If the first is right, the match is longer by one.
+        lengths = range(length, length + tokens_max)
+        return Draft(_copy(tokens, end + 1, tokens_max), [_grade(each) for each in lengths])
 
     def told(self, accepted: int, proposed: int) -> None:
         """Nothing to learn: the text says it all."""
@@ -81,6 +82,10 @@ class NGramDrafter:
                     break
             candidate = self._earlier[candidate]
         return best, longest
+
+
+def _grade(length: int) -> int:
+    return sum(length >= least for least in GRADES) - 1
 
 
 def _copy(tokens: Sequence[int], begin: int, count: int) -> list[int]:

@@ -1,8 +1,8 @@
 """How many drafts a step should verify: as many as bring more tokens a second, by what was measured.
 
 A step of R rows takes b * (F + R) seconds: it reads all weights once (F, in rows' worth of time), and
-computes each row. A draft is accepted up to its first wrong guess: where each comes true with chance p, the
-i-th is accepted with chance p ** i. A row that brings q tokens pays when the step's rate does not fall by it:
+computes each row. A guess is accepted with the chance that it and all before it in its draft come true. A row
+that brings q tokens in that way pays when the step's rate does not fall by it:
 
     (N + q) / (F + R + 1) > N / (F + R)   <=>   q * (F + R) > N       N: tokens the step brings without it
 
@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
-__all__ = ["Acceptance", "Candidate", "StepCost", "allot"]
+__all__ = ["Acceptance", "StepCost", "allot"]
 
 FIXED_ROWS_PRIOR: Final = 8.0
 """F before anything is measured."""
@@ -73,38 +73,30 @@ class Acceptance:
         self._hits = self._trials = 0.0
         self._memory = memory
 
-    def learn(self, accepted: int, tried: int) -> None:
-        """Of `tried` guesses so many came true."""
-        kept = self._memory**tried
-        self._hits = self._hits * kept + accepted
-        self._trials = self._trials * kept + tried
+    def learn(self, came_true: bool) -> None:
+        self._hits = self._hits * self._memory + came_true
+        self._trials = self._trials * self._memory + 1
 
     def chance(self, prior: float, prior_weight: float) -> float:
         return (self._hits + prior * prior_weight) / (self._trials + prior_weight)
 
 
-class Candidate(NamedTuple):
-    """A draft of `length` tokens, each of which comes true with `chance` if those before it did."""
-
-    chance: float
-    length: int
-
-
 def allot(
-    candidates: Sequence[Candidate], tokens: int, rows: int, fixed_rows: float, budget: int
+    candidates: Sequence[Sequence[float]], tokens: int, rows: int, fixed_rows: float, budget: int
 ) -> list[int]:
-    """How many tokens of each candidate to verify, at most `budget` together, in a step that has `rows` rows
-    and brings `tokens` tokens without them. About 1 us a token."""
+    """How many tokens of each draft to verify, at most `budget` together, in a step that has `rows` rows and
+    brings `tokens` tokens without them. A candidate is a draft's chances: that each of its tokens comes true
+    if those before it did. About 1 us a token."""
     lengths = [0] * len(candidates)
-    likeliest = [(-candidate.chance, index) for index, candidate in enumerate(candidates) if candidate.length]
+    likeliest = [(-chances[0], index) for index, chances in enumerate(candidates) if chances]
     heapq.heapify(likeliest)
     expected, size = float(tokens), fixed_rows + rows
     while likeliest and budget > 0 and -likeliest[0][0] * size > expected:
         negative, index = likeliest[0]
         lengths[index] += 1
         expected, size, budget = expected - negative, size + 1, budget - 1
-        if lengths[index] < candidates[index].length:
-            heapq.heapreplace(likeliest, (negative * candidates[index].chance, index))
+        if lengths[index] < len(candidates[index]):
+            heapq.heapreplace(likeliest, (negative * candidates[index][lengths[index]], index))
         else:
             heapq.heappop(likeliest)
     return lengths

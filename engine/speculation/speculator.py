@@ -20,12 +20,11 @@ from engine.models.config import ModelConfig
 from engine.sequence import Sequence
 from engine.speculation.base import Draft, DrafterFactory
 from engine.speculation.drafting import Drafting, Experience
-from engine.speculation.payoff import Candidate, StepCost, allot
+from engine.speculation.payoff import StepCost, allot
 
 __all__ = ["Speculator"]
 
 RETRY_AFTER: Final = 32
-_NO_DRAFT: Final = Draft(())
 
 
 class Speculator:
@@ -49,10 +48,9 @@ class Speculator:
             room = min(self._room(chunk), budget)
             if room > 0:
                 state = self._state(chunk.sequence)
-                best = [Candidate(state.best_chance, room)]
-                (wanted,) = allot(best, tokens, rows, fixed_rows, budget)
+                (wanted,) = allot([[state.best_chance] * room], tokens, rows, fixed_rows, budget)
                 offers.append(_Offer(index, state, self._propose(state, chunk.sequence, wanted)))
-        lengths = allot([offer.candidate for offer in offers], tokens, rows, fixed_rows, budget)
+        lengths = allot([offer.chances for offer in offers], tokens, rows, fixed_rows, budget)
         left = budget - sum(lengths)
         drafted = list(chunks)
         for (at, state, draft), length in zip(offers, lengths, strict=True):
@@ -67,7 +65,7 @@ class Speculator:
         """`drawn` is what the sequence took: what stood in its draft behind the first wrong guess, or behind
         the sequence's end, says nothing."""
         verdicts = [token == draft for token, draft in zip(drawn, chunk.drafts, strict=False)]
-        self._state(chunk.sequence).learn(sum(verdicts), len(verdicts))
+        self._state(chunk.sequence).learn(verdicts)
 
     def observe(self, chunks: Seq[Chunk], seconds: float) -> None:
         """Steps with prompts in them say nothing: few of a prompt's rows need logits."""
@@ -88,7 +86,7 @@ class Speculator:
 
     def _propose(self, state: Drafting, sequence: Sequence, wanted: int) -> Draft:
         if not wanted and state.passed_over < RETRY_AFTER:
-            return _NO_DRAFT
+            return Draft()
         return state.propose(sequence.tokens, wanted or 1, self._vocab_size)
 
 
@@ -98,5 +96,5 @@ class _Offer(NamedTuple):
     draft: Draft
 
     @property
-    def candidate(self) -> Candidate:
-        return Candidate(self.state.chance(self.draft.grade), len(self.draft.tokens))
+    def chances(self) -> list[float]:
+        return self.state.chances(self.draft.grades)

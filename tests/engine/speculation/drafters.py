@@ -30,7 +30,8 @@ class Guessing:
 
     def propose(self, tokens: Sequence[int], tokens_max: int) -> Draft:
         self.asked.append(tokens_max)
-        return Draft(self.guess(tokens, tokens_max))
+        guessed = self.guess(tokens, tokens_max)
+        return Draft(guessed, [0] * len(guessed))
 
     def told(self, accepted: int, tried: int) -> None:
         assert 0 <= tried - accepted <= 1

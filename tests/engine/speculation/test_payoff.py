@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.speculation.payoff import FIXED_ROWS_PRIOR, Acceptance, Candidate, StepCost, allot
+from engine.speculation.payoff import FIXED_ROWS_PRIOR, Acceptance, StepCost, allot
 
 
 def rate(
-    candidates: list[Candidate], lengths: tuple[int, ...], tokens: int, rows: int, fixed: float
+    candidates: list[list[float]], lengths: tuple[int, ...], tokens: int, rows: int, fixed: float
 ) -> float:
-    expected = sum(c.chance ** (i + 1) for c, n in zip(candidates, lengths, strict=True) for i in range(n))
+    expected = sum(
+        math.prod(chances[: i + 1]) for chances, n in zip(candidates, lengths, strict=True) for i in range(n)
+    )
     return (tokens + expected) / (fixed + rows + sum(lengths))
 
 
-CANDIDATES = st.lists(st.builds(Candidate, st.floats(0.01, 0.99), st.integers(0, 4)), min_size=1, max_size=3)
-
-
-@given(CANDIDATES, st.integers(0, 6), st.floats(0, 40), st.integers(0, 12))
+@given(
+    st.lists(st.lists(st.floats(0.01, 0.99), max_size=4), min_size=1, max_size=3),
+    st.integers(0, 6),
+    st.floats(0, 40),
+    st.integers(0, 12),
+)
 def test_no_other_choice_within_the_budget_has_a_higher_rate(
-    candidates: list[Candidate], others: int, fixed: float, budget: int
+    candidates: list[list[float]], others: int, fixed: float, budget: int
 ) -> None:
     running = len(candidates) + others
     lengths = tuple(allot(candidates, running, running, fixed, budget))
     assert sum(lengths) <= budget
-    choices = itertools.product(*(range(candidate.length + 1) for candidate in candidates))
+    choices = itertools.product(*(range(len(chances) + 1) for chances in candidates))
     best = max(
         rate(candidates, choice, running, running, fixed) for choice in choices if sum(choice) <= budget
     )
@@ -36,10 +41,10 @@ def test_no_other_choice_within_the_budget_has_a_higher_rate(
 
 
 def test_what_pays_alone_does_not_in_a_crowd() -> None:
-    unsure = Candidate(0.3, 4)
+    unsure, sure = [0.3] * 4, [0.95] * 4
     assert allot([unsure], 1, 1, 14.0, 100) == [2]
     assert allot([unsure] * 32, 32, 32, 14.0, 1000) == [0] * 32
-    assert allot([Candidate(0.95, 4)] * 32, 32, 32, 14.0, 1000) == [3] * 32
+    assert allot([sure] * 32, 32, 32, 14.0, 1000) == [3] * 32
 
 
 def test_the_cost_of_a_step_is_learned_and_learned_again() -> None:
@@ -80,8 +85,8 @@ def test_chances_follow_what_came_true_of_late() -> None:
     acceptance = Acceptance(0.95)
     assert acceptance.chance(0.5, 4.0) == 0.5
     for _ in range(60):
-        acceptance.learn(0, 1)
+        acceptance.learn(False)
     assert acceptance.chance(0.5, 4.0) < 0.1
-    for _ in range(6):
-        acceptance.learn(8, 8)
+    for _ in range(60):
+        acceptance.learn(True)
     assert acceptance.chance(0.5, 4.0) > 0.85
