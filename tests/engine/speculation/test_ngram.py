@@ -16,7 +16,8 @@ def test_it_continues_what_was_there_before() -> None:
     assert guess([1, 2, 3, 4, 1, 9, 1, 2, 3]) == [4, 1, 9, 1]
     assert guess([1, 2, 3, 4, 5]) == []
     assert guess([7]) == []
-    assert guess([7, 7]) == [], "one token alone foretells nothing"
+    assert guess([4, 7, 5, 6, 7]) == [5, 6, 7, 5], "one token, if no more"
+    assert guess([7, 7], 2) == [7, 7]
 
 
 def test_the_longest_match_wins_and_of_equals_the_latest() -> None:
@@ -50,9 +51,10 @@ def test_it_equals_a_scan_of_the_text_however_it_grew(
 
 
 def _scan(text: list[int], count: int) -> list[int]:
-    """The definition: of the last occurrences of the text's last pair the one with the longest match."""
+    """The definition: of the last occurrences of the text's last pair the one with the longest match; without
+    any, the last occurrence of its last token."""
     ends = [end for end in range(1, len(text) - 1) if text[end - 1 : end + 1] == text[-2:]]
-    best, longest = None, 0
+    best, longest = max((end for end in range(len(text) - 1) if text[end] == text[-1]), default=None), 1
     for end in ends[::-1][:CANDIDATES_MAX]:
         length = 2
         while length < min(MATCH_MAX, end + 1) and text[end - length] == text[-1 - length]:
