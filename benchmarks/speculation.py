@@ -1,10 +1,10 @@
 """What speculation brings: n-gram drafts against plain decoding, the same requests in the same process.
 
     python -m benchmarks.speculation [--model NAME] [--threads N] [--tokens N] [--prompts N] [--batch N]
-                                     [--draft N] [--temperature T] [--plain-mode] [--json]
+                                     [--draft N] [--plain-mode] [--json]
 
 Grounded tasks are about a given text (Python's own help topics): summarise, extract, edit. Others are open
-questions, and prompts of random tokens. The two engines take turns step by step, so that what else the
+questions, greedy and at temperature 1, and prompts of random tokens. The two engines take turns step by step, so that what else the
 machine does meets both, and process CPU seconds stand beside wall seconds. Only decoding steps count.
 Outputs are compared: in batch-invariant mode they must be equal (exit code 1 if not).
 
@@ -86,7 +86,7 @@ def prompts(engine: Engine, task: str, count: int) -> list[tuple[int, ...]]:
     if task == "random tokens":
         generator = torch.Generator().manual_seed(5)
         return [tuple(ids) for ids in torch.randint(10, 40_000, (count, 300), generator=generator).tolist()]
-    if task == "questions":
+    if task in ("questions", "sampled"):
         texts = [QUESTIONS[i % len(QUESTIONS)] for i in range(count)]
     else:
         texts = [f"{topics[TOPICS[i % len(TOPICS)]].strip()}\n\n{GROUNDED[task]}" for i in range(count)]
@@ -165,7 +165,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=4, help="of a task")
     parser.add_argument("--batch", type=int, default=1, help="requests at once")
     parser.add_argument("--draft", type=int, default=EngineConfig().draft_tokens_max)
-    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--plain-mode", action="store_true", help="not batch-invariant")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
@@ -182,8 +181,7 @@ def main() -> None:
         Engine.load(folder, config.model_copy(update={"speculation": "off"})),
         Engine.load(folder, config.model_copy(update=drafting)),
     )
-    sampling = SamplingParams(asked.tokens, temperature=asked.temperature)
-    tasks: dict[str, Task] = {name: Task() for name in (*GROUNDED, "questions", "random tokens")}
+    tasks: dict[str, Task] = {name: Task() for name in (*GROUNDED, "questions", "sampled", "random tokens")}
     if not asked.json:
         print(f"{asked.model}, {asked.threads} threads, load average {os.getloadavg()[0]:.1f}")
         print(
@@ -194,6 +192,7 @@ def main() -> None:
         )
     for name, task in tasks.items():
         ids = prompts(engines[1], name, asked.prompts)
+        sampling = SamplingParams(asked.tokens, temperature=1.0 if name == "sampled" else 0.0)
         for begin in range(0, len(ids), asked.batch):
             measure(engines, ids[begin : begin + asked.batch], sampling, task)
         if not asked.json:

@@ -1,4 +1,4 @@
-"""Promise 5 with accepted drafts in most steps of decode: the same tokens, the same blocks for the next turn."""
+"""Promise 5 with accepted drafts in most steps of decode: the same tokens, and blocks for the next turn."""
 
 from __future__ import annotations
 
