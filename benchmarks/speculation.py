@@ -4,8 +4,9 @@
                                      [--draft N] [--plain-mode] [--json]
 
 Grounded tasks are about a given text (Python's own help topics): summarise, extract, edit. Others are open
-questions, greedy and at temperature 1, and prompts of random tokens. The two engines take turns step by step, so that what else the
-machine does meets both, and process CPU seconds stand beside wall seconds. Only decoding steps count.
+questions, greedy and at temperature 1, and prompts of random tokens. The two engines take turns step by step,
+so that what else the machine does meets both; process CPU seconds stand beside wall seconds. Only decoding
+steps count.
 Outputs are compared: in batch-invariant mode they must be equal (exit code 1 if not).
 
 Then what a step of so many rows takes: it decides how many guesses pay.
