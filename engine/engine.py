@@ -33,7 +33,7 @@ from engine.detokenizer import IncrementalDetokenizer
 from engine.models.config import ModelConfig
 from engine.pool import KVPool
 from engine.runner import ModelRunner
-from engine.sampling.rows import NO_TOKEN, Drawn
+from engine.sampling.rows import Drawn
 from engine.sampling.sampler import Sampler
 from engine.scheduler import schedule
 from engine.sequence import Sequence
@@ -287,15 +287,11 @@ class Engine:
     # One step
 
     def _take(self, chunk: Chunk, drawn: Iterator[Drawn]) -> tuple[list[TokenEvent], list[CompletedBlock]]:
-        """What was drawn for its rows, up to the first that is not the draft behind it: that one is the next
-        token. What became computed: the token before each of those, and what stood before."""
-        sequence, drafts, draws = chunk.sequence, chunk.drafts, chunk.draws
-        events: list[TokenEvent] = []
-        for own, draft in zip(list(islice(drawn, len(drafts) + draws)), (*drafts, None), strict=False):
-            events.append(self._append(sequence, own))
-            if events[-1].finish is not None or own.token_id != draft:
-                break
-        if drafts and self._speculator is not None:
+        """What was drawn for its rows, as far as its drafts hold; and the blocks that became full: of the
+        tokens before each of those it took, and of none behind."""
+        sequence, draws = chunk.sequence, chunk.draws
+        events = sequence.accept(list(islice(drawn, draws + len(chunk.drafts))), chunk.drafts)
+        if chunk.drafts and self._speculator is not None:
             self._speculator.verified(chunk, [event.token_id for event in events])
         blocks = self._advance(sequence, chunk.rows + len(events) - draws)
         self._park_or_release(sequence, events)
@@ -309,12 +305,6 @@ class Engine:
             )
             for index in sequence.advance(rows, self.config.block_tokens)
         ]
-
-    @staticmethod
-    def _append(sequence: Sequence, drawn: Drawn) -> TokenEvent:
-        if drawn.token_id == NO_TOKEN:
-            return sequence.fail("the model's logits are not finite: its weights or onboarded KV are damaged")
-        return sequence.append(drawn)
 
     def _park_or_release(self, sequence: Sequence, events: Seq[TokenEvent]) -> None:
         if not events:

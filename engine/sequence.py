@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from engine.detokenizer import IncrementalDetokenizer
-from engine.sampling.rows import Drawn, SamplingRow
+from engine.sampling.rows import NO_TOKEN, Drawn, SamplingRow
 from engine.speculation.drafting import Drafting
 from engine.types import FinishReason, GenerationRequest, TokenEvent
 
@@ -111,22 +111,25 @@ class Sequence:
             for count in range(1, len(drafts) + 1)
         ]
 
-    def append(self, drawn: Drawn) -> TokenEvent:
-        """Take the token that was drawn. The sequence has ended if the event has a finish."""
-        index = self.output_count
-        self.tokens.append(drawn.token_id)
-        return TokenEvent(
-            self.request.request_id,
-            self.request.attempt,
-            index,
-            drawn.token_id,
-            self._finish(drawn.token_id),
-            logprobs=drawn.logprobs,
-        )
+    def accept(self, drawn: Iterable[Drawn], drafts: Iterable[int]) -> list[TokenEvent]:
+        """Take what was drawn, up to the first that is not the draft behind it, or ends the sequence: one
+        event each. It has ended if the last has a finish."""
+        events: list[TokenEvent] = []
+        for each, draft in zip(drawn, (*drafts, None), strict=False):
+            events.append(self._append(each))
+            if events[-1].finish is not None or each.token_id != draft:
+                break
+        return events
 
-    def fail(self, what: str) -> TokenEvent:
+    def _append(self, drawn: Drawn) -> TokenEvent:
+        request, index = self.request, self.output_count
+        if drawn.token_id == NO_TOKEN:
+            what = "the model's logits are not finite: its weights or onboarded KV are damaged"
+            return TokenEvent(request.request_id, request.attempt, index, NO_TOKEN, FinishReason.ERROR, what)
+        self.tokens.append(drawn.token_id)
+        finish = self._finish(drawn.token_id)
         return TokenEvent(
-            self.request.request_id, self.request.attempt, self.output_count, -1, FinishReason.ERROR, what
+            request.request_id, request.attempt, index, drawn.token_id, finish, logprobs=drawn.logprobs
         )
 
     def _finish(self, token_id: int) -> FinishReason | None:

@@ -178,7 +178,7 @@ def test_malice_costs_time_only(how: str, tiny_folder: Path, plain: list[StepRes
     assert blocks_of(results) == blocks_of(plain)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_drafter_leaves_the_output_as_it_is(
     data: st.DataObject, tiny_folder: Path, plain: list[StepResult]
