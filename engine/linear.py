@@ -51,15 +51,16 @@ class Rowwise(NamedTuple):
 
 
 class PackedLinear:
-    """Weights [out, in], one below the other, as one product."""
+    """Weights [out, in], one below the other, as one product, and a bias [out] of all of them."""
 
-    __slots__ = ("_packed", "_unscale", "in_features", "is_half", "out_features")
+    __slots__ = ("_bias", "_packed", "_unscale", "in_features", "is_half", "out_features")
 
-    def __init__(self, *weights: torch.Tensor) -> None:
+    def __init__(self, *weights: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         whole = torch.cat([weight.float() for weight in weights])
         self.out_features, self.in_features = whole.shape
         scale = _scale_to_half(whole) if _HALF_PRODUCTS else None
         self.is_half = scale is not None
+        self._bias = None if bias is None else bias.float()
         if scale is not None:
             self._packed = torch.ops.quantized.linear_prepack_fp16(whole.mul_(scale), None)
             self._unscale = 1 / scale
@@ -75,8 +76,12 @@ class PackedLinear:
             product = torch.ops.quantized.linear_dynamic_fp16(filled, self._packed)[: len(rows)]
             if self._unscale != 1:
                 product.mul_(self._unscale)
+            if self._bias is not None:
+                product.add_(self._bias)
         else:
-            product = torch.ops.mkldnn._linear_pointwise(rows.float(), self._packed, None, "none", [], "")
+            product = torch.ops.mkldnn._linear_pointwise(
+                rows.float(), self._packed, self._bias, "none", [], ""
+            )
         return product.to(rows.dtype)
 
 
