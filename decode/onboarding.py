@@ -44,6 +44,7 @@ def check_handoff(worker: Worker, handoff: Handoff) -> None:
 
 async def onboard_and_admit(worker: Worker, run: Decoding) -> None:
     """From the handoff to a sequence that runs. Raises what WorkerLoop.admit raises."""
+    run.lineage = run.lineage.absorb(run.lineage.epoch, worker.kv_quality)  # all it reads lies in our pool
     run.session = await worker.store.session(run.handoff.request.tenant)
     chain = KeyChain(run.session.namespace if run.session else _NO_NAMESPACE, worker.info.layout.block_tokens)
     chain.extend(run.tokens)

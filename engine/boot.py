@@ -38,7 +38,7 @@ from kvstore.client import StoreClient
 from kvstore.clock import Clock, MonotonicClock
 from kvstore.errors import ConfigError, OverLimit, Unavailable
 from kvstore.hashing import KeyChain
-from kvstore.nouns import BlockKey, Epoch, NamespaceSpec
+from kvstore.nouns import BlockKey, Epoch, NamespaceSpec, Quality
 from kvstore.server import ServerConfig, ShardServer
 from kvstore.session import StoreSession
 from kvstore.topology import ShardEntry
@@ -74,6 +74,7 @@ class Worker:
     edge: EdgeShard | None = None  # None: the pool keeps nothing when a sequence ends
     edge_watch: EdgeWatch | None = None
     edge_server: ShardServer | None = None
+    kv_quality: Quality = Quality.LOSSLESS  # the most that KV which lay in this pool, or over it, may claim
     role_counters: Counter[str] = field(default_factory=Counter)
 
     @asynccontextmanager
@@ -231,9 +232,7 @@ def assemble(
     )
     edge = edge_watch = None
     if config.engine.local_cache:
-        edge = EdgeShard(
-            config.worker_id, spec, epoch, engine.pool, engine.slots, clock, min_quality=config.min_quality
-        )
+        edge = _edge(config, spec, epoch, engine, clock)
         edge.start()
         edge_watch = EdgeWatch(edge, store)
         edge_watch.start()
@@ -260,6 +259,20 @@ def assemble(
         reach=reach or _over_grpc(config),
         edge=edge,
         edge_watch=edge_watch,
+        kv_quality=config.engine.kv_quality,
+    )
+
+
+def _edge(config: WorkerConfig, spec: NamespaceSpec, epoch: Epoch, engine: Engine, clock: Clock) -> EdgeShard:
+    return EdgeShard(
+        config.worker_id,
+        spec,
+        epoch,
+        engine.pool,
+        engine.slots,
+        clock,
+        min_quality=config.min_quality,
+        kv_quality=config.engine.kv_quality,
     )
 
 

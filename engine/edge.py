@@ -81,7 +81,9 @@ class EdgeShard:
         clock: Clock,
         *,
         min_quality: Quality = Quality.LOSSLESS,
+        kv_quality: Quality = Quality.LOSSLESS,
     ) -> None:
+        """`kv_quality` is the most that a block may be which lies in `pool`."""
         self.counters: Counter[str] = Counter()
         self.opened = asyncio.Event()  # set when a namespace is opened that was not
         self.admitting = 0  # admissions that count on the slots that are free now: nothing may arrive in them
@@ -89,6 +91,7 @@ class EdgeShard:
         self.spec = spec
         self.epoch = epoch
         self.min_quality = min_quality
+        self.kv_quality = kv_quality
         self.slots = slots
         self.tier = DeviceTier(pool, slots)
         self.fingerprint = spec.layout.fingerprint
@@ -182,12 +185,14 @@ class EdgeShard:
 
     def keep(self, run: LocalRun, indexes: Sequence[int], slots: Sequence[int], quality: Quality) -> None:
         """Commit full blocks of a running sequence under the slots they lie in. What is here already, as good
-        or better, stays as it is, and the sequence's own copy goes with the sequence.
+        or better, stays as it is, and the sequence's own copy goes with the sequence. It claims no more than
+        this pool can hold, whatever it was read as.
 
         Nothing is kept of a sequence that began before something was forgotten here: what it read may have
         been deleted since."""
         if run.begun_at != self.forgotten:
             return
+        quality = min(quality, self.kv_quality)
         for first in range(0, len(indexes), OFFERS_MAX):
             part = slice(first, first + OFFERS_MAX)
             try:

@@ -32,6 +32,7 @@ from engine.config import EngineConfig
 from engine.detokenizer import IncrementalDetokenizer
 from engine.models.config import ModelConfig
 from engine.pool import KVPool
+from engine.quantised_pool import held_nbytes
 from engine.runner import ModelRunner
 from engine.sampling.rows import Drawn
 from engine.sampling.sampler import Sampler
@@ -82,7 +83,7 @@ class Engine:
             dtype=config.dtype,
             block_tokens=config.block_tokens,
         )
-        n_slots = config.pool_blocks or config.pool_nbytes // self.layout.block_nbytes
+        n_slots = config.pool_blocks or config.pool_nbytes // held_nbytes(self.layout, config.hot_pool)
         self.max_model_len = _max_model_len(config, model_config, n_slots)
         self._runner = ModelRunner(config, model_config, weights, self.layout, n_slots, self.max_model_len)
         self.slots = PoolSlots(n_slots)
@@ -270,7 +271,11 @@ class Engine:
             keep=keep,
             tokens_max=min(len(request.prompt_ids) + sampling.max_tokens, self.max_model_len),
             eos_token_ids=self.model_config.eos_token_ids,
-            detokenizer=IncrementalDetokenizer(self.tokenizer, sampling.stop) if sampling.stop else None,
+            detokenizer=(
+                IncrementalDetokenizer(self.tokenizer, sampling.stop, sampling.min_tokens)
+                if sampling.stop
+                else None
+            ),
         )
 
     def _onboard(self, sequence: Sequence, blocks: Seq[Payload], tail: TailKV | None) -> None:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from engine.weights import DTYPES
-from kvstore.nouns import KVLayout
+from kvstore.nouns import KVLayout, Quality
 
 __all__ = ["KVPool"]
 
@@ -40,12 +40,47 @@ class KVPool:
         data = torch.from_numpy(self._bytes).view(DTYPES[layout.dtype])
         self._flat = data.view(layout.layers, 2, n_slots * layout.block_tokens, *shape[-2:])
 
+    @property
+    def hot(self) -> str:
+        """What KV is held as: `model`, its own dtype; or the codec of engine/quantised_pool.py."""
+        return "model"
+
+    @property
+    def quality(self) -> Quality:
+        """The most that KV of this pool, and what is computed over it, may claim to be."""
+        return Quality.LOSSLESS
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of KV outside the pool."""
+        return self._flat.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._flat.device
+
+    @property
+    def data(self) -> torch.Tensor:
+        """[layer][k, v][slot][token][kv_head][head_dim]"""
+        flat = self._flat
+        return flat.view(*flat.shape[:2], self.n_slots, self.layout.block_tokens, *flat.shape[3:])
+
+    def held(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What kernels read: keys, values, and the scales of each (here there are none: anything)."""
+        keys, values = self.keys(layer), self.values(layer)
+        return keys, values, keys, values
+
     def keys(self, layer: int) -> torch.Tensor:
         """View [slots * block_tokens, kv_heads, head_dim]: token t of slot s is row s * block_tokens + t."""
         return self._flat[layer, 0]
 
     def values(self, layer: int) -> torch.Tensor:
         return self._flat[layer, 1]
+
+    def write(self, layer: int, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """One layer's K and V [len(rows), kv_heads, head_dim] of new tokens, at `rows` (int64) of `keys`."""
+        self.keys(layer).index_copy_(0, rows, keys)
+        self.values(layer).index_copy_(0, rows, values)
 
     def token_index(self, slots: Sequence[int], begin: int, end: int) -> torch.Tensor | slice:
         """Rows of `keys` that hold positions begin .. end of the sequence in `slots`; a slice if adjacent."""
@@ -80,11 +115,15 @@ class KVPool:
         return self._bytes[:, :, slot, :tokens].reshape(-1).copy()
 
     def write_tail(self, slot: int, payload: memoryview | Bytes, tokens: int) -> None:
+        source = self._checked(payload, tokens)
+        target = self._bytes[:, :, slot, :tokens]
+        target[...] = source.reshape(target.shape)
+
+    def _checked(self, payload: memoryview | Bytes, tokens: int) -> Bytes:
         nbytes = tokens * self.layout.token_nbytes
-        source = np.frombuffer(payload, dtype=np.uint8)
+        source: Bytes = np.frombuffer(payload, dtype=np.uint8)
         if source.nbytes != nbytes or not 0 < tokens <= self.layout.block_tokens:
             raise ValueError(
                 f"KV of {tokens} tokens must have {nbytes} bytes in layout {self.layout}, got {source.nbytes}"
             )
-        target = self._bytes[:, :, slot, :tokens]
-        target[...] = source.reshape(target.shape)
+        return source

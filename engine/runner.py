@@ -18,7 +18,7 @@ from engine.config import EngineConfig
 from engine.linear import Rowwise, check_row_invariance
 from engine.models.config import ModelConfig
 from engine.models.llama import LlamaModel, StepInput
-from engine.pool import KVPool
+from engine.quantised_pool import make_pool
 from engine.weights import DTYPES, Weights
 from kvstore.nouns import KVLayout
 
@@ -47,7 +47,7 @@ class ModelRunner:
             if config.batch_invariant
             else SdpaAttention(windows)
         )
-        self.pool = KVPool(layout, n_slots)
+        self.pool = make_pool(layout, n_slots, config.hot_pool)
 
     def run(self, batch: Batch) -> torch.Tensor:
         """Compute the batch's KV into the pool; float32 [len(logits_rows), vocabulary]."""

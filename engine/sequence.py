@@ -11,13 +11,22 @@ is always pending: onboarding stops one short of the end.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
+from typing import Final
 
 from engine.detokenizer import IncrementalDetokenizer
-from engine.sampling.rows import NO_TOKEN, Drawn, SamplingRow
+from engine.sampling.adjust import LogitAdjuster
+from engine.sampling.constraint import TokenConstraint
+from engine.sampling.rows import NO_TOKEN, NOTHING_ALLOWED, Drawn, SamplingRow
 from engine.speculation.drafting import Drafting
 from engine.types import FinishReason, GenerationRequest, TokenEvent
 
 __all__ = ["Sequence"]
+
+_FAILURES: Final = {
+    NO_TOKEN: "the model's logits are not finite: its weights or onboarded KV are damaged",
+    NOTHING_ALLOWED: "no token is left to draw: the request's constraint and min_tokens forbid all",
+}
 
 
 class Sequence:
@@ -28,6 +37,7 @@ class Sequence:
     __slots__ = (
         "_detokenizer",
         "_end_token_ids",
+        "_sampling_row",
         "_tokens_max",
         "computed",
         "drafting",
@@ -52,7 +62,9 @@ class Sequence:
         tokens_max: int,
         eos_token_ids: Iterable[int],
         detokenizer: IncrementalDetokenizer | None,
+        constraint: TokenConstraint | None = None,
     ) -> None:
+        """`constraint` has accepted nothing yet."""
         self.request = request
         self.tokens = [*request.prompt_ids, *request.output_ids]
         self.slots = slots
@@ -72,6 +84,12 @@ class Sequence:
         if detokenizer is not None:
             for token_id in request.output_ids:
                 detokenizer.push(token_id)
+        if constraint is not None:
+            for token_id in request.output_ids:
+                constraint.accept(token_id)
+        ends, prompt_len = frozenset(eos_token_ids) | set(sampling.stop_token_ids), len(request.prompt_ids)
+        adjuster = LogitAdjuster(sampling, prompt_len, ends)
+        self._sampling_row = SamplingRow(sampling, self.tokens, prompt_len, ends, adjuster, constraint)
 
     @property
     def own_slots(self) -> tuple[int, ...]:
@@ -104,12 +122,11 @@ class Sequence:
     def sampling_rows(self, drafts: tuple[int, ...]) -> list[SamplingRow]:
         """Who the next token is drawn for, and the one behind each draft if it and those before it are right.
         The first sees `tokens` as they are when it is used."""
-        params, prompt_len = self.request.sampling, len(self.request.prompt_ids)
-        rows = [SamplingRow(params, self.tokens, prompt_len)]
-        return rows + [
-            SamplingRow(params, [*self.tokens, *drafts[:count]], prompt_len)
-            for count in range(1, len(drafts) + 1)
+        own = self._sampling_row
+        guessed = [
+            replace(own, tokens=[*self.tokens, *drafts[: i + 1]], drafts=i + 1) for i in range(len(drafts))
         ]
+        return [own, *guessed]
 
     def accept(self, drawn: Iterable[Drawn], drafts: Iterable[int]) -> list[TokenEvent]:
         """Take what was drawn, up to the first that is not the draft behind it, or ends the sequence: one
@@ -122,14 +139,20 @@ class Sequence:
         return events
 
     def _append(self, drawn: Drawn) -> TokenEvent:
-        request, index = self.request, self.output_count
-        if drawn.token_id == NO_TOKEN:
-            what = "the model's logits are not finite: its weights or onboarded KV are damaged"
-            return TokenEvent(request.request_id, request.attempt, index, NO_TOKEN, FinishReason.ERROR, what)
-        self.tokens.append(drawn.token_id)
-        finish = self._finish(drawn.token_id)
+        request, index, token_id = self.request, self.output_count, drawn.token_id
+        if token_id in _FAILURES:
+            finish, what = FinishReason.ERROR, _FAILURES[token_id]
+            return TokenEvent(request.request_id, request.attempt, index, -1, finish, what)
+        self.tokens.append(token_id)
+        if self._sampling_row.constraint is not None:
+            self._sampling_row.constraint.accept(token_id)
         return TokenEvent(
-            request.request_id, request.attempt, index, drawn.token_id, finish, logprobs=drawn.logprobs
+            request.request_id,
+            request.attempt,
+            index,
+            token_id,
+            self._finish(token_id),
+            logprobs=drawn.logprobs,
         )
 
     def _finish(self, token_id: int) -> FinishReason | None:

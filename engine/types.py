@@ -32,7 +32,8 @@ class FinishReason(enum.Enum):
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is drawn. `temperature` 0 is greedy. Noise is a function of (seed, position)
-    alone, so a sequence goes on identically wherever it goes on."""
+    alone, so a sequence goes on identically wherever it goes on. What each parameter does to the logits, and
+    in which order: engine/sampling/adjust.py and sampler.py."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -42,6 +43,13 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_p: float = 0.0
+    min_tokens: int = 0  # no end token is drawn, and no stop string ends anything, before so many
+    repetition_penalty: float = 1.0  # over prompt and output
+    presence_penalty: float = 0.0  # over the output, as the next
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added)
+    logprobs: int | None = None  # None: none; else of the token drawn and of so many of the highest
 
 
 @dataclass(frozen=True, slots=True)
