@@ -83,6 +83,16 @@ class EngineConfig(BaseModel):
         None, ge=2, description="Longest prompt and output together. None: what the model was made for"
     )
 
+    speculation: Literal["off", "ngram"] = Field(
+        "ngram",
+        description="Guess tokens and verify them in one step: output stays the same. ngram: what followed "
+        "the last few tokens where they occurred before; fast where text is copied, held back where it does "
+        "not pay",
+    )
+    draft_tokens_max: int = Field(
+        16, ge=1, le=256, description="Guesses that one step may verify for one sequence"
+    )
+
     @model_validator(mode="after")
     def _decode_rows_fit_a_step(self) -> EngineConfig:
         if self.running_max > self.step_tokens_max:

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Seq
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -37,10 +38,13 @@ from engine.pacing import StepPacing
 from engine.pool import KVPool
 from engine.quantised_pool import held_nbytes
 from engine.runner import ModelRunner
-from engine.sampling.rows import NO_TOKEN, NOTHING_ALLOWED, Drawn
+from engine.sampling.rows import Drawn
 from engine.sampling.sampler import Sampler
 from engine.scheduler import Plan, plan_step
 from engine.sequence import Sequence
+from engine.speculation.base import DrafterFactory
+from engine.speculation.ngram import NGramDrafter
+from engine.speculation.speculator import Speculator
 from engine.tokenizer import Tokenizer
 from engine.types import (
     CompletedBlock,
@@ -66,7 +70,8 @@ Payload = memoryview | npt.NDArray[np.uint8]
 
 
 class Engine:
-    """See the module. `layout`, `weights_digest` and `tokenizer` name what its KV is interchangeable with."""
+    """See the module. `layout`, `weights_digest` and `tokenizer` name what its KV is interchangeable with.
+    `make_drafter` guesses tokens instead of what `config.speculation` names."""
 
     def __init__(
         self,
@@ -75,6 +80,8 @@ class Engine:
         weights: Weights,
         tokenizer: Tokenizer,
         clock: Clock,
+        *,
+        make_drafter: DrafterFactory | None = None,
     ) -> None:
         self.config = config
         self.model_config = model_config
@@ -103,6 +110,9 @@ class Engine:
         self._pacing = StepPacing(target_s, config.block_tokens) if target_s is not None else None
         self._planned: Plan | None = None  # while nothing has changed since
         self._taken_over: list[CompletedBlock] = []  # to be told by the next step
+        if make_drafter is None and config.speculation == "ngram":
+            make_drafter = NGramDrafter
+        self._speculator = None if make_drafter is None else Speculator(make_drafter, config, model_config)
 
     @classmethod
     def load(cls, folder: Path, config: EngineConfig, clock: Clock | None = None) -> Self:
@@ -226,16 +236,29 @@ class Engine:
         chunks = [chunk for chunk in plan.chunks if self._allotment.take(chunk)]
         if not chunks:
             return StepResult(blocks=tuple(taken), preempted=preempted)
-        rows, began = sum(chunk.rows for chunk in chunks), self._clock.now()
+        if self._speculator is not None:
+            chunks = self._speculator.draft(chunks)
+        began = self._clock.now()
         logits = self._runner.run(make_batch(chunks, self.config.block_tokens))
-        drawing = [chunk.sequence for chunk in chunks if chunk.draws]
-        drawn = Sampler.sample(logits, [sequence.sampling_row() for sequence in drawing])
-        if self._pacing is not None:
-            self._pacing.took(rows, self._clock.now() - began)
-        blocks = [*taken, *(block for chunk in chunks for block in self._advance(chunk))]
-        events = [self._take_token(*each) for each in zip(drawing, drawn, strict=True)]
+        rows = [row for chunk in chunks if chunk.draws for row in chunk.sequence.sampling_rows(chunk.drafts)]
+        drawn = iter(Sampler.sample(logits, rows))
+        self._learn(chunks, self._clock.now() - began)
+        drawing = sum(chunk.draws for chunk in chunks)  # before they have taken what was drawn
+        events: list[TokenEvent] = []
+        blocks = taken
+        for chunk in chunks:
+            told, full = self._take(chunk, drawn)
+            events += told
+            blocks += full
         self._changed()
-        return StepResult(tuple(events), tuple(blocks), rows, preempted)
+        return StepResult(
+            tuple(events),
+            tuple(blocks),
+            tokens_computed=sum(chunk.rows for chunk in chunks) + len(events) - drawing,
+            preempted=preempted,
+            drafts_proposed=sum(len(chunk.drafts) for chunk in chunks),
+            drafts_accepted=len(events) - drawing,
+        )
 
     def take_tail(self, request_id: str) -> TailKV | None:
         """A copy of the KV behind the last full computed block. None if there is none, or no sequence."""
@@ -334,31 +357,39 @@ class Engine:
         rows_max = self.config.step_tokens_max
         return rows_max - decoding if self._pacing is None else self._pacing.prompt_rows(decoding, rows_max)
 
-    def _advance(self, chunk: Chunk) -> list[CompletedBlock]:
-        full = chunk.sequence.advance(chunk.rows, self.config.block_tokens)
-        return [self._completed(chunk.sequence, index) for index in full]
+    def _learn(self, chunks: Seq[Chunk], seconds: float) -> None:
+        """What a step took, for those who plan by it."""
+        if self._speculator is not None:
+            self._speculator.observe(chunks, seconds)
+        if self._pacing is not None:
+            self._pacing.took(sum(chunk.rows + len(chunk.drafts) for chunk in chunks), seconds)
+
+    def _take(self, chunk: Chunk, drawn: Iterator[Drawn]) -> tuple[list[TokenEvent], list[CompletedBlock]]:
+        """What was drawn for its rows, as far as its drafts hold; and the blocks that became full: of the
+        tokens before each of those it took, and of none behind."""
+        sequence, draws = chunk.sequence, chunk.draws
+        events = sequence.accept(list(islice(drawn, draws + len(chunk.drafts))), chunk.drafts)
+        if chunk.drafts and self._speculator is not None:
+            self._speculator.verified(chunk, [event.token_id for event in events])
+        full = sequence.advance(chunk.rows + len(events) - draws, self.config.block_tokens)
+        blocks = [self._completed(sequence, index) for index in full]
+        self._park_or_release(sequence, events)
+        return events, blocks
 
     def _completed(self, sequence: Sequence, index: int) -> CompletedBlock:
         request, slot = sequence.request, sequence.slots[index]
         payload = self.pool.read_block(slot)
         return CompletedBlock(request.request_id, request.attempt, index, payload, slot)
 
-    def _take_token(self, sequence: Sequence, drawn: Drawn) -> TokenEvent:
-        if drawn.token_id == NO_TOKEN:
-            event = sequence.fail(
-                "the model's logits are not finite: its weights or onboarded KV are damaged"
-            )
-        elif drawn.token_id == NOTHING_ALLOWED:
-            event = sequence.fail(
-                "no token is left to draw: the request's constraint and min_tokens forbid all"
-            )
-        else:
-            event = sequence.append(drawn)
-        if event.finish in (FinishReason.STOP, FinishReason.LENGTH):
+    def _park_or_release(self, sequence: Sequence, events: Seq[TokenEvent]) -> None:
+        if not events:
+            return
+        finish = events[-1].finish
+        finished = finish is not None
+        if finish in (FinishReason.STOP, FinishReason.LENGTH):
             longest = sequence.tokens_max - len(sequence.request.prompt_ids)
             self._demand.prediction.ended(sequence.output_count, longest)
-        if sequence.hold or (sequence.keep and event.finish is not None):
+        if sequence.hold or (sequence.keep and finished):
             sequence.parked = True
-        elif event.finish is not None:
+        elif finished:
             self.release(sequence.request.request_id)
-        return event

@@ -181,6 +181,26 @@ async def test_every_call_of_the_engine_is_made_in_one_thread(loop: WorkerLoop, 
     assert (loop.held, loop.running) == (0, 0)
 
 
+async def test_a_block_comes_behind_the_tokens_in_it_and_before_its_sequences_last(
+    loop: WorkerLoop, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step with accepted drafts: three tokens at once, and the block that the first two fill."""
+
+    def step() -> StepResult:
+        del engine.sequences["r"]
+        finishes = (None, None, FinishReason.LENGTH)
+        events = [TokenEvent("r", 1, index, index, finish) for index, finish in enumerate(finishes)]
+        block = CompletedBlock("r", 1, 0, np.zeros(8, np.uint8))
+        return StepResult(tuple(events), (block,), 3, drafts_proposed=5, drafts_accepted=2)
+
+    monkeypatch.setattr(engine, "step", step)
+    sink = Sink()
+    await loop.admit(ask("r"), sink, timeout_s=WAIT_S)
+    assert await sink.end() == ["token 0", "token 1", "block 0", "token 2"]
+    assert (loop.counters["engine:drafts_proposed"], loop.counters["engine:drafts_accepted"]) == (5, 2)
+    assert loop.held == 0
+
+
 async def test_what_does_not_fit_waits_for_room_in_the_order_it_came(
     loop: WorkerLoop, engine: FakeEngine
 ) -> None:
