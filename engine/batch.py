@@ -33,7 +33,7 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step's rows. `logits_rows` are those that need logits, in the order of their chunks."""
+    """One step's rows, on the host. `logits_rows` need logits, in the order of their chunks."""
 
     token_ids: torch.Tensor  # int64 [rows]
     positions: torch.Tensor  # int64 [rows]
@@ -43,20 +43,25 @@ class Batch:
 
 
 def make_batch(chunks: Seq[Chunk], block_tokens: int) -> Batch:
-    """Some 20 us a chunk."""
-    rows = sum(chunk.rows for chunk in chunks)
-    token_ids, positions = torch.empty(2, rows, dtype=torch.int64)
-    pool_rows = torch.empty(rows, dtype=torch.int64)
-    segments, row = [], 0
-    for sequence, count in chunks:
-        begin, end, taken = sequence.computed, sequence.computed + count, slice(row, row + count)
-        token_ids[taken] = torch.tensor(sequence.tokens[begin:end])
-        at = torch.arange(begin, end)
-        positions[taken] = at
-        pool_rows[taken] = torch.tensor(sequence.slots)[at // block_tokens] * block_tokens + at % block_tokens
-        segments.append(Segment(row, count, begin, sequence.slots))
-        row += count
-    last = [
-        segment.row + segment.rows - 1 for segment, chunk in zip(segments, chunks, strict=True) if chunk.draws
-    ]
-    return Batch(token_ids, positions, pool_rows, tuple(segments), torch.tensor(last, dtype=torch.int64))
+    """Some 2 us a decoding sequence, 20 us a piece of a prompt."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    pool_rows: list[int] = []
+    segments = []
+    last = []
+    for chunk in chunks:
+        sequence, count = chunk
+        begin, end, slots = sequence.computed, sequence.computed + count, sequence.slots
+        segments.append(Segment(len(token_ids), count, begin, slots))
+        token_ids += sequence.tokens[begin:end]
+        positions += range(begin, end)
+        pool_rows += [
+            slots[at // block_tokens] * block_tokens + at % block_tokens for at in range(begin, end)
+        ]
+        if chunk.draws:
+            last.append(len(token_ids) - 1)
+    return Batch(_ids(token_ids), _ids(positions), _ids(pool_rows), tuple(segments), _ids(last))
+
+
+def _ids(column: list[int]) -> torch.Tensor:
+    return torch.tensor(column, dtype=torch.int64)

@@ -1,6 +1,6 @@
-"""Where an engine computes, and what is different there: streams, marks in them, recorded work, pinned memory.
+"""Where an engine computes, and what is different there: streams, marks, recorded work, pinned memory.
 
-    compute stream   [ step ][ step ][ step ]        the device's default stream: the engine's thread issues there
+    compute stream   [ step ][ step ][ step ]        the device's default stream, the engine's thread's
     beside()              [ copy ]    [ copy ]       a stream of the calling thread's own, behind all that the
                                                      compute stream was given before
     mark()                    ^ done?                what the host asks, or waits for
@@ -18,7 +18,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Final, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
 import structlog
 import torch
@@ -95,17 +95,19 @@ class CudaDevice:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = device.index or 0
         if index >= count:
-            raise ConfigError(f"device is {device}, but torch finds {count} CUDA devices here: use device cpu")
+            raise ConfigError(
+                f"device is {device}, but torch finds {count} CUDA devices here: use device cpu"
+            )
         self.torch_device = torch.device("cuda", index)
         self._compute = torch.cuda.default_stream(self.torch_device)
         self._own = threading.local()
-        self._graphs_memory: tuple[int, int] | None = None
+        self._graphs_memory: Any = None
 
     def pinned(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
     def mark(self) -> Mark:
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.torch_device))
         return event
 
@@ -122,7 +124,8 @@ class CudaDevice:
     def beside(self) -> Iterator[None]:
         stream: torch.cuda.Stream | None = getattr(self._own, "stream", None)
         if stream is None:
-            stream = self._own.stream = torch.cuda.Stream(self.torch_device)
+            stream = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+            self._own.stream = stream
         stream.wait_stream(self._compute)
         with torch.cuda.stream(stream):
             yield

@@ -1,6 +1,6 @@
 """A device's memory for KV, and how blocks leave and enter it.
 
-    out, of the engine   gather (compute stream) -> [staged on the device] -> copy (beside it) -> [pinned] -> payload
+    out, of the engine   gather on the compute stream -> [staged] -> copy beside it -> [pinned] -> payload
     out, of any thread   the same beside the compute stream, and waited for
     in, of any thread    payload -> [pinned, one of a ring] -> copy and scatter beside; then computing waits
 
@@ -34,7 +34,7 @@ RING_BUFFERS: Final = 4
 
 
 def gather(data: torch.Tensor, slots: Sequence[int], out: torch.Tensor) -> None:
-    """Whole blocks of `data` [layers, 2, slots, ...] to `out` [len(slots), layers, 2, ...]. Not waited for."""
+    """Whole blocks of `data` [layers, 2, slots, ...] to `out` [len(slots), layers, 2, ...]."""
     for slot, block in zip(slots, out, strict=True):
         block.copy_(data[:, :, slot])
 
@@ -76,7 +76,9 @@ class DeviceStorage:
             used.synchronize()
             pinned.numpy()[: source.nbytes] = source
             with torch.inference_mode(), self._device.beside():
-                staged = self._typed(pinned[: source.nbytes], target.shape).to(target.device, non_blocking=True)
+                staged = self._typed(pinned[: source.nbytes], target.shape).to(
+                    target.device, non_blocking=True
+                )
                 target.copy_(staged)
                 mark = self._device.mark()
             self._device.wait_for(mark)

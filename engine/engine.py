@@ -31,7 +31,7 @@ from engine.config import EngineConfig
 from engine.detokenizer import IncrementalDetokenizer
 from engine.models.config import ModelConfig
 from engine.pool import KVPool
-from engine.runner import ModelRunner
+from engine.runner import make_runner
 from engine.sampling.sampler import NO_TOKEN, Sampler
 from engine.scheduler import schedule
 from engine.sequence import Sequence
@@ -70,7 +70,7 @@ class Engine:
         )
         n_slots = config.pool_blocks or config.pool_nbytes // self.layout.block_nbytes
         self.max_model_len = _max_model_len(config, model_config, n_slots)
-        self._runner = ModelRunner(config, model_config, weights, self.layout, n_slots, self.max_model_len)
+        self._runner = make_runner(config, model_config, weights, self.layout, n_slots, self.max_model_len)
         self.slots = PoolSlots(n_slots)
         self._sequences: dict[str, Sequence] = {}  # in the order of admission
 

@@ -16,13 +16,13 @@ shapes and threads at hand, or refuses.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 import torch
 
 from kvstore.errors import ConfigError
 
-__all__ = ["PackedLinear", "Rowwise", "check_row_invariance", "variant"]
+__all__ = ["Linear", "PackedLinear", "Rowwise", "check_row_invariance", "variant"]
 
 _PROBE_ROWS: Final = (1, 2, 3, 7, 16, 33, 129)
 _PROBE_ROWS_MAX: Final = 272
@@ -36,6 +36,20 @@ class Rowwise(NamedTuple):
     function: Callable[[torch.Tensor], torch.Tensor]
     width: int
     dtype: torch.dtype
+
+
+class Linear(Protocol):
+    """Weights [out, in], one below the other, as one product."""
+
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def out_features(self) -> int: ...
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """[n, in] -> [n, out], contiguous, in the dtype of `rows`."""
+        ...
 
 
 class PackedLinear:
@@ -56,7 +70,7 @@ class PackedLinear:
         return product.to(rows.dtype)
 
 
-def check_row_invariance(linears: Iterable[PackedLinear], rowwise: Iterable[Rowwise]) -> None:
+def check_row_invariance(linears: Iterable[Linear], rowwise: Iterable[Rowwise]) -> None:
     """Prove on this machine, with its threads, that a row's bits do not depend on what is computed with it:
     for products, and for functions of whole rows.
 

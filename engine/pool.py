@@ -150,7 +150,7 @@ class HostStorage:
             (layout.layers, 2, n_slots, layout.block_tokens, token_nbytes), np.uint8
         )
         data = torch.from_numpy(self._bytes).view(DTYPES[layout.dtype])
-        self.data = data.unflatten(-1, (layout.kv_heads, layout.head_dim))
+        self.data = data.view(*data.shape[:-1], layout.kv_heads, layout.head_dim)
 
     def read(self, slot: int, tokens: int, out: Bytes) -> None:
         source = self._bytes[:, :, slot, :tokens]

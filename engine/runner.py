@@ -1,10 +1,13 @@
 """The model on its device: weights, the paged pool and attention. Batches in, logits out.
 
-Everything that touches tensors of the model lies behind `ModelRunner.run`, so that the engine above is the
-same for every device and for ranks that share a model. Synchronous, owned by the engine's thread.
+Everything that touches tensors of the model lies behind `Runner.run`, so that the engine above is the same
+for every device and for ranks that share a model. Owned by the engine's thread. Here the CPU's; a GPU's is
+engine/device_runner.py.
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +18,8 @@ from engine.attention.fixed_split_decode import ROWS_MULTIPLE
 from engine.attention.sdpa import SdpaAttention
 from engine.batch import Batch
 from engine.config import EngineConfig
+from engine.device import CudaDevice, resolve_device
+from engine.device_runner import DeviceRunner
 from engine.linear import Rowwise, check_row_invariance
 from engine.models.config import ModelConfig
 from engine.models.llama import LlamaModel, StepInput
@@ -22,7 +27,34 @@ from engine.pool import KVPool
 from engine.weights import DTYPES, Weights
 from kvstore.nouns import KVLayout
 
-__all__ = ["ModelRunner"]
+__all__ = ["ModelRunner", "Runner", "make_runner"]
+
+
+class Runner(Protocol):
+    @property
+    def pool(self) -> KVPool: ...
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        """Compute the batch's KV into the pool; float32 [len(logits_rows), vocabulary], on the runner's
+        device, valid until the next run. On a GPU it returns before that is computed."""
+        ...
+
+
+def make_runner(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    weights: Weights,
+    layout: KVLayout,
+    n_slots: int,
+    max_model_len: int,
+) -> Runner:
+    """For the device that `config` names. Raises ConfigError where the machine has no such device or breaks
+    a promise of `config`."""
+    device = resolve_device(config.device, batch_invariant=config.batch_invariant)
+    if device.type == "cpu":
+        return ModelRunner(config, model_config, weights, layout, n_slots, max_model_len)
+    there = CudaDevice(device)
+    return DeviceRunner(config, model_config, weights, layout, n_slots, max_model_len, there)
 
 
 class ModelRunner:

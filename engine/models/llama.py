@@ -8,7 +8,7 @@ stay views of the mapped file where they are stored in the compute dtype; matric
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.attention.base import AttentionPlan
-from engine.linear import PackedLinear
+from engine.linear import Linear, PackedLinear
 from engine.models.config import ModelConfig
 from engine.models.rope import inverse_frequencies
 from engine.pool import KVPool
@@ -42,11 +42,11 @@ class StepInput:
 @dataclass(frozen=True, slots=True)
 class _Layer:
     input_norm: torch.Tensor
-    query_key_value: PackedLinear
-    output: PackedLinear
+    query_key_value: Linear
+    output: Linear
     inner_norm: torch.Tensor
-    gate_up: PackedLinear
-    down: PackedLinear
+    gate_up: Linear
+    down: Linear
 
 
 class LlamaModel:
@@ -57,23 +57,24 @@ class LlamaModel:
         config: ModelConfig,
         tensors: Mapping[str, torch.Tensor],
         max_model_len: int,
+        linear: Callable[..., Linear] = PackedLinear,
     ) -> None:
         self.config = config
         self._embedding = tensors[EMBEDDING]
         self._norm = tensors["model.norm.weight"]
-        self._head = PackedLinear(tensors[LM_HEAD])
+        self._head = linear(tensors[LM_HEAD])
         self._heads = [config.heads, config.kv_heads, config.kv_heads]
-        self._layers = [_layer(tensors, index) for index in range(config.layers)]
+        self._layers = [_layer(tensors, index, linear) for index in range(config.layers)]
         angles = torch.outer(torch.arange(max_model_len).float(), inverse_frequencies(config))
-        self._cos = angles.cos().to(self._embedding.dtype)
-        self._sin = angles.sin().to(self._embedding.dtype)
+        self._cos = angles.cos().to(self._embedding)
+        self._sin = angles.sin().to(self._embedding)
 
     @property
     def inner_width(self) -> int:
         """Of the rows that silu sees."""
         return self._layers[0].down.in_features
 
-    def products(self) -> list[PackedLinear]:
+    def products(self) -> list[Linear]:
         """One of each that the forward pass computes."""
         first = self._layers[0]
         return [first.query_key_value, first.output, first.gate_up, first.down, self._head]
@@ -111,7 +112,7 @@ def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def _layer(tensors: Mapping[str, torch.Tensor], index: int) -> _Layer:
+def _layer(tensors: Mapping[str, torch.Tensor], index: int, linear: Callable[..., Linear]) -> _Layer:
     prefix = f"model.layers.{index}."
 
     def matrix(name: str) -> torch.Tensor:
@@ -122,9 +123,9 @@ def _layer(tensors: Mapping[str, torch.Tensor], index: int) -> _Layer:
 
     return _Layer(
         input_norm=tensors[prefix + "input_layernorm.weight"],
-        query_key_value=PackedLinear(*map(matrix, ("self_attn.q", "self_attn.k", "self_attn.v"))),
-        output=PackedLinear(matrix("self_attn.o")),
+        query_key_value=linear(*map(matrix, ("self_attn.q", "self_attn.k", "self_attn.v"))),
+        output=linear(matrix("self_attn.o")),
         inner_norm=tensors[prefix + "post_attention_layernorm.weight"],
-        gate_up=PackedLinear(F.pad(gate, (0, 0, 0, missing)), F.pad(up, (0, 0, 0, missing))),
-        down=PackedLinear(F.pad(down, (0, missing))),
+        gate_up=linear(F.pad(gate, (0, 0, 0, missing)), F.pad(up, (0, 0, 0, missing))),
+        down=linear(F.pad(down, (0, missing))),
     )

@@ -1,0 +1,99 @@
+"""The model on a GPU: decoding steps are recorded graphs, steps with pieces of prompts run as they come.
+
+    Batch (host) --one pinned copy--> inputs --graph or eager--> logits      no wait for the device between
+
+The same model as on the CPU, over plain products (engine/plain_linear.py) and a pool in the device's memory.
+A step that draws nothing is not waited for by anybody: the next one is issued behind it.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import structlog
+import torch
+
+from engine.attention.base import AttentionPlan
+from engine.attention.padded import PaddedAttention
+from engine.batch import Batch
+from engine.config import EngineConfig
+from engine.decode_graphs import DecodeGraphs
+from engine.device import Device
+from engine.device_pool import DeviceStorage
+from engine.models.config import ModelConfig
+from engine.models.llama import LlamaModel, StepInput
+from engine.plain_linear import OnDevice, PlainLinear
+from engine.pool import KVPool
+from engine.weights import Weights
+from kvstore.errors import ConfigError
+from kvstore.nouns import KVLayout
+
+__all__ = ["DeviceRunner"]
+
+SPARE_SLOTS: Final = 1
+"""Behind those of sequences: for the rows that pad a recorded batch."""
+
+log = structlog.get_logger(__name__)
+
+
+class DeviceRunner:
+    """`pool` holds the KV of `n_slots` blocks, and a spare one. Raises ConfigError if it does not fit the
+    device's memory."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        weights: Weights,
+        layout: KVLayout,
+        n_slots: int,
+        max_model_len: int,
+        device: Device,
+    ) -> None:
+        self._device = device
+        with torch.inference_mode(), device.current():
+            try:
+                tensors = OnDevice(weights.tensors, device.torch_device)
+                self._model = LlamaModel(model_config, tensors, max_model_len, PlainLinear)
+                slots = n_slots + SPARE_SLOTS
+                self.pool = KVPool(layout, slots, DeviceStorage(layout, slots, device))
+                self._attention = PaddedAttention()
+                self._graphs = DecodeGraphs(
+                    device,
+                    self.pool,
+                    self._attention,
+                    self._decode,
+                    rows_max=config.running_max,
+                    blocks_max=-(-max_model_len // layout.block_tokens),
+                    spare_slot=n_slots,
+                )
+            except torch.OutOfMemoryError as error:
+                raise ConfigError(
+                    f"the model and {n_slots} KV blocks of {layout.block_nbytes} bytes do not fit into "
+                    f"{device.torch_device}: lower pool_nbytes or running_max ({error})"
+                ) from error
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        """Compute the batch's KV into the pool; float32 [len(logits_rows), vocabulary] on the device, valid
+        until the next run. Does not wait for the device."""
+        with torch.inference_mode(), self._device.current():
+            if self._graphs.can_run(batch):
+                return self._graphs.run(batch)
+            return self._run_as_it_comes(batch)
+
+    def _run_as_it_comes(self, batch: Batch) -> torch.Tensor:
+        rows = len(batch.token_ids)
+        columns = torch.cat((batch.token_ids, batch.positions, batch.pool_rows, batch.logits_rows))
+        pinned = self._device.pinned(columns.nbytes).view(torch.int64)
+        pinned.copy_(columns)
+        there = pinned.to(self._device.torch_device, non_blocking=True)
+        token_ids, positions, pool_rows = there[: 3 * rows].view(3, rows)
+        plan = self._attention.plan(batch.segments, self.pool)
+        hidden = self._model.forward(StepInput(token_ids, positions, pool_rows), self.pool, plan)
+        if not len(batch.logits_rows):
+            return hidden.new_empty(0, self._model.config.vocab_size, dtype=torch.float32)
+        return self._model.logits(hidden, there[3 * rows :])
+
+    def _decode(self, step: StepInput, plan: AttentionPlan) -> torch.Tensor:
+        hidden = self._model.forward(step, self.pool, plan)
+        return self._model.logits(hidden, torch.arange(len(step.token_ids), device=hidden.device))
