@@ -32,7 +32,8 @@ from engine.detokenizer import IncrementalDetokenizer
 from engine.models.config import ModelConfig
 from engine.pool import KVPool
 from engine.runner import make_runner
-from engine.sampling.sampler import NO_TOKEN, Sampler
+from engine.sampling.rows import NO_TOKEN, Drawn
+from engine.sampling.sampler import Sampler
 from engine.scheduler import schedule
 from engine.sequence import Sequence
 from engine.tokenizer import Tokenizer
@@ -155,13 +156,9 @@ class Engine:
             return StepResult()
         logits = self._runner.run(make_batch(chunks, self.config.block_tokens))
         drawing = [chunk.sequence for chunk in chunks if chunk.draws]
-        tokens = Sampler.sample(
-            logits,
-            [sequence.request.sampling for sequence in drawing],
-            [len(sequence.tokens) for sequence in drawing],
-        )
+        drawn = Sampler.sample(logits, [sequence.sampling_row() for sequence in drawing])
         blocks = [block for chunk in chunks for block in self._advance(chunk)]
-        events = [self._take_token(*drawn) for drawn in zip(drawing, tokens, strict=True)]
+        events = [self._take_token(*each) for each in zip(drawing, drawn, strict=True)]
         return StepResult(tuple(events), tuple(blocks), sum(chunk.rows for chunk in chunks))
 
     def take_tail(self, request_id: str) -> TailKV | None:
@@ -266,13 +263,13 @@ class Engine:
             for index in sequence.advance(chunk.rows, self.config.block_tokens)
         ]
 
-    def _take_token(self, sequence: Sequence, token_id: int) -> TokenEvent:
-        if token_id == NO_TOKEN:
+    def _take_token(self, sequence: Sequence, drawn: Drawn) -> TokenEvent:
+        if drawn.token_id == NO_TOKEN:
             event = sequence.fail(
                 "the model's logits are not finite: its weights or onboarded KV are damaged"
             )
         else:
-            event = sequence.append(token_id)
+            event = sequence.append(drawn)
         if sequence.hold or (sequence.keep and event.finish is not None):
             sequence.parked = True
         elif event.finish is not None:

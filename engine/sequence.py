@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from engine.detokenizer import IncrementalDetokenizer
+from engine.sampling.rows import Drawn, SamplingRow
 from engine.types import FinishReason, GenerationRequest, TokenEvent
 
 __all__ = ["Sequence"]
@@ -93,12 +94,21 @@ class Sequence:
         first = max(before // block_tokens, self.onboarded_blocks)
         return range(first, self.computed // block_tokens)
 
-    def append(self, token_id: int) -> TokenEvent:
+    def sampling_row(self) -> SamplingRow:
+        """Who the next token is drawn for. It sees `tokens` as they are when it is used."""
+        return SamplingRow(self.request.sampling, self.tokens, len(self.request.prompt_ids))
+
+    def append(self, drawn: Drawn) -> TokenEvent:
         """Take the token that was drawn. The sequence has ended if the event has a finish."""
         index = self.output_count
-        self.tokens.append(token_id)
+        self.tokens.append(drawn.token_id)
         return TokenEvent(
-            self.request.request_id, self.request.attempt, index, token_id, self._finish(token_id)
+            self.request.request_id,
+            self.request.attempt,
+            index,
+            drawn.token_id,
+            self._finish(drawn.token_id),
+            logprobs=drawn.logprobs,
         )
 
     def fail(self, what: str) -> TokenEvent:

@@ -45,6 +45,16 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms of probabilities under the model itself, before any sampling parameter: of the token
+    that was drawn, and of the most probable ones, best first (of equals the lowest id first)."""
+
+    logprob: float
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One attempt at one request. `output_ids` are tokens that were already generated (and streamed)."""
 
@@ -66,6 +76,7 @@ class TokenEvent:
     token_id: int
     finish: FinishReason | None = None
     error: str | None = None  # what happened, when finish is ERROR (token_id is then -1)
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.sampling.sampler import NO_TOKEN, Sampler
+from engine.sampling.rows import NO_TOKEN, Drawn
+from engine.sampling.sampler import Sampler
 from engine.types import FinishReason, GenerationRequest
 from tests.gates import GatedEngine, GatedShard
 from tests.role_parts import CACHING, WAIT_S, Pair, pair_over, prompt, request, shard
@@ -103,7 +104,7 @@ async def test_blocks_of_a_damaged_sequence_are_not_kept(
     """What ends in an error for its numbers must not be there for the next one."""
     async with pair_over(folder, [shard()], engine=CACHING) as pair:
         with monkeypatch.context() as patch:
-            patch.setattr(Sampler, "sample", staticmethod(lambda logits, *_: [NO_TOKEN] * len(logits)))
+            patch.setattr(Sampler, "sample", staticmethod(lambda logits, *_: [Drawn(NO_TOKEN)] * len(logits)))
             first = await pair.prefill.prefill(request(prompt(40)))
             assert first.event.finish is FinishReason.ERROR
         edge = pair.workers[0].edge

@@ -23,12 +23,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from engine.sampling.rows import NO_TOKEN, Drawn, SamplingRow
 from engine.types import SamplingParams
 
-__all__ = ["NO_TOKEN", "Sampler", "draw", "philox4x32", "uniform"]
-
-NO_TOKEN: Final = -1
-"""The answer for a row whose highest logit is not a finite number: the model computed nonsense."""
+__all__ = ["Sampler", "draw", "philox4x32", "uniform"]
 
 _WORD: Final = 0xFFFFFFFF
 _ROUNDS: Final = 10
@@ -67,21 +65,18 @@ class Sampler:
     """Stateless: here as a name for the seam."""
 
     @staticmethod
-    def sample(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
-        """One token id a row of `logits` (float32 [rows, vocabulary], any device), or NO_TOKEN.
-
-        `positions[i]` is the position, in row i's sequence, of the token being drawn.
-        """
-        if not logits.shape[0] == len(params) == len(positions):
-            raise ValueError(f"{logits.shape[0]} rows, {len(params)} params, {len(positions)} positions")
+    def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[Drawn]:
+        """One token a row of `logits` (float32 [rows, vocabulary], any device)."""
+        if logits.shape[0] != len(rows):
+            raise ValueError(f"{logits.shape[0]} rows of logits for {len(rows)} sequences")
         highest, greedy = torch.max(logits, dim=-1)
         finite = torch.isfinite(highest).tolist()
         tokens = [token if ok else NO_TOKEN for token, ok in zip(greedy.tolist(), finite, strict=True)]
-        for row, (wanted, position) in enumerate(zip(params, positions, strict=True)):
-            if finite[row] and wanted.temperature > 0:
-                values = logits[row].to("cpu", torch.float64).numpy()
-                tokens[row] = draw(values, wanted, uniform(wanted.seed, position))
-        return tokens
+        for index, row in enumerate(rows):
+            if finite[index] and row.params.temperature > 0:
+                values = logits[index].to("cpu", torch.float64).numpy()
+                tokens[index] = draw(values, row.params, uniform(row.params.seed, len(row.tokens)))
+        return [Drawn(token) for token in tokens]
 
 
 def draw(logits: Floats, params: SamplingParams, noise: float) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.sampling.rows import Drawn, SamplingRow
 from engine.sampling.sampler import Sampler
 from engine.types import GenerationRequest, SamplingParams, StepResult
 from tests.tiny_model import make_tiny_model
@@ -40,10 +41,10 @@ def seen_logits(monkeypatch: pytest.MonkeyPatch) -> Logits:
     seen: Logits = {}
     sample = Sampler.sample
 
-    def record(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
-        for row, wanted, position in zip(logits, params, positions, strict=True):
-            seen[wanted.seed, position] = row.clone()
-        return sample(logits, params, positions)
+    def record(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[Drawn]:
+        for values, row in zip(logits, rows, strict=True):
+            seen[row.params.seed, len(row.tokens)] = values.clone()
+        return sample(logits, rows)
 
     monkeypatch.setattr(Sampler, "sample", staticmethod(record))
     return seen

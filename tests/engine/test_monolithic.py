@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from engine.monolithic import generate, generate_all
+from engine.sampling.rows import NO_TOKEN, Drawn
 from tests.engine.conftest import EngineFactory, prompt, request, run, tokens_of
 
 
@@ -32,8 +32,8 @@ def test_many_at_once_are_what_each_is_alone_and_come_back_in_order(make_engine:
 def test_an_error_is_raised(make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine()
 
-    def nonsense(logits: torch.Tensor, *_: object) -> list[int]:
-        return np.full(logits.shape[0], -1).tolist()
+    def nonsense(logits: torch.Tensor, *_: object) -> list[Drawn]:
+        return [Drawn(NO_TOKEN)] * logits.shape[0]
 
     monkeypatch.setattr("engine.sampling.sampler.Sampler.sample", staticmethod(nonsense))
     with pytest.raises(RuntimeError, match="not finite"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.sampling.sampler import NO_TOKEN, Sampler, draw, philox4x32, uniform
+from engine.sampling.rows import NO_TOKEN, SamplingRow
+from engine.sampling.sampler import Sampler, draw, philox4x32, uniform
 from engine.types import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
@@ -22,6 +24,14 @@ def params(**fields: Any) -> SamplingParams:
     return SamplingParams(max_tokens=1, **fields)
 
 
+def sample(logits: torch.Tensor, wanted: Sequence[SamplingParams], positions: Iterable[int]) -> list[int]:
+    """Tokens of sequences that are as long as the positions say."""
+    asked = [
+        SamplingRow(one, range(position), position) for one, position in zip(wanted, positions, strict=True)
+    ]
+    return [drawn.token_id for drawn in Sampler.sample(logits, asked)]
+
+
 def random_logits(rows: int, vocabulary: int, seed: int = 0) -> torch.Tensor:
     return 3 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed))
 
@@ -29,7 +39,7 @@ def random_logits(rows: int, vocabulary: int, seed: int = 0) -> torch.Tensor:
 def draws(logits: list[float], count: int, **fields: Any) -> Counter[int]:
     """Tokens drawn from one row at positions 0 .. count - 1."""
     rows = torch.tensor([logits]).expand(count, -1)
-    return Counter(Sampler.sample(rows, [params(**fields)] * count, range(count)))
+    return Counter(sample(rows, [params(**fields)] * count, range(count)))
 
 
 @pytest.mark.parametrize(
@@ -76,12 +86,12 @@ def test_greedy_takes_the_highest_and_of_equals_the_lowest_id() -> None:
     logits = torch.full((3, 50_000), -1.0)
     logits[0, [40_000, 123, 7_777]] = 5.0
     logits[1, 49_999] = 0.0
-    assert Sampler.sample(logits, [GREEDY] * 3, [0, 1, 2]) == [123, 49_999, 0]
+    assert sample(logits, [GREEDY] * 3, [0, 1, 2]) == [123, 49_999, 0]
 
 
 def test_top_k_of_one_is_greedy_whatever_the_noise() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 2.0]])
-    assert {Sampler.sample(logits, [params(top_k=1, seed=s)], [s])[0] for s in range(50)} == {1}
+    assert {sample(logits, [params(top_k=1, seed=s)], [s])[0] for s in range(50)} == {1}
 
 
 def test_frequencies_follow_the_probabilities() -> None:
@@ -151,9 +161,9 @@ def test_a_row_does_not_know_its_batch(seed: int, order: list[int], count: int) 
         params(seed=seed, top_k=100, top_p=0.5, temperature=0.7),
         params(seed=seed + 1),
     ]
-    alone = [Sampler.sample(logits[i : i + 1], [wanted[i]], [10 + i])[0] for i in range(6)]
+    alone = [sample(logits[i : i + 1], [wanted[i]], [10 + i])[0] for i in range(6)]
     rows = order[:count]
-    together = Sampler.sample(logits[rows], [wanted[i] for i in rows], [10 + i for i in rows])
+    together = sample(logits[rows], [wanted[i] for i in rows], [10 + i for i in rows])
     assert together == [alone[i] for i in rows]
 
 
@@ -163,10 +173,10 @@ def test_a_row_of_nonsense_is_told_and_spoils_no_other(bad: float, wanted: Sampl
     logits = torch.zeros(2, 10)
     logits[0, 3] = bad
     logits[1, 4] = 50.0
-    assert Sampler.sample(logits, [wanted] * 2, [0, 0]) == [NO_TOKEN, 4]
-    assert Sampler.sample(torch.full((1, 10), -math.inf), [wanted], [0]) == [NO_TOKEN]
+    assert sample(logits, [wanted] * 2, [0, 0]) == [NO_TOKEN, 4]
+    assert sample(torch.full((1, 10), -math.inf), [wanted], [0]) == [NO_TOKEN]
 
 
 def test_lengths_that_differ_are_our_callers_mistake() -> None:
     with pytest.raises(ValueError, match="2 rows"):
-        Sampler.sample(torch.zeros(2, 4), [GREEDY], [0])
+        sample(torch.zeros(2, 4), [GREEDY], [0])
