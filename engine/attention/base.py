@@ -2,7 +2,16 @@
 
 A step's rows fall into segments, one a sequence: consecutive new tokens that attend to all of the
 sequence's tokens so far and, causally, to each other. What depends on the step but not on the layer
-(masks, where the context lies in the pool) is planned once and used by every layer.
+(masks, where the context lies in the pool) is planned once and used by every layer of the same window.
+
+A backend is made with `windows`, one entry a layer: how many tokens a query sees, itself included; None is
+all of them. The first `sinks` tokens of a sequence stay visible behind a window (0 where the model has none;
+StreamingLLM, arXiv:2309.17453). Nothing else hides a token:
+
+    window 4, sinks 0, query at 9     . . . . . . 6 7 8 9
+    window 4, sinks 2, query at 9     0 1 . . . . 6 7 8 9
+    window 4, sinks 2, query at 4     0 1 2 3 4
+    window None,       query at 4     0 1 2 3 4
 """
 
 from __future__ import annotations
@@ -15,7 +24,10 @@ import torch
 
 from engine.pool import KVPool
 
-__all__ = ["AttentionBackend", "AttentionPlan", "Segment"]
+__all__ = ["AttentionBackend", "AttentionPlan", "Segment", "Windows", "hidden_tokens"]
+
+Windows = tuple[int | None, ...]
+"""Of each layer: the tokens that a query sees, itself included (1 or more). None: all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,4 +59,21 @@ class AttentionPlan(Protocol):
 
 
 class AttentionBackend(Protocol):
-    def plan(self, segments: Sequence[Segment], pool: KVPool) -> AttentionPlan: ...
+    """Made with `windows: Windows` and `sinks: int = 0`, see the module."""
+
+    def plan(self, segments: Sequence[Segment], pool: KVPool) -> AttentionPlan:
+        """Plan one step. `pool` has as many layers as there are windows."""
+        ...
+
+
+def hidden_tokens(
+    positions: torch.Tensor, tokens: torch.Tensor, window: int | None, sinks: int
+) -> torch.Tensor:
+    """The rule of the module: bool, which of `tokens` a query at each of `positions` does not see.
+
+    Both int64 and absolute in one sequence, of shapes that broadcast ([queries, 1] and [tokens]).
+    """
+    hidden = tokens > positions
+    if window is not None:
+        hidden |= (tokens <= positions - window) & (tokens >= sinks)
+    return hidden
