@@ -67,7 +67,7 @@ class DecodeGraphs:
         self._on_device = on_device
         token_ids, positions, pool_rows, tables = _columns(on_device, rows_max, blocks_max)
         self._send(self._inputs[0], make_batch((), pool.layout.block_tokens), self.sizes[-1])
-        self._recorded: dict[int, Recorded[torch.Tensor]] = {}
+        self._recorded: dict[int, Recorded] = {}
 
         def work(size: int) -> torch.Tensor:
             step = StepInput(token_ids[:size], positions[:size], pool_rows[:size])
@@ -88,9 +88,13 @@ class DecodeGraphs:
         inputs = self._inputs[self._turn]
         self._turn = (self._turn + 1) % IN_TURN
         self._send(inputs, batch, size)
+        return self.replay(size)[:rows]
+
+    def replay(self, size: int) -> torch.Tensor:
+        """Compute the step of `size` rows over the inputs that lie there: float32 [size, vocabulary]."""
         recorded = self._recorded[size]
         recorded.replay()
-        return recorded.result[:rows]
+        return recorded.result
 
     def _send(self, inputs: _HostInputs, batch: Batch, size: int) -> None:
         inputs.sent.synchronize()

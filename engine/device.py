@@ -18,7 +18,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, Protocol
 
 import structlog
 import torch
@@ -26,8 +26,6 @@ import torch
 from kvstore.errors import ConfigError
 
 __all__ = ["CudaDevice", "Device", "HostDevice", "Mark", "Recorded", "resolve_device"]
-
-T = TypeVar("T")
 
 WARM_UPS: Final = 2
 """Runs before work is recorded: kernels are compiled and libraries take their workspace in them."""
@@ -47,11 +45,11 @@ class Mark(Protocol):
         ...
 
 
-class Recorded(NamedTuple, Generic[T]):
+class Recorded(NamedTuple):
     """Work that can be done again, on the same memory, without its Python."""
 
     replay: Callable[[], object]
-    result: T
+    result: torch.Tensor
 
 
 class Device(Protocol):
@@ -82,7 +80,7 @@ class Device(Protocol):
         given so far. From any thread."""
         ...
 
-    def record(self, work: Callable[[], T]) -> Recorded[T]:
+    def record(self, work: Callable[[], torch.Tensor]) -> Recorded:
         """`work` must not wait for the device, and reads and writes what it finds at fixed addresses; what it
         returns is written again by every replay. Engine thread."""
         ...
@@ -130,7 +128,7 @@ class CudaDevice:
         with torch.cuda.stream(stream):
             yield
 
-    def record(self, work: Callable[[], T]) -> Recorded[T]:
+    def record(self, work: Callable[[], torch.Tensor]) -> Recorded:
         """A CUDA graph. All of a device's share one pool of memory: what one returned is lost when another
         is replayed."""
         with self.beside():
@@ -174,8 +172,9 @@ class HostDevice:
     def beside(self) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    def record(self, work: Callable[[], T]) -> Recorded[T]:
-        return Recorded(work, work())
+    def record(self, work: Callable[[], torch.Tensor]) -> Recorded:
+        result = work()
+        return Recorded(lambda: result.copy_(work()), result)
 
 
 def resolve_device(name: str, *, batch_invariant: bool) -> torch.device:

@@ -8,6 +8,7 @@ A step that draws nothing is not waited for by anybody: the next one is issued b
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import structlog
@@ -24,6 +25,8 @@ from engine.models.config import ModelConfig
 from engine.models.llama import LlamaModel, StepInput
 from engine.plain_linear import OnDevice, PlainLinear
 from engine.pool import KVPool
+from engine.sampling.on_device import DeviceSampler
+from engine.sampling.rows import Drawn, SamplingRow
 from engine.weights import Weights
 from kvstore.errors import ConfigError
 from kvstore.nouns import KVLayout
@@ -51,6 +54,8 @@ class DeviceRunner:
         device: Device,
     ) -> None:
         self._device = device
+        self._sampler = DeviceSampler(device)
+        self._issued = device.mark()
         with torch.inference_mode(), device.current():
             try:
                 tensors = OnDevice(weights.tensors, device.torch_device)
@@ -58,7 +63,7 @@ class DeviceRunner:
                 slots = n_slots + SPARE_SLOTS
                 self.pool = KVPool(layout, slots, DeviceStorage(layout, slots, device))
                 self._attention = PaddedAttention()
-                self._graphs = DecodeGraphs(
+                self.graphs = DecodeGraphs(
                     device,
                     self.pool,
                     self._attention,
@@ -73,13 +78,19 @@ class DeviceRunner:
                     f"{device.torch_device}: lower pool_nbytes or running_max ({error})"
                 ) from error
 
+    def begin_draw(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Callable[[], list[Drawn]]:
+        """Tokens drawn on the device; the answer waits for their copy."""
+        return self._sampler.begin(logits, rows)
+
     def run(self, batch: Batch) -> torch.Tensor:
         """Compute the batch's KV into the pool; float32 [len(logits_rows), vocabulary] on the device, valid
-        until the next run. Does not wait for the device."""
+        until the next run. Waits for the run before it only: the host is never more than one ahead, and who
+        times steps sees them as long as they are."""
         with torch.inference_mode(), self._device.current():
-            if self._graphs.can_run(batch):
-                return self._graphs.run(batch)
-            return self._run_as_it_comes(batch)
+            logits = self.graphs.run(batch) if self.graphs.can_run(batch) else self._run_as_it_comes(batch)
+            before, self._issued = self._issued, self._device.mark()
+            before.synchronize()
+            return logits
 
     def _run_as_it_comes(self, batch: Batch) -> torch.Tensor:
         rows = len(batch.token_ids)

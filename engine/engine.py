@@ -27,17 +27,18 @@ import structlog
 import torch
 
 from engine.batch import Chunk, make_batch
+from engine.block_copies import BlockCopies, FullBlock
 from engine.config import EngineConfig
 from engine.detokenizer import IncrementalDetokenizer
+from engine.device import Device
 from engine.models.config import ModelConfig
 from engine.pool import KVPool
 from engine.runner import make_runner
 from engine.sampling.rows import NO_TOKEN, Drawn
-from engine.sampling.sampler import Sampler
 from engine.scheduler import schedule
 from engine.sequence import Sequence
 from engine.tokenizer import Tokenizer
-from engine.types import CompletedBlock, GenerationRequest, StepResult, TailKV, TokenEvent
+from engine.types import GenerationRequest, StepResult, TailKV, TokenEvent
 from engine.weights import DTYPES, Weights, load_weights
 from kvstore.errors import ConfigError, CorruptBlock, OverLimit
 from kvstore.frame import payload_checksum
@@ -55,8 +56,15 @@ class Engine:
     """See the module. `layout`, `weights_digest` and `tokenizer` name what its KV is interchangeable with."""
 
     def __init__(
-        self, config: EngineConfig, model_config: ModelConfig, weights: Weights, tokenizer: Tokenizer
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        weights: Weights,
+        tokenizer: Tokenizer,
+        *,
+        device: Device | None = None,
     ) -> None:
+        """`device` is where it computes, None: where `config` says."""
         self.config = config
         self.model_config = model_config
         self.tokenizer = tokenizer
@@ -71,9 +79,12 @@ class Engine:
         )
         n_slots = config.pool_blocks or config.pool_nbytes // self.layout.block_nbytes
         self.max_model_len = _max_model_len(config, model_config, n_slots)
-        self._runner = make_runner(config, model_config, weights, self.layout, n_slots, self.max_model_len)
+        self._runner = make_runner(
+            config, model_config, weights, self.layout, n_slots, self.max_model_len, device
+        )
         self.slots = PoolSlots(n_slots)
         self._sequences: dict[str, Sequence] = {}  # in the order of admission
+        self._copies = BlockCopies(self.pool)
 
     @classmethod
     def load(cls, folder: Path, config: EngineConfig) -> Self:
@@ -150,15 +161,17 @@ class Engine:
 
     def step(self) -> StepResult:
         """Compute one batch. Empty if there is no work. A sequence that ended has left the engine when its
-        last event is returned, unless it was admitted with `hold` or `keep`."""
+        last event is returned, unless it was admitted with `hold` or `keep`. On a GPU a block may come with a
+        later step than it became full in, but with its sequence's last event at the latest."""
         chunks = schedule(self._sequences.values(), self.config.step_tokens_max)
         if not chunks:
             return StepResult()
         logits = self._runner.run(make_batch(chunks, self.config.block_tokens))
         drawing = [chunk.sequence for chunk in chunks if chunk.draws]
-        drawn = Sampler.sample(logits, [sequence.sampling_row() for sequence in drawing])
-        blocks = [block for chunk in chunks for block in self._advance(chunk)]
-        events = [self._take_token(*each) for each in zip(drawing, drawn, strict=True)]
+        take_drawn = self._runner.begin_draw(logits, [sequence.sampling_row() for sequence in drawing])
+        self._copies.begin([block for chunk in chunks for block in self._advance(chunk)])
+        events = [self._take_token(*each) for each in zip(drawing, take_drawn(), strict=True)]
+        blocks = self._copies.take(self._goes_on)
         return StepResult(tuple(events), tuple(blocks), sum(chunk.rows for chunk in chunks))
 
     def take_tail(self, request_id: str) -> TailKV | None:
@@ -253,15 +266,18 @@ class Engine:
 
     # One step
 
-    def _advance(self, chunk: Chunk) -> list[CompletedBlock]:
+    def _advance(self, chunk: Chunk) -> list[FullBlock]:
         sequence = chunk.sequence
         request = sequence.request
         return [
-            CompletedBlock(
-                request.request_id, request.attempt, index, self.pool.read_block(sequence.slots[index])
-            )
+            FullBlock(request.request_id, request.attempt, index, sequence.slots[index])
             for index in sequence.advance(chunk.rows, self.config.block_tokens)
         ]
+
+    def _goes_on(self, request_id: str) -> bool:
+        """Will steps to come compute it?"""
+        sequence = self._sequences.get(request_id)
+        return sequence is not None and not sequence.parked
 
     def _take_token(self, sequence: Sequence, drawn: Drawn) -> TokenEvent:
         if drawn.token_id == NO_TOKEN:

@@ -7,6 +7,7 @@ engine/device_runner.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -18,12 +19,14 @@ from engine.attention.fixed_split_decode import ROWS_MULTIPLE
 from engine.attention.sdpa import SdpaAttention
 from engine.batch import Batch
 from engine.config import EngineConfig
-from engine.device import CudaDevice, resolve_device
+from engine.device import CudaDevice, Device, resolve_device
 from engine.device_runner import DeviceRunner
 from engine.linear import Rowwise, check_row_invariance
 from engine.models.config import ModelConfig
 from engine.models.llama import LlamaModel, StepInput
 from engine.pool import KVPool
+from engine.sampling.rows import Drawn, SamplingRow
+from engine.sampling.sampler import Sampler
 from engine.weights import DTYPES, Weights
 from kvstore.nouns import KVLayout
 
@@ -39,6 +42,10 @@ class Runner(Protocol):
         device, valid until the next run. On a GPU it returns before that is computed."""
         ...
 
+    def begin_draw(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Callable[[], list[Drawn]]:
+        """Draw a token a row of `logits`. The answer, asked for before the next run, waits for them."""
+        ...
+
 
 def make_runner(
     config: EngineConfig,
@@ -47,14 +54,16 @@ def make_runner(
     layout: KVLayout,
     n_slots: int,
     max_model_len: int,
+    device: Device | None = None,
 ) -> Runner:
-    """For the device that `config` names. Raises ConfigError where the machine has no such device or breaks
-    a promise of `config`."""
-    device = resolve_device(config.device, batch_invariant=config.batch_invariant)
-    if device.type == "cpu":
-        return ModelRunner(config, model_config, weights, layout, n_slots, max_model_len)
-    there = CudaDevice(device)
-    return DeviceRunner(config, model_config, weights, layout, n_slots, max_model_len, there)
+    """For a device, or the one that `config` names. Raises ConfigError where the machine has no such device
+    or breaks a promise of `config`."""
+    if device is None:
+        named = resolve_device(config.device, batch_invariant=config.batch_invariant)
+        if named.type == "cpu":
+            return ModelRunner(config, model_config, weights, layout, n_slots, max_model_len)
+        device = CudaDevice(named)
+    return DeviceRunner(config, model_config, weights, layout, n_slots, max_model_len, device)
 
 
 class ModelRunner:
@@ -87,6 +96,10 @@ class ModelRunner:
             if not len(batch.logits_rows):
                 return hidden.new_empty(0, self._model.config.vocab_size, dtype=torch.float32)
             return self._model.logits(hidden, batch.logits_rows)
+
+    def begin_draw(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Callable[[], list[Drawn]]:
+        """As Runner has it: there is nothing to wait for but the drawing itself."""
+        return lambda: Sampler.sample(logits, rows)
 
 
 def _check_invariance(model: LlamaModel, layout: KVLayout) -> None:

@@ -1,0 +1,64 @@
+"""Blocks that became full, on their way out of the pool while steps go on.
+
+    step n     begin(its full blocks)                 a copy is issued, and not waited for
+    step n+1   take() -> blocks of step n             if it is done
+
+A block is handed on with the step it became full in or, at the latest, with the one in which its sequence
+ends, parks or leaves: by then it is waited for. On a CPU copies are done at once. Order is kept, within a
+sequence and over all. Bounded: no more than `STEPS_MAX` steps' blocks are under way.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
+
+from engine.pool import BlockRead, KVPool
+from engine.types import CompletedBlock
+
+__all__ = ["BlockCopies", "FullBlock"]
+
+STEPS_MAX: Final = 4
+
+
+class FullBlock(NamedTuple):
+    """Who filled the slot, and which block of its chain that is."""
+
+    request_id: str
+    attempt: int
+    chain_index: int
+    slot: int
+
+
+class _UnderWay(NamedTuple):
+    blocks: Sequence[FullBlock]
+    read: BlockRead
+
+
+class BlockCopies:
+    """One engine's, of its thread."""
+
+    def __init__(self, pool: KVPool) -> None:
+        self._pool = pool
+        self._under_way: deque[_UnderWay] = deque()
+
+    def begin(self, blocks: Sequence[FullBlock]) -> None:
+        """Copy out what the work issued so far leaves there. The slots may change hands from here on."""
+        if blocks:
+            self._under_way.append(_UnderWay(blocks, self._pool.begin_read([block.slot for block in blocks])))
+
+    def take(self, goes_on: Callable[[str], bool]) -> list[CompletedBlock]:
+        """Those that are here, and all up to the last one of a request that does not go on."""
+        due = max(0, len(self._under_way) - STEPS_MAX)
+        for number, (blocks, read) in enumerate(self._under_way, 1):
+            if read.done() or not all(goes_on(block.request_id) for block in blocks):
+                due = max(due, number)
+        return [block for _ in range(due) for block in _completed(self._under_way.popleft())]
+
+
+def _completed(copied: _UnderWay) -> list[CompletedBlock]:
+    return [
+        CompletedBlock(block.request_id, block.attempt, block.chain_index, payload)
+        for block, payload in zip(copied.blocks, copied.read.take(), strict=True)
+    ]
