@@ -15,11 +15,13 @@ whatever the policy says: who comes up as the victim and has others built on it 
 and put back when the last of them goes. So is who is pinned, until it is let go, and who is about to be
 asked for (kept.py). When all that is idle waits for one of these, the deepest of it goes all the same: what
 `can_make_room` promised holds. A version that was written before what it is built on is known to nobody as
-its child.
+its child. A policy that names the inside of a million chains first would have all of it lifted: from bounds
+on (of one call, and of all that is lifted) the leaf of whom it names goes instead, found by following the
+child that came last, unless that is pinned, dearer or of another epoch.
 
-Cost: O(1) a use, O(queues) a victim (101 a tenant and epoch at most), O(log n) the end of a priority; each
-version is lifted once a use at most, in O(log of those lifted), which is also what the deepest of them costs
-(lifted.py).
+Cost: O(1) a use, O(queues) a victim (101 a tenant and epoch at most), O(log n) the end of a priority. Leaves
+are O(1) each while a chain goes, its length the first time; each version is lifted once a use at most, in
+O(log of those lifted), which is also what the deepest of them costs (lifted.py).
 Failure is an answer: no victim.
 """
 
@@ -27,7 +29,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Container
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from kvstore.core.epochs import EpochTable
 from kvstore.core.lifted import Lifted, Where
@@ -36,6 +38,9 @@ from kvstore.core.retention import PRIORITY_DEFAULT, Ends, Retentions
 from kvstore.core.seams import MakePolicy, Seen, VictimQueue
 from kvstore.core.uses import Use, Uses
 from kvstore.core.versions import NONE, Versions
+
+_LIFTS_A_CALL: Final = 256  # about 1 ms
+_LIFTED_MAX: Final = 8_192  # objects of the collector's, which walks them all
 
 
 class _Head(NamedTuple):
@@ -67,6 +72,9 @@ class Evictables:
         self._links = Links()
         self._places = bytearray()
         self._children = array("I")  # versions of this tier that were built on the slot's
+        self._newest_child = array("i")  # of these, the one that came last, or NONE when it left
+        self._climbing = NONE  # who was named last
+        self._reached = NONE  # and the end of what was built on it, or what that end was built on
         self._entered = bytearray()
         self._idle_since = array("Q")
         self._lifted = Lifted(versions)
@@ -88,7 +96,9 @@ class Evictables:
                 flags.extend(bytes(missing))
             for column in (self._children, self._idle_since):
                 column.frombytes(bytes(missing * column.itemsize))
+            self._newest_child.extend(array("i", (NONE,)) * missing)
         self._children[slot] = 0
+        self._newest_child[slot] = NONE
 
     def enter(self, slot: int) -> None:
         """The slot's version lies on this tier from now on. It is pinned."""
@@ -97,6 +107,7 @@ class Evictables:
         parent = self._uses.parent(slot)
         if parent != NONE and parent < len(self._children):
             self._children[parent] += 1
+            self._newest_child[parent] = slot
 
     def use(self, tenant: str, use: Use) -> None:
         """Versions on this tier, of one tenant and epoch, were just used and are idle now."""
@@ -152,8 +163,13 @@ class Evictables:
                 del self._queues[where]  # of a past epoch: most likely it never fills again
         self._named = NONE
         parent = self._uses.parent(slot)
-        if parent != NONE and parent < len(self._children) and self._children[parent]:
+        here = parent != NONE and parent < len(self._children)
+        if slot == self._reached:
+            self._reached = parent if here and self._entered[parent] else NONE
+        if here and self._children[parent]:
             self._children[parent] -= 1
+            if self._newest_child[parent] == slot:
+                self._newest_child[parent] = NONE
             self.may_go_again(parent)
 
     def victim(self, tenant: str | None, now: float) -> int | None:
@@ -181,10 +197,28 @@ class Evictables:
     # -- inside ------------------------------------------------------------------------------------
 
     def _head(self, where: Where, queue: VictimQueue, now: float) -> int | None:
+        lifts = 0
         while (slot := queue.victim(now)) is not None and not self._may_go(slot):
+            if lifts >= _LIFTS_A_CALL or len(self._lifted) >= _LIFTED_MAX:
+                leaf = self._leaf(slot)
+                if leaf is not None:
+                    return leaf
+            lifts += 1
             queue.lift(slot)
             self._lifted.add(slot, where)
         return slot
+
+    def _leaf(self, named: int) -> int | None:
+        """What goes instead of `named`: the end of what was built on it, if that is worth no more."""
+        slot = self._reached if named == self._climbing and self._reached != NONE else named
+        while self._children[slot]:
+            slot = self._newest_child[slot]
+            if slot == NONE:
+                return None
+        self._climbing, self._reached = named, slot
+        epochs, priorities = self._versions.epochs, self._priorities
+        as_dear = epochs[slot] == epochs[named] and priorities[slot] == priorities[named]
+        return slot if as_dear and self._may_go(slot) else None
 
     def _queue(self, where: Where) -> VictimQueue:
         queue = self._queues.get(where)

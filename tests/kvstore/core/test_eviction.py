@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from kvstore.core.seams import Seen
 from kvstore.core.state import Offer
+from kvstore.core.uses import Use
 from kvstore.errors import EpochConflict, EpochUnknown, OverLimit
 from kvstore.nouns import Epoch, NamespaceId, Refusal, WeightsDigest
 from tests.kvstore.core.conftest import E1, E2, E3, LOSSLESS, MODEL, NAMESPACE, NBYTES, Shard, key
@@ -248,3 +250,63 @@ def test_each_tenant_has_its_own_deepest() -> None:
     for tenant, depth in (("another", 0), ("default", 2), (None, 2), ("nobody", None)):
         victim = index.host.evictables.victim(tenant, shard.now)
         assert (None if victim is None else index.versions.chain_indexes[victim]) == depth, tenant
+
+
+class InsideFirst:
+    """A policy that names what others are built on first, as one may that rates ends of chains apart."""
+
+    def __init__(self, seen: Seen) -> None:
+        self._seen, self._slots = seen, dict[int, None]()
+        self.lifts, self.away = 0, set[int]()
+
+    def use(self, use: Use) -> None:
+        for slot in reversed(use.slots):  # they come tail first
+            self._seen.places[slot] = 1
+            self._slots.pop(slot, None)
+            self._slots[slot] = None
+
+    def lift(self, slot: int) -> None:
+        del self._slots[slot]
+        self.lifts += 1
+        self.away.add(slot)
+
+    def put_back(self, slot: int) -> None:
+        self.away.remove(slot)
+        self._slots = {slot: None, **self._slots}
+
+    def remove(self, slot: int, evicted: bool) -> None:
+        del self._slots[slot]
+        self._seen.places[slot] = 0
+
+    def victim(self, now: float) -> int | None:
+        return next(iter(self._slots), None)
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+
+def test_a_policy_that_names_the_inside_first_has_no_more_lifted_than_the_bounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kvstore.core.eviction._LIFTS_A_CALL", 4)
+    monkeypatch.setattr("kvstore.core.eviction._LIFTED_MAX", 12)
+    queues: list[InsideFirst] = []
+
+    def make(seen: Seen) -> InsideFirst:
+        queues.append(InsideFirst(seen))
+        return queues[-1]
+
+    shard = Shard(blocks=60, policy=lambda seen: lambda: make(seen))
+    for chain in (0, 100, 200):
+        shard.put(range(chain, chain + 20))
+    most = 0
+    for n in range(40):
+        before = queues[0].lifts
+        shard.put([1000 + 10 * n])
+        assert queues[0].lifts - before <= 4, "one call lifts without end"
+        most = max(most, len(queues[0].away))
+        for chain in (0, 100, 200):  # what is left is a chain's beginning, without a hole
+            there = [i for i in range(20) if key(chain + i) in shard.core.index.spaces[NAMESPACE].heads]
+            assert there == list(range(len(there)))
+        shard.core.check_integrity()
+    assert 4 < most <= 12
