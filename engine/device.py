@@ -102,7 +102,8 @@ class CudaDevice:
         self._graphs_memory: Any = None
 
     def pinned(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        with torch.cuda.device(self.torch_device):  # another thread's would be the first device
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
     def mark(self) -> Mark:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -67,13 +67,16 @@ class KVPool:
         self.n_slots = n_slots
         self._storage = storage if storage is not None else HostStorage(layout, n_slots)
         data = self._storage.data
-        self.device = data.device
         self._flat = data.view(layout.layers, 2, n_slots * layout.block_tokens, *data.shape[-2:])
 
     @property
     def data(self) -> torch.Tensor:
         """[layer][k, v][slot][token][kv_head][head_dim]"""
         return self._storage.data
+
+    @property
+    def device(self) -> torch.device:
+        return self._flat.device
 
     def keys(self, layer: int) -> torch.Tensor:
         """View [slots * block_tokens, kv_heads, head_dim]: token t of slot s is row s * block_tokens + t."""

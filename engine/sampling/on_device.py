@@ -90,7 +90,7 @@ class DeviceSampler:
 
 @lru_cache(maxsize=1024)
 def _is_drawn_here(params: SamplingParams) -> bool:
-    return params.temperature <= 0 or all(getattr(params, name) == default for name, default in _DEFAULTS)
+    return all(getattr(params, name) == default for name, default in _DEFAULTS)
 
 
 def _is_cut(params: SamplingParams) -> bool:
