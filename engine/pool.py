@@ -22,9 +22,9 @@ import numpy.typing as npt
 import torch
 
 from engine.weights import DTYPES
-from kvstore.nouns import KVLayout
+from kvstore.nouns import KVLayout, Quality
 
-__all__ = ["BlockRead", "HostStorage", "KVPool", "PoolStorage"]
+__all__ = ["BlockRead", "CopiedBlocks", "HostStorage", "KVPool", "PoolStorage"]
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -75,8 +75,28 @@ class KVPool:
         return self._storage.data
 
     @property
+    def hot(self) -> str:
+        """What KV is held as: `model`, its own dtype; or the codec of engine/quantised_pool.py."""
+        return "model"
+
+    @property
+    def quality(self) -> Quality:
+        """The most that KV of this pool, and what is computed over it, may claim to be."""
+        return Quality.LOSSLESS
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of KV outside the pool."""
+        return self._flat.dtype
+
+    @property
     def device(self) -> torch.device:
         return self._flat.device
+
+    def held(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What kernels read: keys, values, and the scales of each (here there are none: anything)."""
+        keys, values = self.keys(layer), self.values(layer)
+        return keys, values, keys, values
 
     def keys(self, layer: int) -> torch.Tensor:
         """View [slots * block_tokens, kv_heads, head_dim]: token t of slot s is row s * block_tokens + t."""
@@ -84,6 +104,11 @@ class KVPool:
 
     def values(self, layer: int) -> torch.Tensor:
         return self._flat[layer, 1]
+
+    def write(self, layer: int, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """One layer's K and V [len(rows), kv_heads, head_dim] of new tokens, at `rows` (int64) of `keys`."""
+        self.keys(layer)[rows] = keys
+        self.values(layer)[rows] = values
 
     def token_index(self, slots: Sequence[int], begin: int, end: int) -> torch.Tensor | slice:
         """Rows of `keys` that hold positions begin .. end of the sequence in `slots`; a slice if adjacent."""
@@ -123,16 +148,21 @@ class KVPool:
         return out
 
     def write_tail(self, slot: int, payload: memoryview | Bytes, tokens: int) -> None:
+        self._storage.write(slot, tokens, self._checked(payload, tokens))
+
+    def _checked(self, payload: memoryview | Bytes, tokens: int) -> Bytes:
         nbytes = tokens * self.layout.token_nbytes
-        source = np.frombuffer(payload, dtype=np.uint8)
+        source: Bytes = np.frombuffer(payload, dtype=np.uint8)
         if source.nbytes != nbytes or not 0 < tokens <= self.layout.block_tokens:
             raise ValueError(
                 f"KV of {tokens} tokens must have {nbytes} bytes in layout {self.layout}, got {source.nbytes}"
             )
-        self._storage.write(slot, tokens, source)
+        return source
 
 
-class _Read(NamedTuple):
+class CopiedBlocks(NamedTuple):
+    """Blocks that are out already."""
+
     payloads: list[Bytes]
 
     def done(self) -> bool:
@@ -164,4 +194,4 @@ class HostStorage:
         target[...] = source.reshape(target.shape)
 
     def begin_read(self, slots: Sequence[int]) -> BlockRead:
-        return _Read([self._bytes[:, :, slot].reshape(-1).copy() for slot in slots])
+        return CopiedBlocks([self._bytes[:, :, slot].reshape(-1).copy() for slot in slots])

@@ -90,8 +90,7 @@ class LlamaModel:
             queries, keys, values = torch.split(
                 projected.view(len(hidden), -1, config.head_dim), self._heads, 1
             )
-            pool.keys(index)[step.pool_rows] = _rotate(keys, cos, sin)
-            pool.values(index)[step.pool_rows] = values
+            pool.write(index, step.pool_rows, _rotate(keys, cos, sin), values)
             plan.attend(index, _rotate(queries, cos, sin), attended)
             hidden = hidden + layer.output(attended.flatten(1))
             gate, up = layer.gate_up(self._rms_norm(hidden, layer.inner_norm)).chunk(2, dim=1)

@@ -29,14 +29,8 @@ from kvstore.codecs.triton_exact import (
 
 
 @triton.jit
-def encode_bytes(x_ptr, data, shorts, rows, share, D: tl.constexpr, R: tl.constexpr, FP8: tl.constexpr):
-    row = tl.program_id(0) * R + tl.arange(0, R)
-    inside = row < rows
-    at = row[:, None] * D + tl.arange(0, D)[None, :]
-    x = tl.load(x_ptr + at, mask=inside[:, None], other=0.0).to(tl.float32)
-    scale = scales(tl.max(tl.abs(x), axis=1), share)
-    tl.store(shorts + row, upper_half(scale), mask=inside)
-    y = x * reciprocals(scale)[:, None]
+def byte_codes(y, FP8: tl.constexpr):
+    """int32, 0 to 255: the bits of e4m3 or int8 numbers nearest to `y` (float32, already scaled)."""
     if FP8:
         y = tl.minimum(tl.maximum(y, -448.0), 448.0)
         bits = bits_of(y)
@@ -46,6 +40,31 @@ def encode_bytes(x_ptr, data, shorts, rows, share, D: tl.constexpr, R: tl.conste
         code = tl.where(magnitude < (121 << 23), tiny, normal) | ((bits >> 24) & 0x80)
     else:
         code = tl.minimum(tl.maximum(rounded(y), -127.0), 127.0).to(tl.int32) & 0xFF
+    return code
+
+
+@triton.jit
+def byte_values(code, FP8: tl.constexpr):
+    """float32 of what `byte_codes` gives."""
+    if FP8:
+        magnitude = code & 0x7F
+        normal = float_of((magnitude << 20) + (120 << 23))
+        value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, normal)
+        value = tl.where(code >= 0x80, -value, value)
+    else:
+        value = tl.where(code >= 0x80, code - 256, code).to(tl.float32)
+    return value
+
+
+@triton.jit
+def encode_bytes(x_ptr, data, shorts, rows, share, D: tl.constexpr, R: tl.constexpr, FP8: tl.constexpr):
+    row = tl.program_id(0) * R + tl.arange(0, R)
+    inside = row < rows
+    at = row[:, None] * D + tl.arange(0, D)[None, :]
+    x = tl.load(x_ptr + at, mask=inside[:, None], other=0.0).to(tl.float32)
+    scale = scales(tl.max(tl.abs(x), axis=1), share)
+    tl.store(shorts + row, upper_half(scale), mask=inside)
+    code = byte_codes(x * reciprocals(scale)[:, None], FP8)
     tl.store(data + 2 * rows + at, code.to(tl.uint8), mask=inside[:, None])
 
 
@@ -56,14 +75,7 @@ def decode_bytes(data, shorts, out, rows, D: tl.constexpr, R: tl.constexpr, FP8:
     at = row[:, None] * D + tl.arange(0, D)[None, :]
     code = tl.load(data + 2 * rows + at, mask=inside[:, None], other=0).to(tl.int32)
     scale = of_upper_half(tl.load(shorts + row, mask=inside, other=0))
-    if FP8:
-        magnitude = code & 0x7F
-        normal = float_of((magnitude << 20) + (120 << 23))
-        value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, normal)
-        value = tl.where(code >= 0x80, -value, value)
-    else:
-        value = tl.where(code >= 0x80, code - 256, code).to(tl.float32)
-    value = settled(value * scale[:, None], out)
+    value = settled(byte_values(code, FP8) * scale[:, None], out)
     tl.store(out + at, value, mask=inside[:, None])
 
 
