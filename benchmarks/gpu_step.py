@@ -4,8 +4,8 @@
 
 Decode: sequences of 1,024 tokens at batch 1, 16 and 64, greedy, bfloat16, for the default model (its shape,
 with random weights, where it is not on this machine) and a random model of Llama 3 8B's shape. A step is
-timed as its caller sees it; beside it the same recorded graph replayed alone, with nothing between. Host share
-is what the first takes longer: laying out, launching, drawing, waking up. Equality: greedy tokens of 20
+timed as its caller sees it; beside it the same recorded graph replayed alone, with nothing between. Host
+share is what the first takes longer: laying out, launching, drawing, waking up. Equality: greedy tokens of 20
 prompts in float32, on the device and on the CPU.
 
 --tiny runs all of it in seconds on a small random model, on the CPU behind the device's seam where there is

@@ -18,7 +18,7 @@ from engine.attention.base import AttentionPlan
 from engine.attention.padded import PaddedAttention
 from engine.batch import Batch
 from engine.config import EngineConfig
-from engine.decode_graphs import DecodeGraphs
+from engine.decode_graphs import DecodeGraphs, PagedDecode
 from engine.device import Device
 from engine.device_pool import DeviceStorage
 from engine.models.config import ModelConfig
@@ -27,6 +27,7 @@ from engine.plain_linear import OnDevice, PlainLinear
 from engine.pool import KVPool
 from engine.sampling.on_device import DeviceSampler
 from engine.sampling.rows import Drawn, SamplingRow
+from engine.step_invariance import check_step_invariance
 from engine.weights import Weights
 from kvstore.errors import ConfigError
 from kvstore.nouns import KVLayout
@@ -41,7 +42,7 @@ log = structlog.get_logger(__name__)
 
 class DeviceRunner:
     """`pool` holds the KV of `n_slots` blocks, and a spare one. Raises ConfigError if it does not fit the
-    device's memory."""
+    device's memory, or if batch invariance is asked for and does not hold there."""
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class DeviceRunner:
                 self._model = LlamaModel(model_config, tensors, max_model_len, PlainLinear)
                 slots = n_slots + SPARE_SLOTS
                 self.pool = KVPool(layout, slots, DeviceStorage(layout, slots, device))
-                self._attention = PaddedAttention()
+                self._attention = _attention_on(device.torch_device, model_config, config)
                 self.graphs = DecodeGraphs(
                     device,
                     self.pool,
@@ -77,6 +78,15 @@ class DeviceRunner:
                     f"the model and {n_slots} KV blocks of {layout.block_nbytes} bytes do not fit into "
                     f"{device.torch_device}: lower pool_nbytes or running_max ({error})"
                 ) from error
+        if config.batch_invariant:
+            check_step_invariance(
+                self.run,
+                vocab_size=model_config.vocab_size,
+                block_tokens=layout.block_tokens,
+                n_slots=n_slots,
+                rows_max=config.running_max,
+                tokens_max=max_model_len,
+            )
 
     def begin_draw(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Callable[[], list[Drawn]]:
         """Tokens drawn on the device; the answer waits for their copy."""
@@ -108,3 +118,16 @@ class DeviceRunner:
     def _decode(self, step: StepInput, plan: AttentionPlan) -> torch.Tensor:
         hidden = self._model.forward(step, self.pool, plan)
         return self._model.logits(hidden, torch.arange(len(step.token_ids), device=hidden.device))
+
+
+def _attention_on(device: torch.device, model_config: ModelConfig, config: EngineConfig) -> PagedDecode:
+    """Triton's kernels on a GPU that has Triton."""
+    if device.type == "cpu":
+        return PaddedAttention()
+    try:
+        from engine.attention.triton_static import StaticTritonAttention
+    except ImportError as error:
+        log.warning("attention is torch's, which is slow on a GPU: install triton", why=str(error))
+        return PaddedAttention()
+    windows = (None,) * model_config.layers
+    return StaticTritonAttention(model_config.heads, windows, batch_invariant=config.batch_invariant)

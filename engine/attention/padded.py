@@ -24,12 +24,18 @@ class PaddedAttention(SdpaAttention):
 
 class PaddedPlan:
     def __init__(self, tables: torch.Tensor, positions: torch.Tensor, pool: KVPool) -> None:
-        size = pool.layout.block_tokens
+        self._from = tables, positions
+        self._pool = pool
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take over positions and tables as they are on the device."""
+        tables, positions = self._from
+        size = self._pool.layout.block_tokens
         offsets = torch.arange(size, device=tables.device)
         self._index = (tables.long().unsqueeze(-1) * size + offsets).flatten(1)  # [rows, tokens]
         tokens = torch.arange(self._index.shape[1], device=tables.device)
         self._hidden = tokens > positions.unsqueeze(1)
-        self._pool = pool
 
     def attend(self, layer: int, queries: torch.Tensor, out: torch.Tensor) -> None:
         keys, values = self._read(self._pool.keys(layer)), self._read(self._pool.values(layer))
