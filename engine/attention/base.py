@@ -24,7 +24,7 @@ import torch
 
 from engine.pool import KVPool
 
-__all__ = ["AttentionBackend", "AttentionPlan", "Segment", "Windows", "hidden_tokens"]
+__all__ = ["AttentionBackend", "AttentionPlan", "Segment", "Windows", "hidden_tokens", "visible_ranges"]
 
 Windows = tuple[int | None, ...]
 """Of each layer: the tokens that a query sees, itself included (1 or more). None: all."""
@@ -64,6 +64,16 @@ class AttentionBackend(Protocol):
     def plan(self, segments: Sequence[Segment], pool: KVPool) -> AttentionPlan:
         """Plan one step. `pool` has as many layers as there are windows."""
         ...
+
+
+def visible_ranges(segment: Segment, window: int | None, sinks: int) -> tuple[range, ...]:
+    """The tokens that any row of the segment sees, in order: one range, or the sinks and, apart from them,
+    the window. No other token need be read."""
+    begin = 0 if window is None else max(0, segment.start - window + 1)
+    if begin <= sinks:
+        return (range(segment.context),)
+    seen = range(begin, segment.context)
+    return (range(sinks), seen) if sinks else (seen,)
 
 
 def hidden_tokens(

@@ -13,7 +13,8 @@ are in the step, on how the prompt was chunked, or on how much room stands behin
     l         = ((sum p_0 + sum p_1) + sum p_2) ...      in the order of positions
     o         = ((p_0 v_0 + p_1 v_1) + p_2 v_2) ... / l
 
-A tile wholly behind a query adds exact zeros, so it does not matter whether it is computed or skipped.
+A tile wholly behind a query, or wholly out of its window, adds exact zeros, so it does not matter whether it
+is computed or skipped: a windowed layer reads the tiles that some row of the block sees, and no others.
 Row counts are those for which MKL gives a row the same bits in any company: multiples of 4. Scores, sums
 and products are float32 whatever the pool's dtype. Sequences with one new token are computed together, in
 the same order of additions (fixed_split_decode.py). Source of the idea: fixed split-KV (Flash-Decoding, and
@@ -26,14 +27,14 @@ saves a copy of the whole context a layer. Time against torch's own kernel: docs
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
 
-from engine.attention.base import Segment
-from engine.attention.fixed_split_decode import DecodeGroup, decode_groups, padded_rows
+from engine.attention.base import Segment, Windows, hidden_tokens
+from engine.attention.fixed_split_decode import DecodeGroup, decode_groups, padded_rows, seen_tiles
 from engine.linear import variant
 from engine.pool import KVPool
 from kvstore.nouns import KVLayout
@@ -56,52 +57,70 @@ class _Tile:
 
 @dataclass(frozen=True, slots=True)
 class _QueryBlock:
-    """Rows of the step that are computed together, over the first `tiles` tiles."""
+    """Rows of the step that are computed together, over the `tiles` that one of them sees."""
 
     row: int
     rows: int
     padded: int  # rows * group, padded
-    tiles: int
-    masks: tuple[tuple[int, torch.Tensor], ...]  # (tile, bool [padded, width]: not visible)
+    tiles: tuple[int, ...]
+    masks: tuple[tuple[int, torch.Tensor], ...]  # (index in `tiles`, bool [padded, width]: not visible)
 
 
 @dataclass(frozen=True, slots=True)
 class _SegmentPlan:
-    tiles: tuple[_Tile, ...]
+    tiles: Mapping[int, _Tile]  # by number: tile n begins at token n * width
     blocks: tuple[_QueryBlock, ...]
 
 
 class FixedSplitAttention:
     """See the module. `heads` is the model's; KV heads and head_dim are the pool's."""
 
-    def __init__(self, heads: int) -> None:
+    def __init__(self, heads: int, windows: Windows, sinks: int = 0) -> None:
         self._heads = heads
+        self._windows = windows
+        self._sinks = sinks
 
     def plan(self, segments: Sequence[Segment], pool: KVPool) -> FixedSplitPlan:
+        plans = {window: self._plan(segments, pool, window) for window in set(self._windows)}
+        return FixedSplitPlan([plans[window] for window in self._windows])
+
+    def _plan(self, segments: Sequence[Segment], pool: KVPool, window: int | None) -> _WindowPlan:
         width = tile_width(pool.layout.block_tokens)
         group = self._heads // pool.layout.kv_heads
+        visibility = (window, self._sinks)
         chunks = [
-            _SegmentPlan(tuple(_tiles(segment, pool, width)), tuple(_query_blocks(segment, group, width)))
+            _SegmentPlan(
+                _tiles(segment, pool, width, *visibility),
+                tuple(_query_blocks(segment, group, width, *visibility)),
+            )
             for segment in segments
             if segment.rows > 1
         ]
         single = [segment for segment in segments if segment.rows == 1]
-        decoding = list(decode_groups(single, pool, self._heads, width))
-        return FixedSplitPlan(chunks, decoding, pool, group, width)
+        decoding = list(decode_groups(single, pool, self._heads, width, *visibility))
+        return _WindowPlan(chunks, decoding, pool, group, width)
 
 
-def check_attention_invariance(heads: int, layout: KVLayout) -> None:
+def check_attention_invariance(heads: int, layout: KVLayout, windowed: bool) -> None:
     """Prove on this machine, with its threads, that a position's result does not depend on what it is
-    computed with: alone, among other sequences, in a chunk. A few milliseconds. Raises ConfigError."""
-    generator = torch.Generator().manual_seed(0)
+    computed with: alone, among other sequences, in a chunk. `windowed`: behind a window too, whose length
+    does not matter. A few milliseconds. Raises ConfigError."""
     width = tile_width(layout.block_tokens)
-    first, rows = 2 * width - 9, QUERY_BLOCK + 2  # the chunk crosses a tile's end and a query block's
+    _check_invariance(heads, layout, width, None)
+    if windowed:
+        _check_invariance(heads, layout, width, width + 5)
+
+
+def _check_invariance(heads: int, layout: KVLayout, width: int, window: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # The chunk crosses a tile's end and a query block's, the window's first token a tile's end.
+    first, rows = 2 * width - 9, QUERY_BLOCK + 2
     slots = tuple(range(-(-(first + rows) // layout.block_tokens)))
     pool = KVPool(replace(layout, layers=1), len(slots))
     for kept in (pool.keys(0), pool.values(0)):
         kept.copy_(torch.randn(kept.shape, generator=generator))
     queries = torch.randn(rows, heads, layout.head_dim, generator=generator).to(pool.keys(0).dtype)
-    backend = FixedSplitAttention(heads)
+    backend = FixedSplitAttention(heads, (window,))
     whole, apart = torch.empty_like(queries), torch.empty_like(queries)
     backend.plan([Segment(0, rows, first, slots)], pool).attend(0, queries, whole)
     singles = [Segment(row, 1, first + row, slots) for row in range(rows)]
@@ -113,6 +132,16 @@ def check_attention_invariance(heads: int, layout: KVLayout) -> None:
 
 
 class FixedSplitPlan:
+    """Of every layer the plan of its window."""
+
+    def __init__(self, plans: list[_WindowPlan]) -> None:
+        self._plans = plans
+
+    def attend(self, layer: int, queries: torch.Tensor, out: torch.Tensor) -> None:
+        self._plans[layer].attend(layer, queries, out)
+
+
+class _WindowPlan:
     """Holds the step's scratch memory too: fresh pages for every layer cost more than the products."""
 
     def __init__(
@@ -124,7 +153,7 @@ class FixedSplitPlan:
         self._group = group
         self._width = width
         kv_heads, head_dim = pool.layout.kv_heads, pool.layout.head_dim
-        scores = max((block.tiles * block.padded for plan in plans for block in plan.blocks), default=0)
+        scores = max((len(block.tiles) * block.padded for plan in plans for block in plan.blocks), default=0)
         self._weights = torch.empty(scores * kv_heads * width)
         dtype = pool.keys(0).dtype
         # A zero behind every sequence's last token; rows before it are overwritten layer by layer.
@@ -135,8 +164,8 @@ class FixedSplitPlan:
             group.attend(layer, queries, out)
         flat_keys, flat_values = self._pool.keys(layer), self._pool.values(layer)
         for plan, (last_keys, last_values) in zip(self._plans, self._last_tiles, strict=True):
-            keys = [self._load(tile, flat_keys, last_keys) for tile in plan.tiles]
-            values = [self._load(tile, flat_values, last_values) for tile in plan.tiles]
+            keys = {n: self._load(tile, flat_keys, last_keys) for n, tile in plan.tiles.items()}
+            values = {n: self._load(tile, flat_values, last_values) for n, tile in plan.tiles.items()}
             for block in plan.blocks:
                 self._attend_block(block, queries, keys, values, out)
 
@@ -153,25 +182,25 @@ class FixedSplitPlan:
         self,
         block: _QueryBlock,
         queries: torch.Tensor,
-        keys: list[torch.Tensor],
-        values: list[torch.Tensor],
+        keys: Mapping[int, torch.Tensor],
+        values: Mapping[int, torch.Tensor],
         out: torch.Tensor,
     ) -> None:
         query = self._group_queries(block, queries)
-        shape = (block.tiles, query.shape[0], block.padded, self._width)
+        shape = (len(block.tiles), query.shape[0], block.padded, self._width)
         weights = self._weights[: math.prod(shape)].view(shape)
-        for tile in range(block.tiles):
-            torch.bmm(query, keys[tile].transpose(1, 2), out=weights[tile])
-        for tile, hidden in block.masks:
-            weights[tile].masked_fill_(hidden, -math.inf)
+        for index, tile in enumerate(block.tiles):
+            torch.bmm(query, keys[tile].transpose(1, 2), out=weights[index])
+        for index, hidden in block.masks:
+            weights[index].masked_fill_(hidden, -math.inf)
         highest = weights.amax(-1).amax(0)
         weights.sub_(highest.unsqueeze(-1)).exp2_()
         sums = weights.sum(-1)
         total = sums[0]
-        result = torch.bmm(weights[0], values[0])
-        for tile in range(1, block.tiles):
-            total = total + sums[tile]
-            result += torch.bmm(weights[tile], values[tile])
+        result = torch.bmm(weights[0], values[block.tiles[0]])
+        for index, tile in enumerate(block.tiles[1:], 1):
+            total = total + sums[index]
+            result += torch.bmm(weights[index], values[tile])
         result.div_(total.unsqueeze(-1))
         self._ungroup(block, result, out)
 
@@ -197,33 +226,41 @@ def tile_width(block_tokens: int) -> int:
     return block_tokens * max(1, TILE_TOKENS // block_tokens)
 
 
-def _tiles(segment: Segment, pool: KVPool, width: int) -> list[_Tile]:
-    tiles = []
-    for begin in range(0, segment.context, width):
-        end = min(begin + width, segment.context)
-        tiles.append(_Tile(end - begin, pool.token_index(segment.slots, begin, end)))
+def _tiles(segment: Segment, pool: KVPool, width: int, window: int | None, sinks: int) -> dict[int, _Tile]:
+    tiles = {}
+    for tile in seen_tiles(segment, width, window, sinks):
+        begin, end = tile * width, min((tile + 1) * width, segment.context)
+        tiles[tile] = _Tile(end - begin, pool.token_index(segment.slots, begin, end))
     return tiles
 
 
-def _query_blocks(segment: Segment, group: int, width: int) -> list[_QueryBlock]:
-    blocks = []
+def _query_blocks(
+    segment: Segment, group: int, width: int, window: int | None, sinks: int
+) -> Iterator[_QueryBlock]:
     for offset in range(0, segment.rows, QUERY_BLOCK):
         rows = min(QUERY_BLOCK, segment.rows - offset)
-        first = segment.start + offset
+        block = Segment(segment.row + offset, rows, segment.start + offset, segment.slots)
         padded = padded_rows(rows * group)
-        tiles = -(-(first + rows) // width)
-        masks = _masks(first, rows, group, padded, width, tiles)
-        blocks.append(_QueryBlock(segment.row + offset, rows, padded, tiles, masks))
-    return blocks
+        tiles = seen_tiles(block, width, window, sinks)
+        masks = tuple(_masks(block, group, padded, width, tiles, window, sinks))
+        yield _QueryBlock(block.row, rows, padded, tiles, masks)
 
 
 def _masks(
-    first: int, rows: int, group: int, padded: int, width: int, tiles: int
-) -> tuple[tuple[int, torch.Tensor], ...]:
-    """For each tile that not every row sees whole: which of its tokens come after the row's position."""
+    block: Segment,
+    group: int,
+    padded: int,
+    width: int,
+    tiles: tuple[int, ...],
+    window: int | None,
+    sinks: int,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """For each tile that not every row sees whole: which of its tokens a row does not see."""
     # Padding rows take the last row's position: what they compute is finite and never read.
-    positions = (first + torch.arange(padded) // group).clamp_(max=first + rows - 1).unsqueeze(1)
-    return tuple(
-        (tile, torch.arange(tile * width, (tile + 1) * width) > positions)
-        for tile in range((first + 1) // width, tiles)
-    )
+    last = block.context - 1
+    positions = (block.start + torch.arange(padded) // group).clamp_(max=last).unsqueeze(1)
+    for index, tile in enumerate(tiles):
+        begin, end = tile * width, (tile + 1) * width
+        in_every_window = window is None or begin > last - window or end <= sinks
+        if end - 1 > block.start or not in_every_window:
+            yield index, hidden_tokens(positions, torch.arange(begin, end), window, sinks)

@@ -7,7 +7,8 @@ wakes every thread. Here they are as many for sixteen sequences as for one. The 
     tiles                         a0 b0 c0 | a1 b1 | a2
 
 so that what one position adds to the sums of those that reach it is one slice after another. Measured at 16
-sequences of 300 tokens, 30 layers: a whole step of 392 ms became 218 (docs/devlog.md).
+sequences of 300 tokens, 30 layers: a whole step of 392 ms became 218 (docs/devlog.md). Of a windowed layer a
+sequence has the tiles it sees, and they are its first, second, third.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from typing import Any, Final
 
 import torch
 
-from engine.attention.base import Segment
+from engine.attention.base import Segment, hidden_tokens, visible_ranges
 from engine.pool import KVPool
 
-__all__ = ["ROWS_MULTIPLE", "DecodeGroup", "decode_groups", "padded_rows"]
+__all__ = ["ROWS_MULTIPLE", "DecodeGroup", "decode_groups", "padded_rows", "seen_tiles"]
 
 _LOG2_E: Final = math.log2(math.e)
 ROWS_MULTIPLE: Final = 4
@@ -30,36 +31,54 @@ _TILES_MAX: Final = 64
 """Tiles gathered at once (25 MB for SmolLM2), but for one sequence that has more."""
 
 
-def decode_groups(segments: Sequence[Segment], pool: KVPool, heads: int, width: int) -> Iterator[DecodeGroup]:
+def seen_tiles(segment: Segment, width: int, window: int | None, sinks: int) -> tuple[int, ...]:
+    """Numbers of the tiles that any row of the segment sees something of, in order."""
+    ranges = visible_ranges(segment, window, sinks)
+    return tuple(
+        sorted({tile for seen in ranges for tile in range(seen.start // width, -(-seen.stop // width))})
+    )
+
+
+def decode_groups(
+    segments: Sequence[Segment], pool: KVPool, heads: int, width: int, window: int | None, sinks: int
+) -> Iterator[DecodeGroup]:
     """The segments of one row each, in groups that bound memory."""
-    longest_first = sorted(segments, key=lambda segment: -segment.context)
-    group: list[Segment] = []
+    seen = [(segment, seen_tiles(segment, width, window, sinks)) for segment in segments]
+    group: list[tuple[Segment, tuple[int, ...]]] = []
     tiles = 0
-    for segment in longest_first:
-        more = -(-segment.context // width)
-        if group and tiles + more > _TILES_MAX:
-            yield DecodeGroup(group, pool, heads, width)
+    for segment, its in sorted(seen, key=lambda one: -len(one[1])):
+        if group and tiles + len(its) > _TILES_MAX:
+            yield DecodeGroup(group, pool, heads, width, window, sinks)
             group, tiles = [], 0
-        group.append(segment)
-        tiles += more
+        group.append((segment, its))
+        tiles += len(its)
     if group:
-        yield DecodeGroup(group, pool, heads, width)
+        yield DecodeGroup(group, pool, heads, width, window, sinks)
 
 
 class DecodeGroup:
     """What of a step's plan does not depend on the layer, and the scratch memory of all layers."""
 
-    def __init__(self, segments: Sequence[Segment], pool: KVPool, heads: int, width: int) -> None:
+    def __init__(
+        self,
+        seen: Sequence[tuple[Segment, tuple[int, ...]]],
+        pool: KVPool,
+        heads: int,
+        width: int,
+        window: int | None,
+        sinks: int,
+    ) -> None:
+        """`seen`: of each sequence its one row and its tiles, most tiles first."""
         layout = pool.layout
         self._pool = pool
         self._width = width
         self._group = heads // layout.kv_heads
         self._padded = padded_rows(self._group)
-        self._rows = torch.tensor([segment.row for segment in segments])
-        tiles_of = [-(-segment.context // width) for segment in segments]
-        self._reached = [sum(tiles > position for tiles in tiles_of) for position in range(tiles_of[0])]
+        self._rows = torch.tensor([segment.row for segment, _ in seen])
+        most = len(seen[0][1])
+        self._reached = [sum(len(tiles) > index for _, tiles in seen) for index in range(most)]
         self._sequence = torch.cat([torch.arange(reached) for reached in self._reached])
-        self._where, hidden = _gather_index(segments, self._reached, pool, width)
+        self._where, hidden = _gather_index(seen, self._reached, pool, width, window, sinks)
         self._hidden = hidden.view(-1, 1, 1, width)
         shape = (len(self._sequence), layout.kv_heads, width)
         self._hidden_rows = hidden.unsqueeze(1).expand(shape).flatten().nonzero().flatten()
@@ -68,7 +87,7 @@ class DecodeGroup:
     def attend(self, layer: int, queries: torch.Tensor, out: torch.Tensor) -> None:
         keys = self._gather(self._pool.keys(layer), self._gathered[0])
         values = self._gather(self._pool.values(layer), self._gathered[1])
-        # Behind the last token may lie anything, NaN included; its weight is zero, and so must it be.
+        # In hidden places may lie anything, NaN included; its weight is zero, and so must it be.
         values.index_fill_(0, self._hidden_rows, 0)
         query = self._group_queries(queries)[self._sequence]
         tiles, kv_heads, rows, head_dim = query.shape
@@ -109,21 +128,30 @@ def padded_rows(rows: int) -> int:
 
 
 def _gather_index(
-    segments: Sequence[Segment], reached: Sequence[int], pool: KVPool, width: int
+    seen: Sequence[tuple[Segment, tuple[int, ...]]],
+    reached: Sequence[int],
+    pool: KVPool,
+    width: int,
+    window: int | None,
+    sinks: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of the pool seen as [tokens * kv_heads, head_dim], for [tiles, kv_heads, width]; and which
-    places of [tiles, width] lie behind the last token (they hold some row of the pool)."""
+    places of [tiles, width] their sequence does not see (they hold some row of the pool)."""
     block_tokens, kv_heads = pool.layout.block_tokens, pool.layout.kv_heads
     blocks_a_tile = width // block_tokens
-    slots = torch.zeros(len(segments), len(reached) * blocks_a_tile, dtype=torch.int64)
-    for index, segment in enumerate(segments):
-        taken = segment.slots[: -(-segment.context // block_tokens)]
-        slots[index, : len(taken)] = torch.tensor(taken)
-    tokens = (slots.unsqueeze(2) * block_tokens + torch.arange(block_tokens)).flatten(1)
-    contexts = torch.tensor([segment.context for segment in segments]).unsqueeze(1)
-    behind = torch.arange(len(reached) * width) >= contexts
-    at = [slice(position * width, (position + 1) * width) for position in range(len(reached))]
-    rows = torch.cat([tokens[:count, where] for count, where in zip(reached, at, strict=True)])
-    hidden = torch.cat([behind[:count, where] for count, where in zip(reached, at, strict=True)])
+    room = len(reached) * blocks_a_tile
+    slots, begins = [], []
+    for segment, tiles in seen:
+        known = segment.slots[: -(-segment.context // block_tokens)]
+        taken = [s for tile in tiles for s in known[tile * blocks_a_tile : (tile + 1) * blocks_a_tile]]
+        slots.append(taken + [0] * (room - len(taken)))
+        begins.append([tile * width for tile in tiles] + [0] * (len(reached) - len(tiles)))
+    blocks = torch.tensor(slots).view(len(seen), len(reached), blocks_a_tile, 1)
+    tokens = (blocks * block_tokens + torch.arange(block_tokens)).flatten(2)
+    positions = torch.tensor(begins).unsqueeze(2) + torch.arange(width)
+    queries = torch.tensor([segment.start for segment, _ in seen]).view(-1, 1, 1)
+    hidden = hidden_tokens(queries, positions, window, sinks)
+    rows = torch.cat([tokens[:count, index] for index, count in enumerate(reached)])
+    unseen = torch.cat([hidden[:count, index] for index, count in enumerate(reached)])
     by_head = rows.unsqueeze(1) * kv_heads + torch.arange(kv_heads).unsqueeze(1)
-    return by_head.flatten(), hidden
+    return by_head.flatten(), unseen

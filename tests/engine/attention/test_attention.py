@@ -19,12 +19,20 @@ HEADS, KV_HEADS, HEAD_DIM, BLOCK = 6, 2, 16, 32
 LAYOUT = KVLayout(2, 0, KV_HEADS, HEAD_DIM, "float32", BLOCK)
 
 
-def naive(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int) -> torch.Tensor:
+def naive(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    start: int,
+    window: int | None = None,
+    sinks: int = 0,
+) -> torch.Tensor:
     """float64, query by query, head by head."""
     out = torch.empty_like(queries, dtype=torch.float64)
     for row, head in itertools.product(range(queries.shape[0]), range(HEADS)):
-        kv_head = head // (HEADS // KV_HEADS)
-        seen_keys, seen_values = keys[: start + row + 1, kv_head], values[: start + row + 1, kv_head]
+        kv_head, position = head // (HEADS // KV_HEADS), start + row
+        seen = [t for t in range(position + 1) if window is None or t < sinks or position - t < window]
+        seen_keys, seen_values = keys[seen, kv_head], values[seen, kv_head]
         scores = seen_keys.double() @ queries[row, head].double() / HEAD_DIM**0.5
         out[row, head] = scores.softmax(0) @ seen_values.double()
     return out.float()
@@ -41,13 +49,21 @@ def pool() -> KVPool:
     return made
 
 
-def of_sequence(pool: KVPool, segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
+def of_sequence(pool: KVPool, layer: int, segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
     rows = [segment.slots[p // BLOCK] * BLOCK + p % BLOCK for p in range(segment.context)]
-    return pool.keys(1)[rows], pool.values(1)[rows]
+    return pool.keys(layer)[rows], pool.values(layer)[rows]
 
 
-@pytest.mark.parametrize("backend", [FixedSplitAttention(HEADS), SdpaAttention()])
-def test_segments_of_all_kinds_in_one_step(backend: AttentionBackend, pool: KVPool) -> None:
+@pytest.mark.parametrize(("window", "sinks"), [(None, 0), (1, 0), (40, 0), (40, 3), (256, 0), (300, 290)])
+@pytest.mark.parametrize("invariant", [True, False])
+def test_segments_of_all_kinds_in_one_step(
+    invariant: bool, window: int | None, sinks: int, pool: KVPool
+) -> None:
+    """The first layer sees everything, the second one its window."""
+    windows = (None, window)
+    backend: AttentionBackend = (
+        FixedSplitAttention(HEADS, windows, sinks) if invariant else SdpaAttention(windows, sinks)
+    )
     scattered = tuple(range(63, 30, -2))
     segments = [
         Segment(0, 1, 0, (5,)),
@@ -59,13 +75,33 @@ def test_segments_of_all_kinds_in_one_step(backend: AttentionBackend, pool: KVPo
         Segment(194, 10, 250, tuple(range(20, 30))),
     ]
     queries = torch.randn(204 + 4, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(1))
-    out = torch.full_like(queries, 7.0)
-    backend.plan(segments, pool).attend(1, queries, out)
-    for segment in segments:
-        rows = slice(segment.row, segment.row + segment.rows)
-        expected = naive(queries[rows], *of_sequence(pool, segment), segment.start)
-        torch.testing.assert_close(out[rows], expected, rtol=1e-5, atol=1e-5)
-    assert (out[204:] == 7.0).all(), "padding rows are not touched"
+    for layer, its in enumerate(windows):
+        out = torch.full_like(queries, 7.0)
+        backend.plan(segments, pool).attend(layer, queries, out)
+        for segment in segments:
+            rows = slice(segment.row, segment.row + segment.rows)
+            kept = of_sequence(pool, layer, segment)
+            expected = naive(queries[rows], *kept, segment.start, its, sinks)
+            torch.testing.assert_close(out[rows], expected, rtol=1e-5, atol=1e-5)
+        assert (out[204:] == 7.0).all(), "padding rows are not touched"
+
+
+@pytest.mark.parametrize("sinks", [0, 20])
+@pytest.mark.parametrize("invariant", [True, False])
+def test_blocks_out_of_the_window_are_not_read(invariant: bool, sinks: int, pool: KVPool) -> None:
+    """Whatever lies there, NaN included, reaches nothing."""
+    backend: AttentionBackend = (
+        FixedSplitAttention(HEADS, (64, 64), sinks) if invariant else SdpaAttention((64, 64), sinks)
+    )
+    slots = tuple(range(40))
+    segments = [Segment(0, 9, 1000, slots), Segment(9, 1, 1100, slots)]
+    queries = torch.randn(10, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(1))
+    clean, poisoned = torch.empty_like(queries), torch.empty_like(queries)
+    backend.plan(segments, pool).attend(1, queries, clean)
+    for kept in (pool.keys(1), pool.values(1)):
+        kept[256:768] = float("nan")
+    backend.plan(segments, pool).attend(1, queries, poisoned)
+    assert torch.equal(clean, poisoned)
 
 
 @pytest.mark.parametrize("block_tokens", [16, 48, 300])
@@ -78,7 +114,7 @@ def test_tiles_are_whole_blocks_of_any_size(block_tokens: int) -> None:
     segment = Segment(0, 5, 600, tuple(range(pool.n_slots)))
     queries = torch.randn(5, HEADS, HEAD_DIM, generator=generator)
     out = torch.empty_like(queries)
-    FixedSplitAttention(HEADS).plan([segment], pool).attend(0, queries, out)
+    FixedSplitAttention(HEADS, (None,)).plan([segment], pool).attend(0, queries, out)
     expected = naive(queries, pool.keys(0), pool.values(0), 600)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
@@ -86,7 +122,7 @@ def test_tiles_are_whole_blocks_of_any_size(block_tokens: int) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_machine_where_attention_varies_is_refused(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = replace(LAYOUT, dtype=dtype)
-    check_attention_invariance(HEADS, layout)
+    check_attention_invariance(HEADS, layout, windowed=True)
     bmm = torch.bmm
 
     def by_row_count(
@@ -97,4 +133,4 @@ def test_a_machine_where_attention_varies_is_refused(dtype: str, monkeypatch: py
 
     monkeypatch.setattr(torch, "bmm", by_row_count)
     with pytest.raises(ConfigError, match="attention to one position gives other bits"):
-        check_attention_invariance(HEADS, layout)
+        check_attention_invariance(HEADS, layout, windowed=True)
