@@ -23,7 +23,7 @@ class EngineConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    dtype: Literal["float32", "bfloat16"] = Field(
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Dtype of activations and KV. Products are accumulated in float32 either way"
     )
     device: str = Field(

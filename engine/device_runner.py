@@ -123,11 +123,12 @@ class DeviceRunner:
 def _attention_on(device: torch.device, model_config: ModelConfig, config: EngineConfig) -> PagedDecode:
     """Triton's kernels on a GPU that has Triton."""
     if device.type == "cpu":
-        return PaddedAttention()
+        return PaddedAttention(model_config.windows)
     try:
         from engine.attention.triton_static import StaticTritonAttention
     except ImportError as error:
         log.warning("attention is torch's, which is slow on a GPU: install triton", why=str(error))
-        return PaddedAttention()
-    windows = (None,) * model_config.layers
-    return StaticTritonAttention(model_config.heads, windows, batch_invariant=config.batch_invariant)
+        return PaddedAttention(model_config.windows)
+    return StaticTritonAttention(
+        model_config.heads, model_config.windows, batch_invariant=config.batch_invariant
+    )

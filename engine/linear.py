@@ -39,7 +39,7 @@ class Rowwise(NamedTuple):
 
 
 class Linear(Protocol):
-    """Weights [out, in], one below the other, as one product."""
+    """Weights [out, in], one below the other, and a bias [out], as one product."""
 
     @property
     def in_features(self) -> int: ...
@@ -53,19 +53,21 @@ class Linear(Protocol):
 
 
 class PackedLinear:
-    """Weights [out, in], one below the other, as one product. Holds a float32 copy in oneDNN's own order."""
+    """Weights [out, in], one below the other, as one product, and a bias [out] for all of them. Holds a
+    float32 copy in oneDNN's own order."""
 
-    __slots__ = ("_packed", "in_features", "out_features")
+    __slots__ = ("_bias", "_packed", "in_features", "out_features")
 
-    def __init__(self, *weights: torch.Tensor) -> None:
+    def __init__(self, *weights: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         whole = torch.cat([weight.float() for weight in weights])
         self.out_features, self.in_features = whole.shape
         self._packed = torch.ops.mkldnn._reorder_linear_weight(whole, None)
+        self._bias = None if bias is None else bias.float()
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """[n, in] -> [n, out], contiguous, in the dtype of `rows`."""
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-            rows.float(), self._packed, None, "none", [], ""
+            rows.float(), self._packed, self._bias, "none", [], ""
         )
         return product.to(rows.dtype)
 

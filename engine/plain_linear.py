@@ -19,15 +19,16 @@ __all__ = ["OnDevice", "PlainLinear"]
 class PlainLinear:
     """Weights [out, in], one below the other, as one product, where they lie."""
 
-    __slots__ = ("_weight", "in_features", "out_features")
+    __slots__ = ("_bias", "_weight", "in_features", "out_features")
 
-    def __init__(self, *weights: torch.Tensor) -> None:
+    def __init__(self, *weights: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self._weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         self.out_features, self.in_features = self._weight.shape
+        self._bias = bias
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """[n, in] -> [n, out], in the dtype of `rows`."""
-        return F.linear(rows, self._weight)
+        return F.linear(rows, self._weight, self._bias)
 
 
 class OnDevice(Mapping[str, torch.Tensor]):

@@ -119,7 +119,7 @@ class KVPool:
             row = taken[0] * size + skip
             return slice(row, row + count)
         rows = torch.tensor(taken).unsqueeze(1) * size + torch.arange(size)
-        return rows.flatten()[skip : skip + count].to(self.device)
+        return rows.flatten()[skip : skip + count]
 
     @property
     def block_nbytes(self) -> int:

@@ -80,10 +80,13 @@ class ModelRunner:
         max_model_len: int,
     ) -> None:
         self._model = LlamaModel(model_config, weights.tensors, max_model_len)
+        windows = model_config.windows
         if config.batch_invariant:
             _check_invariance(self._model, layout)
         self._attention: AttentionBackend = (
-            FixedSplitAttention(model_config.heads) if config.batch_invariant else SdpaAttention()
+            FixedSplitAttention(model_config.heads, windows)
+            if config.batch_invariant
+            else SdpaAttention(windows)
         )
         self.pool = KVPool(layout, n_slots)
 
@@ -114,5 +117,7 @@ def _check_invariance(model: LlamaModel, layout: KVLayout) -> None:
         Rowwise(F.silu, model.inner_width, dtype),
         Rowwise(torch.exp2, ROWS_MULTIPLE * tile_width(layout.block_tokens), torch.float32),
     ]
+    if model.config.query_key_norm:
+        rowwise.append(Rowwise(model.normed_heads, model.projected_width, dtype))
     check_row_invariance(model.products(), rowwise)
-    check_attention_invariance(model.config.heads, layout)
+    check_attention_invariance(model.config.heads, layout, windowed=any(model.config.windows))

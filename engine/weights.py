@@ -66,7 +66,7 @@ class Weights:
 
 
 def load_weights(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Weights:
-    """Map, check, digest and (if stored in another dtype) cast the weights of a Llama-family folder.
+    """Map, check, digest and (if stored in another dtype) cast the weights of a model folder.
 
     Raises ModelNotFound if there are no safetensors, ModelCorrupt for a truncated file or a tensor that is
     missing or of another shape (named), ModelUnsupported for tensors the runner would ignore.
@@ -90,7 +90,7 @@ def open_weights(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor a Llama-family checkpoint must hold ([out, in] for matrices)."""
+    """Name -> shape of every tensor a checkpoint must hold ([out, in] for matrices)."""
     hidden, inner = config.hidden_size, config.intermediate_size
     query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
@@ -107,6 +107,10 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             prefix + "mlp.up_proj.weight": (inner, hidden),
             prefix + "mlp.down_proj.weight": (hidden, inner),
         }
+        widths = {"q": query, "k": key, "v": key, "o": hidden}
+        shapes |= {f"{prefix}self_attn.{name}_proj.bias": (widths[name],) for name in config.biased}
+        if config.query_key_norm:
+            shapes |= {f"{prefix}self_attn.{name}_norm.weight": (config.head_dim,) for name in ("q", "k")}
     shapes["model.norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
         shapes[LM_HEAD] = (config.vocab_size, hidden)
@@ -176,15 +180,16 @@ def _check(
     for name in sorted(stored.keys() - expected.keys()):
         if not (name.endswith("rotary_emb.inv_freq") or (name == LM_HEAD and config.tie_word_embeddings)):
             raise ModelUnsupported(
-                f"tensor {name} of {folder} is not one a Llama model has: it would be ignored",
-                "Use a plain Llama-family model (no biases, adapters or extra heads)",
+                f"tensor {name} of {folder} is not one a {config.model_type} model has: it would be ignored",
+                "Use a plain model of its family (no adapters or extra heads)",
             )
         del stored[name]
 
 
 def _digest(stored: Mapping[str, torch.Tensor], config: ModelConfig, dtype: torch.dtype) -> WeightsDigest:
-    """16 bytes over all that decides KV: compute dtype, rope, the settings that shapes do not show, then
-    per name in order: name, stored dtype, shape, sha256 of the stored bytes. One canonical JSON line."""
+    """16 bytes over all that decides KV: compute dtype, rope, windows, the settings that shapes do not show,
+    then per name in order (biases and the norms of heads among them): name, stored dtype, shape, sha256 of
+    the stored bytes. One canonical JSON line; what a model lacks is not in it, so that its digest stays."""
     names = sorted(stored)
     with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), 8), "weights-digest") as threads:
         hashes = list(threads.map(lambda name: _sha256_of(stored[name]), names))
@@ -200,6 +205,8 @@ def _digest(stored: Mapping[str, torch.Tensor], config: ModelConfig, dtype: torc
         "rope_scaling": config.rope_scaling,
         "tensors": rows,
     }
+    if any(config.windows):
+        identity["windows"] = config.windows
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     return WeightsDigest(hashlib.sha256(_DIGEST_TAG + text.encode()).digest()[:WEIGHTS_DIGEST_NBYTES])
 

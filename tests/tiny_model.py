@@ -67,7 +67,7 @@ def make_tiny_model(path: Path, seed: int = 0, **overrides: Any) -> Path:
     config = tiny_config(**overrides)
     (path / "config.json").write_text(json.dumps(config, indent=2))
     save_file(random_tensors(config, seed), path / "model.safetensors", metadata={"format": "pt"})
-    _write_tokenizer(path)
+    write_tokenizer(path)
     return path
 
 
@@ -103,7 +103,7 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Ten
     return tensors
 
 
-def _write_tokenizer(path: Path) -> None:
+def write_tokenizer(path: Path) -> None:
     """Special tokens take ids 0, 1, 2; the 256 bytes follow in the order of the byte-level alphabet."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *alphabet])}

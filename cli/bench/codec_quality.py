@@ -70,7 +70,7 @@ class Quality:
         tokens = self._windows[index]
         rows = torch.arange(len(tokens))
         segment = Segment(0, len(tokens), 0, tuple(range(self._blocks)))
-        plan: AttentionPlan = SdpaAttention().plan([segment], self._pool)
+        plan: AttentionPlan = SdpaAttention(self._model.config.windows).plan([segment], self._pool)
         lossy = _LossyPlan(plan, self._pool, codec, self.layout)
         hidden = self._model.forward(StepInput(tokens, rows, rows), self._pool, lossy)
         logits = self._model.logits(hidden, rows[:-1])

@@ -1,1 +1,1 @@
-"""Model families: what their config says, and their forward pass. One family, one file."""
+"""Model families: what their config says, and the forward pass they share."""

@@ -1,8 +1,8 @@
 """What a model is: the fields of config.json that the runner needs, checked once, then trusted.
 
-Reading costs a millisecond. Whatever the runner does not compute exactly (biases, other activations, rope
-scalings it does not know, quantised weights, other architectures) is refused here by name: a model that
-loads is a model that is computed right.
+Reading costs a millisecond. Whatever the runner does not compute exactly (other activations, rope scalings
+it does not know, quantised weights, other architectures) is refused here by name: a model that loads is a
+model that is computed right. What sets the families apart is in families.py.
 """
 
 from __future__ import annotations
@@ -14,27 +14,20 @@ from typing import Any, Final, Self
 
 from engine.errors import ModelCorrupt, ModelNotFound, ModelUnsupported
 from engine.folder import CONFIG_FILE, read_json_object
+from engine.models.families import FAMILIES, Family, family_of
 from engine.models.rope import check_rope_scaling
 
-__all__ = ["SUPPORTED_ARCHITECTURES", "ModelConfig"]
-
-SUPPORTED_ARCHITECTURES: Final = {"LlamaForCausalLM": "llama"}
-"""`architectures[0]` of config.json -> the family that runs it (SmolLM and SmolLM2 are Llama)."""
+__all__ = ["ModelConfig"]
 
 _SIZE_MAX: Final = 1 << 24  # no vocabulary, width, depth or context is near it: a bound against nonsense
-_MUST_BE: Final[Mapping[str, tuple[Any, ...]]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "quantization_config": (None,),
-    "partial_rotary_factor": (1, 1.0, None),
-}
-"""Keys that, if present with any other value, change the computation in a way the runner does not do."""
+_LAYER_TYPES: Final = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A Llama-family decoder. `rope_scaling` is None or one of rope.py's kinds, checked."""
+    """A decoder of one of the families. `rope_scaling` is None or one of rope.py's kinds, checked;
+    `biased` names the projections of attention (of q, k, v, o) that have a bias; `windows` tells of each
+    layer how many tokens a query sees (attention/base.py)."""
 
     model_type: str
     vocab_size: int
@@ -51,6 +44,9 @@ class ModelConfig:
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
+    biased: tuple[str, ...]
+    query_key_norm: bool
+    windows: tuple[int | None, ...]
 
     @classmethod
     def from_folder(cls, path: Path) -> Self:
@@ -74,7 +70,8 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str) -> Self:
         """The same from a parsed config.json; `where` names it in errors."""
-        _refuse_unsupported(raw, where)
+        family = _supported_family(raw, where)
+        raw = {**family.defaults, **raw}
         read = _Reader(raw, where)
         hidden, heads = read.size("hidden_size"), read.size("num_attention_heads")
         kv_heads = read.size("num_key_value_heads", heads)
@@ -85,14 +82,15 @@ class ModelConfig:
                 "Fetch the model again",
             )
         rope = _rope(raw)
-        theta = rope.pop("rope_theta", 10000.0)
+        theta = rope.get("rope_theta", 10000.0)
         context = read.size("max_position_embeddings", 2048)
+        layers = read.size("num_hidden_layers")
         return cls(
-            model_type="llama",
+            model_type=family.name,
             vocab_size=read.size("vocab_size"),
             hidden_size=hidden,
             intermediate_size=read.size("intermediate_size"),
-            layers=read.size("num_hidden_layers"),
+            layers=layers,
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
@@ -103,23 +101,50 @@ class ModelConfig:
             max_position_embeddings=context,
             eos_token_ids=read.token_ids("eos_token_id"),
             bos_token_id=next(iter(read.token_ids("bos_token_id")), None),
+            biased=family.biased_projections(raw),
+            query_key_norm=family.query_key_norm,
+            windows=_windows(read, layers),
         )
 
 
-def _refuse_unsupported(raw: Mapping[str, Any], where: str) -> None:
-    names = raw.get("architectures")
-    name = names[0] if isinstance(names, list) and names else raw.get("model_type")
-    if name not in SUPPORTED_ARCHITECTURES and not (names is None and name == "llama"):
+def _supported_family(raw: Mapping[str, Any], where: str) -> Family:
+    family = family_of(raw)
+    if family is None:
+        name = raw.get("architectures") or raw.get("model_type")
         raise ModelUnsupported(
             f"{where}: the architecture {name!r} is not supported",
-            f"Use a model of one of: {', '.join(sorted(SUPPORTED_ARCHITECTURES))}",
+            f"Use a model of one of: {', '.join(known.architecture for known in FAMILIES)}",
         )
-    for key, allowed in _MUST_BE.items():
-        if key in raw and raw[key] not in allowed:
-            raise ModelUnsupported(
-                f"{where}: {key} = {raw[key]!r} is not supported (only {allowed[0]!r} is)",
-                "Use a model without it, such as smollm2-135m",
-            )
+    found = family.unsupported(raw)
+    if found is not None:
+        key, value, wanted = found
+        raise ModelUnsupported(
+            f"{where}: {key} = {value!r} is not supported in a {family.name} model (only {wanted!r} is)",
+            "Use a model without it, such as smollm2-135m",
+        )
+    return family
+
+
+def _windows(read: _Reader, layers: int) -> tuple[int | None, ...]:
+    """Of each layer. Layers below `max_window_layers` see everything, unless `layer_types` names each."""
+    raw = read.raw
+    window = None
+    if raw["use_sliding_window"] and raw.get("sliding_window") is not None:
+        window = read.size("sliding_window")
+    kinds = raw.get("layer_types")
+    if kinds is None:
+        first = 0 if window is None else read.count("max_window_layers")
+        return tuple(window if layer >= first else None for layer in range(layers))
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in _LAYER_TYPES for kind in kinds):
+        raise ModelUnsupported(
+            f"{read.where}: layer_types is not one of {', '.join(_LAYER_TYPES)} for each of {layers} layers",
+            "Use a model whose layers are of these kinds",
+        )
+    if window is None and _LAYER_TYPES[1] in kinds:
+        raise ModelCorrupt(
+            f"{read.where}: layer_types has sliding layers, but no sliding_window is in use", "Fetch it again"
+        )
+    return tuple(window if kind == _LAYER_TYPES[1] else None for kind in kinds)
 
 
 def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,7 +154,8 @@ def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     rope = dict(settings) if isinstance(settings, Mapping) else {"rope_type": settings}
     if raw.get("rope_theta") is not None:
         rope.setdefault("rope_theta", raw["rope_theta"])
-    return rope
+    original = "original_max_position_embeddings"
+    return rope if raw.get(original) is None else rope | {original: raw[original]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +170,12 @@ class _Reader:
         value = default if value is None else value
         if type(value) is not int or not 1 <= value <= _SIZE_MAX:
             raise self._wrong(key, value, f"a whole number from 1 to {_SIZE_MAX}")
+        return value
+
+    def count(self, key: str) -> int:
+        value = self.raw[key]
+        if type(value) is not int or not 0 <= value <= _SIZE_MAX:
+            raise self._wrong(key, value, f"a whole number up to {_SIZE_MAX}")
         return value
 
     def positive(self, key: str, value: object) -> float:

@@ -1,9 +1,11 @@
-"""The Llama family's forward pass over a paged pool, one step's rows at a time.
+"""The families' forward pass over a paged pool, one step's rows at a time: Llama, and what others add to it.
 
 Rows of all sequences are computed together; only attention knows where one ends and the next begins. What
 the same rows are multiplied with is one product: queries, keys and values; gate and up. Embeddings and norms
 stay views of the mapped file where they are stored in the compute dtype; matrices are packed copies
-(linear.py). Checked against transformers in tests/engine/models/test_llama.py.
+(linear.py). Which parts a family has beside Llama's (families.py) is read off its config: a bias in
+attention's products, a norm of each head's query and key. Windows are attention's matter alone. Checked
+against transformers in tests/engine/models/.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from engine.attention.base import AttentionPlan
 from engine.linear import Linear, PackedLinear
 from engine.models.config import ModelConfig
-from engine.models.rope import inverse_frequencies
+from engine.models.rope import attention_factor, inverse_frequencies
 from engine.pool import KVPool
 from engine.weights import EMBEDDING, LM_HEAD
 
@@ -43,6 +45,8 @@ class StepInput:
 class _Layer:
     input_norm: torch.Tensor
     query_key_value: Linear
+    query_norm: torch.Tensor | None
+    key_norm: torch.Tensor | None
     output: Linear
     inner_norm: torch.Tensor
     gate_up: Linear
@@ -64,15 +68,25 @@ class LlamaModel:
         self._norm = tensors["model.norm.weight"]
         self._head = linear(tensors[LM_HEAD])
         self._heads = [config.heads, config.kv_heads, config.kv_heads]
-        self._layers = [_layer(tensors, index, linear) for index in range(config.layers)]
+        self._layers = [_layer(tensors, index, config, linear) for index in range(config.layers)]
         angles = torch.outer(torch.arange(max_model_len).float(), inverse_frequencies(config))
-        self._cos = angles.cos().to(self._embedding)
-        self._sin = angles.sin().to(self._embedding)
+        factor = attention_factor(config)
+        self._cos = angles.cos().mul_(factor).to(self._embedding)
+        self._sin = angles.sin().mul_(factor).to(self._embedding)
 
     @property
     def inner_width(self) -> int:
         """Of the rows that silu sees."""
         return self._layers[0].down.in_features
+
+    @property
+    def projected_width(self) -> int:
+        """Of the rows that attention's norms see."""
+        return self._layers[0].query_key_value.out_features
+
+    def normed_heads(self, projected: torch.Tensor) -> torch.Tensor:
+        """One layer's norms of heads as `forward` computes them: what of its rows attention sees."""
+        return torch.cat(self._heads_of(projected, self._layers[0]), 1)
 
     def products(self) -> list[Linear]:
         """One of each that the forward pass computes."""
@@ -87,9 +101,7 @@ class LlamaModel:
         attended = hidden.new_empty(hidden.shape[0], config.heads, config.head_dim)
         for index, layer in enumerate(self._layers):
             projected = layer.query_key_value(self._rms_norm(hidden, layer.input_norm))
-            queries, keys, values = torch.split(
-                projected.view(len(hidden), -1, config.head_dim), self._heads, 1
-            )
+            queries, keys, values = self._heads_of(projected, layer)
             pool.write(index, step.pool_rows, _rotate(keys, cos, sin), values)
             plan.attend(index, _rotate(queries, cos, sin), attended)
             hidden = hidden + layer.output(attended.flatten(1))
@@ -101,6 +113,14 @@ class LlamaModel:
         """float32 [len(rows), vocabulary] for the rows (int64) that need them."""
         return self._head(self._rms_norm(hidden[rows], self._norm)).float()
 
+    def _heads_of(self, projected: torch.Tensor, layer: _Layer) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values, each [rows, its heads, head_dim], before the rotation."""
+        heads = projected.view(len(projected), -1, self.config.head_dim)
+        queries, keys, values = torch.split(heads, self._heads, 1)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            return self._rms_norm(queries, layer.query_norm), self._rms_norm(keys, layer.key_norm), values
+        return queries, keys, values
+
     def _rms_norm(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(rows, weight.shape, weight, self.config.rms_norm_eps)
 
@@ -111,19 +131,30 @@ def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def _layer(tensors: Mapping[str, torch.Tensor], index: int, linear: Callable[..., Linear]) -> _Layer:
+def _layer(
+    tensors: Mapping[str, torch.Tensor], index: int, config: ModelConfig, linear: Callable[..., Linear]
+) -> _Layer:
     prefix = f"model.layers.{index}."
 
     def matrix(name: str) -> torch.Tensor:
         return tensors[f"{prefix}{name}_proj.weight"]
+
+    def bias(*projections: str) -> torch.Tensor | None:
+        if not set(projections) <= set(config.biased):
+            return None
+        return torch.cat([tensors[f"{prefix}self_attn.{name}_proj.bias"] for name in projections])
 
     gate, up, down = matrix("mlp.gate"), matrix("mlp.up"), matrix("mlp.down")
     missing = -gate.shape[0] % _WIDTH_MULTIPLE
 
     return _Layer(
         input_norm=tensors[prefix + "input_layernorm.weight"],
-        query_key_value=linear(*map(matrix, ("self_attn.q", "self_attn.k", "self_attn.v"))),
-        output=linear(matrix("self_attn.o")),
+        query_key_value=linear(
+            *map(matrix, ("self_attn.q", "self_attn.k", "self_attn.v")), bias=bias("q", "k", "v")
+        ),
+        query_norm=tensors.get(prefix + "self_attn.q_norm.weight"),
+        key_norm=tensors.get(prefix + "self_attn.k_norm.weight"),
+        output=linear(matrix("self_attn.o"), bias=bias("o")),
         inner_norm=tensors[prefix + "post_attention_layernorm.weight"],
         gate_up=linear(F.pad(gate, (0, 0, 0, missing)), F.pad(up, (0, 0, 0, missing))),
         down=linear(F.pad(down, (0, missing))),

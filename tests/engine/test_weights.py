@@ -13,9 +13,11 @@ from safetensors.torch import save_file
 from engine.errors import ModelCorrupt, ModelNotFound, ModelUnsupported
 from engine.models.config import ModelConfig
 from engine.weights import EMBEDDING, LM_HEAD, load_weights
+from tests.engine.models.family_models import family_model, save_family_model
 from tests.tiny_model import make_tiny_model, random_tensors, tiny_config
 
 NORM = "model.norm.weight"
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 
 
 def save(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -176,11 +178,71 @@ def test_swapped_tensors_of_one_shape_change_the_digest(tmp_path: Path) -> None:
         {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
         {"rms_norm_eps": 1e-6},
         {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8},
+        {"rope_scaling": YARN},
+        {"architectures": ["MistralForCausalLM"], "sliding_window": 64},
     ],
 )
 def test_settings_that_change_kv_change_the_digest(tmp_path: Path, overrides: dict[str, Any]) -> None:
     make_tiny_model(tmp_path)
     assert digest_of(tmp_path, **overrides) != digest_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ({"sliding_window": 64}, {"sliding_window": 65}),
+        ({"sliding_window": 64}, {"sliding_window": None}),
+        ({"rope_scaling": YARN}, {"rope_scaling": YARN | {"attention_factor": 1.2}}),
+        ({"rope_scaling": YARN}, {"rope_scaling": YARN | {"beta_fast": 16}}),
+        ({"rope_scaling": YARN}, {"rope_scaling": YARN | {"truncate": False}}),
+        ({"rope_scaling": YARN}, {"rope_scaling": YARN | {"original_max_position_embeddings": 256}}),
+    ],
+)
+def test_models_of_equal_tensors_that_differ_in_kv_differ(
+    tmp_path: Path, left: dict[str, Any], right: dict[str, Any]
+) -> None:
+    make_tiny_model(tmp_path)
+    mistral: dict[str, Any] = {"architectures": ["MistralForCausalLM"], "sliding_window": None}
+    assert digest_of(tmp_path, **mistral | left) != digest_of(tmp_path, **mistral | right)
+
+
+@pytest.mark.parametrize(
+    "left_window", [{"max_window_layers": 0}, {"layer_types": ["sliding_attention", "full_attention"]}]
+)
+def test_which_layers_are_windowed_is_in_the_digest(tmp_path: Path, left_window: dict[str, Any]) -> None:
+    folder = save_family_model(family_model("qwen3-tied"), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    del config["layer_types"]
+    config |= {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
+    digests = [
+        load_weights(folder, ModelConfig.from_dict(config | its, "here"), torch.float32).digest
+        for its in ({}, left_window)
+    ]
+    assert digests[0] != digests[1]
+
+
+@pytest.mark.parametrize(
+    ("case", "tensor"),
+    [
+        ("qwen2", "model.layers.1.self_attn.k_proj.bias"),
+        ("qwen3", "model.layers.0.self_attn.q_norm.weight"),
+        ("llama-biases", "model.layers.0.self_attn.o_proj.bias"),
+    ],
+)
+def test_biases_and_norms_of_heads_are_in_the_digest_and_needed(
+    tmp_path: Path, case: str, tensor: str
+) -> None:
+    folder = save_family_model(family_model(case), tmp_path)
+    config = ModelConfig.from_folder(folder)
+    before = load_weights(folder, config, torch.float32)
+    changed = {name: value.clone() for name, value in before.tensors.items()}
+    changed[tensor][3] += 0.5
+    save(folder, changed)
+    assert load_weights(folder, config, torch.float32).digest != before.digest
+    del changed[tensor]
+    save(folder, changed)
+    with pytest.raises(ModelCorrupt, match=tensor):
+        load_weights(folder, config, torch.float32)
 
 
 def test_the_compute_dtype_changes_the_digest(tmp_path: Path) -> None:

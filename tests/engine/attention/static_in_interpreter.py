@@ -46,8 +46,8 @@ def plans_that_differ() -> list[str]:
         pool.keys(layer)[-LAYOUT.block_tokens :] = pool.values(layer)[-LAYOUT.block_tokens :] = torch.nan
     tables = torch.zeros(ROWS, BLOCKS, dtype=torch.int32)
     positions = torch.zeros(ROWS, dtype=torch.int64)
-    triton = StaticTritonAttention(HEADS, (None, None), tuning=SMALL)
-    plans = [backend.decode_plan(tables, positions, pool) for backend in (triton, PaddedAttention())]
+    triton = StaticTritonAttention(HEADS, (None, 20), 3, tuning=SMALL)
+    plans = [backend.decode_plan(tables, positions, pool) for backend in (triton, PaddedAttention((None, 20), 3))]
     different = []
     for lengths in ([1, 8, 9, BLOCKS * 8], [40, 17, 96, 3], [1, 1, 1, 1]):
         positions.copy_(torch.tensor(lengths) - 1)
@@ -91,7 +91,7 @@ def main() -> None:
         folder = make_tiny_model(Path(path) / "tiny")
         heads = ModelConfig.from_folder(folder).heads
         here = said(folder, StaticTritonAttention(heads, (None, None), tuning=SMALL))
-        there = said(folder, PaddedAttention())
+        there = said(folder, PaddedAttention((None, None)))
     print(json.dumps({"different": plans_that_differ(), "triton": here, "torch": there}))
 
 

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from engine.errors import ModelCorrupt, ModelNotFound, ModelUnsupported
 from engine.models.config import ModelConfig
+from engine.models.families import FAMILIES, Family
 from tests.tiny_model import make_tiny_model, tiny_config
+
+QWEN2: dict[str, Any] = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "attention_bias": None}
 
 
 def write_config(folder: Path, config: Any) -> Path:
@@ -63,13 +67,22 @@ def test_default_rope_by_name_is_no_scaling() -> None:
     ("overrides", "named"),
     [
         ({"architectures": ["GPTNeoXForCausalLM"]}, "GPTNeoXForCausalLM"),
-        ({"architectures": ["MistralForCausalLM"]}, "LlamaForCausalLM"),  # the cure lists what is supported
-        ({"attention_bias": True}, "attention_bias"),
+        ({"architectures": ["MixtralForCausalLM"]}, "MistralForCausalLM"),  # the cure lists what is supported
+        ({"use_sliding_window": True, "sliding_window": 64}, "use_sliding_window"),
+        ({"architectures": ["MistralForCausalLM"], "attention_bias": True}, "attention_bias"),
+        ({"architectures": ["MistralForCausalLM"], "layer_types": ["full_attention"] * 2}, "layer_types"),
+        (QWEN2 | {"layer_types": ["full_attention"]}, "2 layers"),
+        (
+            QWEN2 | {"layer_types": ["full_attention", "chunked_attention"]},
+            "full_attention, sliding_attention",
+        ),
+        ({"architectures": ["Qwen2ForCausalLM"]}, "attention_bias = False"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "llama3"),
+        ({"rope_scaling": {"rope_type": "default", "mrope_section": [8, 4, 4]}}, "mrope_section"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
         ({"rope_scaling": "su"}, "su"),
     ],
 )
@@ -90,6 +103,11 @@ def test_what_would_be_computed_wrong_is_refused(overrides: dict[str, Any], name
         ({"eos_token_id": [1, "2"]}, "eos_token_id"),
         ({"num_key_value_heads": 3}, "3 KV heads"),
         ({"head_dim": 15}, "15"),
+        (QWEN2 | {"use_sliding_window": True, "sliding_window": 0}, "sliding_window"),
+        (QWEN2 | {"use_sliding_window": True, "max_window_layers": -1}, "max_window_layers"),
+        (QWEN2 | {"layer_types": ["full_attention", "sliding_attention"]}, "no sliding_window"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": -4.0}}, "factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": "32"}}, "beta_fast"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor"),
         (
@@ -108,6 +126,29 @@ def test_what_would_be_computed_wrong_is_refused(overrides: dict[str, Any], name
 def test_senseless_values_are_named(overrides: dict[str, Any], named: str) -> None:
     with pytest.raises(ModelCorrupt, match=named):
         ModelConfig.from_dict(tiny_config(**overrides), "here")
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_absent_keys_mean_what_they_mean_to_transformers(family: Family) -> None:
+    raw = {"architectures": [family.architecture], "vocab_size": 9, "hidden_size": 4096}
+    raw |= {"intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 32}
+    theirs = AutoConfig.for_model(family.name, **{k: v for k, v in raw.items() if k != "architectures"})
+    ours = ModelConfig.from_dict(raw, "here")
+    assert ours.kv_heads == theirs.num_key_value_heads
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 4096 // 32)
+    assert ours.rms_norm_eps == theirs.rms_norm_eps
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.max_position_embeddings == theirs.max_position_embeddings
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    assert ours.windows == (getattr(theirs, "sliding_window", None),) * 3
+
+
+def test_a_family_may_be_named_by_its_type_alone() -> None:
+    raw = tiny_config(model_type="qwen3")
+    del raw["architectures"]
+    config = ModelConfig.from_dict(raw, "here")
+    assert config.query_key_norm
+    assert not config.biased
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
