@@ -93,6 +93,12 @@ class KVPool:
     def device(self) -> torch.device:
         return self._flat.device
 
+    @property
+    def data(self) -> torch.Tensor:
+        """[layer][k, v][slot][token][kv_head][head_dim]"""
+        flat = self._flat
+        return flat.view(*flat.shape[:2], self.n_slots, self.layout.block_tokens, *flat.shape[3:])
+
     def held(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """What kernels read: keys, values, and the scales of each (here there are none: anything)."""
         keys, values = self.keys(layer), self.values(layer)

@@ -26,12 +26,12 @@ from engine.weights import DTYPES
 from kvstore.codecs.exact import reciprocals, scales
 from kvstore.nouns import KVLayout, Quality
 
-__all__ = ["QUALITIES", "QuantisedPool", "dequantised", "quantised"]
+__all__ = ["CODE_MAX", "QUALITIES", "QuantisedPool", "dequantised", "quantised"]
 
 QUALITIES: Final = {"model": Quality.LOSSLESS, "int8": Quality.INT8, "fp8": Quality.FP8}
 """What KV is worth that lay in a pool of each kind (`EngineConfig.hot_pool`)."""
 
-_CODE_MAX: Final = {"int8": 127, "fp8": 448}
+CODE_MAX: Final = {"int8": 127, "fp8": 448}
 _FLOAT16_MAX: Final = 65504.0
 
 
@@ -80,6 +80,11 @@ class QuantisedPool(KVPool):
         return self._layer(layer, 1)
 
     def write(self, layer: int, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        if self.device.type == "cuda":
+            from engine.attention.triton_copy import write_rows  # which imports this
+
+            write_rows(self, layer, rows, keys, values)
+            return
         slots, tokens = rows // self.layout.block_tokens, rows % self.layout.block_tokens
         for which, of_rows in enumerate((keys, values)):
             codes, scale = quantised(of_rows, self._hot)
@@ -118,7 +123,7 @@ def quantised(values: torch.Tensor, hot: str) -> tuple[torch.Tensor, torch.Tenso
     """int8 codes [..., head_dim] and float32 scales [...] (each exact in bfloat16). NaN and infinities come
     back as NaN, whatever else there is."""
     x = values.float()
-    scale = scales(x.abs().amax(-1), _CODE_MAX[hot])
+    scale = scales(x.abs().amax(-1), CODE_MAX[hot])
     scaled = x * reciprocals(scale).unsqueeze(-1)
     if hot == "fp8":
         return scaled.clamp_(-448, 448).to(torch.float8_e4m3fn).view(torch.int8), scale

@@ -23,7 +23,7 @@ import triton
 
 from engine.attention.base import Segment, Windows
 from engine.attention.triton_decode import decode_reduce, decode_split
-from engine.attention.triton_plan import Laid, Shape, Work, lay_out
+from engine.attention.triton_plan import BLOCK_FIELDS, Shape, Work, Works, decode_work, lay_out
 from engine.attention.triton_prefill import prefill
 from engine.attention.triton_tuning import ROWS_MIN, Tuning, query_rows
 from engine.pool import KVPool
@@ -76,21 +76,40 @@ class TritonAttention:
 
     def plan(self, segments: Sequence[Segment], pool: KVPool) -> TritonPlan:
         """Some 10 us a segment and 40 ns a slot; one copy to the device, none back."""
-        laid = lay_out(segments, self.shape(pool), pool.layout, self.windows)
-        ints = torch.from_numpy(laid.ints)
+        made, works = lay_out(segments, self.shape(pool), pool.layout, self.windows)
+        ints = torch.from_numpy(made)
         if pool.device.type == "cuda":
             ints = ints.pin_memory().to(pool.device, non_blocking=True)
-        return TritonPlan(self, laid, ints, pool)
+        return TritonPlan(self, works, ints, ints, pool)
+
+    def decode_plan(self, tables: torch.Tensor, positions: torch.Tensor, pool: KVPool) -> TritonPlan:
+        """Row i of the step is the token at `positions[i]` of the sequence whose slots are `tables[i]`
+        (int32 [rows, blocks], contiguous). Both are read on the device, at every replay of what is recorded
+        with this plan: how many programs there are is that of the longest context the tables have room for,
+        and each row's context is cut among them on the device."""
+        rows, width = tables.shape
+        shape = self.shape(pool)
+        work = decode_work(rows, width * pool.layout.block_tokens, shape, self.windows)
+        count = torch.arange(rows, dtype=torch.int32, device=tables.device)
+        each = work.partials // rows
+        columns = (count, torch.ones_like(count), positions, count * width, count * each)
+        ints = torch.zeros(rows, BLOCK_FIELDS, dtype=torch.int32, device=tables.device)
+        for field, column in enumerate(columns):
+            ints[:, field] = column
+        return TritonPlan(self, Works((work,), None), ints.flatten(), tables, pool)
 
 
 class TritonPlan:
     """One step's metadata on the device, and the scratch memory of all layers."""
 
-    def __init__(self, backend: TritonAttention, laid: Laid, ints: torch.Tensor, pool: KVPool) -> None:
+    def __init__(
+        self, backend: TritonAttention, works: Works, blocks: torch.Tensor, tables: torch.Tensor, pool: KVPool
+    ) -> None:
         tuning, layout = backend.tuning(pool), pool.layout
         self._backend = backend
-        self._laid = laid
-        self._ints = ints
+        self._works = works
+        self._blocks = blocks
+        self._tables = tables
         self._pool = pool
         self._scale = _LOG2_E * layout.head_dim**-0.5
         group = backend.heads // layout.kv_heads
@@ -115,7 +134,7 @@ class TritonPlan:
             **sizes, **stored, "M": query_rows(group, tuning.prefill_rows), "N": tuning.prefill_tile,
             "num_warps": tuning.prefill_warps, "num_stages": tuning.prefill_stages,
         }  # fmt: skip
-        partials = max((work.partials for work in laid.decode), default=0) * layout.kv_heads
+        partials = max((work.partials for work in works.decode), default=0) * layout.kv_heads
         self._split_tokens = tuning.split_tokens
         self._sums = torch.empty(partials * rows * padded, device=pool.device)
         self._extremes = torch.empty(partials * 2 * rows, device=pool.device)
@@ -127,12 +146,12 @@ class TritonPlan:
         held = self._pool.held(layer)
         masks = {"WINDOWED": window is not None, "SINKS": window is not None and self._backend.sinks > 0}
         visible = (window or 0, self._backend.sinks)
-        for work in self._laid.decode:
+        for work in self._works.decode:
             self._attend_split(work, held, queries, out, window, masks)
-        chunks = self._laid.prefill
+        chunks = self._works.prefill
         if chunks is not None:
             prefill[(self._pool.layout.kv_heads, chunks.blocks)](
-                queries, *held, self._ints[chunks.first :], self._ints, out,
+                queries, *held, self._blocks[chunks.first :], self._tables, out,
                 queries.stride(0), self._scale, *visible, **self._prefill, **masks,
             )  # fmt: skip
 
@@ -145,10 +164,10 @@ class TritonPlan:
         window: int | None,
         masks: dict[str, bool],
     ) -> None:
-        kv_heads, splits, blocks = self._pool.layout.kv_heads, work.splits[window], self._ints[work.first :]
+        kv_heads, splits, blocks = self._pool.layout.kv_heads, work.splits[window], self._blocks[work.first :]
         counts = (window or 0, self._backend.sinks, splits, self._split_tokens)
         decode_split[(kv_heads, splits, work.blocks)](
-            queries, *held, blocks, self._ints, self._sums, self._extremes,
+            queries, *held, blocks, self._tables, self._sums, self._extremes,
             queries.stride(0), self._scale, *counts, **self._decode, **masks,
         )  # fmt: skip
         decode_reduce[(kv_heads, work.blocks)](

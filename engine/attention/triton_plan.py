@@ -20,7 +20,7 @@ import numpy.typing as npt
 from engine.attention.base import Segment
 from kvstore.nouns import KVLayout
 
-__all__ = ["BLOCK_FIELDS", "Laid", "Shape", "Work", "lay_out"]
+__all__ = ["BLOCK_FIELDS", "Shape", "Work", "Works", "decode_work", "lay_out"]
 
 Ints = npt.NDArray[np.int32]
 
@@ -69,8 +69,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Laid:
-    ints: Ints
+class Works:
     decode: tuple[Work, ...]
     prefill: Work | None
 
@@ -89,7 +88,7 @@ class _Block:
 
 def lay_out(
     segments: Sequence[Segment], shape: Shape, layout: KVLayout, windows: Iterable[int | None]
-) -> Laid:
+) -> tuple[Ints, Works]:
     """Some 5 us a block and 40 ns a slot."""
     decode: list[_Block] = []
     prefill: list[_Block] = []
@@ -115,7 +114,17 @@ def lay_out(
         first = BLOCK_FIELDS * len(decode)
         _write([(b.row, b.rows, b.start, starts[b.segment], 0) for b in prefill], ints[first:tables_at])
         last = Work(first, len(prefill), {}, 0)
-    return Laid(ints, tuple(works), last)
+    return ints, Works(tuple(works), last)
+
+
+def decode_work(rows: int, context: int, shape: Shape, windows: Iterable[int | None]) -> Work:
+    """One launch for `rows` single positions of contexts up to `context`, known on the device alone. Each has
+    the same share of the partials."""
+    each = -(-context // shape.split_tokens)
+    if not shape.batch_invariant:
+        each = shape.splits([context], rows * shape.kv_heads)
+    splits = {window: each + shape.own_split(window) for window in windows}
+    return Work(0, rows, splits, rows * max(splits.values()))
 
 
 def _launches(

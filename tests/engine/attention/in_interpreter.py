@@ -1,9 +1,6 @@
 """Triton's attention in the interpreter, beside float64: what differed, as JSON.
 
-    TRITON_INTERPRET=1 python -m tests.engine.attention.in_interpreter [--all]
-
-A process of its own: triton must be imported with TRITON_INTERPRET set, and another test may have imported
-it without.
+TRITON_INTERPRET=1 python -m tests.engine.attention.in_interpreter [--all]
 """
 
 from __future__ import annotations

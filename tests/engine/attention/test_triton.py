@@ -14,10 +14,12 @@ from tests.engine.attention.cases import ALL, SOME
 from tests.house.sources import REPO
 
 
-def in_interpreter(*options: str, timeout_s: float) -> dict[str, Any]:
+def in_interpreter(*what: str, timeout_s: float) -> dict[str, Any]:
+    """A process of its own: triton must be imported with TRITON_INTERPRET set, and another test may have
+    imported it without."""
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.engine.attention.in_interpreter", *options]
+    command = [sys.executable, "-m", f"tests.engine.attention.{what[0]}", *what[1:]]
     done = subprocess.run(
         command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
     )
@@ -28,7 +30,7 @@ def in_interpreter(*options: str, timeout_s: float) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    return in_interpreter(timeout_s=300)
+    return in_interpreter("in_interpreter", timeout_s=110)
 
 
 def test_every_case_is_as_close_to_float64_as_it_says(found: dict[str, Any]) -> None:
@@ -40,8 +42,15 @@ def test_in_batch_invariant_mode_no_bit_depends_on_company_or_chunks(found: dict
     assert found["varying"] == []
 
 
+def test_copies_and_codes_have_the_bits_of_torch_and_recorded_decoding_is_right() -> None:
+    found = in_interpreter("copies_in_interpreter", timeout_s=110)
+    assert found["wrong"] == []
+    assert found["seen"] == 12
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(3_000)
 def test_the_whole_grid() -> None:
-    found = in_interpreter("--all", timeout_s=3_000)
+    found = in_interpreter("in_interpreter", "--all", timeout_s=3_000)
     assert found["wrong"] == []
     assert found["seen"] == len(ALL)
