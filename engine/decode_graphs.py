@@ -25,27 +25,19 @@ from engine.device import Device, Mark, Recorded
 from engine.models.llama import StepInput
 from engine.pool import KVPool
 
-__all__ = ["DecodeGraphs", "PagedDecode", "StaticPlan", "graph_sizes"]
+__all__ = ["DecodeGraphs", "PagedDecode", "graph_sizes"]
 
 IN_TURN: Final = 2
 """Pinned inputs: the host fills one while the device may still copy from the other."""
 
 
-class StaticPlan(AttentionPlan, Protocol):
-    """Attention for every step of one shape."""
-
-    def refresh(self) -> None:
-        """See to it, on the device, that what follows attends as tables and positions have it by then."""
-        ...
-
-
 class PagedDecode(AttentionBackend, Protocol):
     """An attention backend whose decoding can be recorded."""
 
-    def decode_plan(self, tables: torch.Tensor, positions: torch.Tensor, pool: KVPool) -> StaticPlan:
+    def decode_plan(self, tables: torch.Tensor, positions: torch.Tensor, pool: KVPool) -> AttentionPlan:
         """Row i of the step is the token at `positions[i]` (int64) of the sequence whose slots are
-        `tables[i]` (int32 [rows, blocks]; behind its context any slot). The plan reads both on the device,
-        when it is refreshed."""
+        `tables[i]` (int32 [rows, blocks]; behind its context any slot). Both are read on the device at every
+        replay, never by the host."""
         ...
 
 
@@ -78,12 +70,12 @@ class DecodeGraphs:
         self._send(self._inputs[0], make_batch((), pool.layout.block_tokens), self.sizes[-1])
         self._recorded: dict[int, Recorded] = {}
 
-        self._plans: list[StaticPlan] = []  # what is recorded uses their memory
+        def work(step: StepInput, tables: torch.Tensor) -> torch.Tensor:
+            return compute(step, attention.decode_plan(tables, step.positions, pool))
+
         for size in reversed(self.sizes):  # the largest first: the others fit into its memory
             step = StepInput(token_ids[:size], positions[:size], pool_rows[:size])
-            plan = attention.decode_plan(tables[:size], step.positions, pool)
-            self._plans.append(plan)
-            self._recorded[size] = device.record(partial(_refreshed, compute, step, plan))
+            self._recorded[size] = device.record(partial(work, step, tables[:size]))
 
     def can_run(self, batch: Batch) -> bool:
         """Is it a token each of sequences that need logits, and not too many of them?"""
@@ -110,11 +102,6 @@ class DecodeGraphs:
         nbytes = inputs.fill(batch, size)
         self._on_device[:nbytes].copy_(inputs.pinned[:nbytes], non_blocking=True)
         inputs.sent = self._device.mark()
-
-
-def _refreshed(compute: Compute, step: StepInput, plan: StaticPlan) -> torch.Tensor:
-    plan.refresh()
-    return compute(step, plan)
 
 
 class _HostInputs:

@@ -13,7 +13,7 @@ half a block. Whoever reads from another thread has lent the slot (kvstore/tiers
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -21,28 +21,32 @@ import numpy.typing as npt
 import torch
 
 from engine.device import Device, Mark
-from engine.pool import BlockRead
+from engine.pool import BlockRead, KVPool
 from engine.weights import DTYPES
 from kvstore.nouns import KVLayout
 
-__all__ = ["DeviceStorage", "gather", "scatter"]
+__all__ = ["DeviceStorage"]
 
 Bytes = npt.NDArray[np.uint8]
 
 RING_BUFFERS: Final = 4
 """Pinned buffers for blocks on their way in: one is filled while others are copied from."""
+GATHER_MIN: Final = 4
+"""Blocks that are worth a kernel for all of them; fewer are copied one by one."""
 
 
-def gather(data: torch.Tensor, slots: Sequence[int], out: torch.Tensor) -> None:
-    """Whole blocks of `data` [layers, 2, slots, ...] to `out` [len(slots), layers, 2, ...]."""
-    for slot, block in zip(slots, out, strict=True):
-        block.copy_(data[:, :, slot])
+Gather = Callable[[KVPool, torch.Tensor, torch.Tensor], None]
 
 
-def scatter(data: torch.Tensor, slots: Sequence[int], source: torch.Tensor) -> None:
-    """The way back."""
-    for slot, block in zip(slots, source, strict=True):
-        data[:, :, slot].copy_(block)
+def _gather_kernel(device: torch.device) -> Gather | None:
+    """Triton's, on a GPU that has Triton."""
+    if device.type == "cpu":
+        return None
+    try:
+        from engine.attention.triton_copy import gather
+    except ImportError:
+        return None
+    return gather
 
 
 class DeviceStorage:
@@ -53,6 +57,7 @@ class DeviceStorage:
         self._dtype = DTYPES[layout.dtype]
         shape = (layout.layers, 2, n_slots, layout.block_tokens, layout.kv_heads, layout.head_dim)
         self.data = torch.zeros(shape, dtype=self._dtype, device=device.torch_device)
+        self._pool = KVPool(layout, n_slots, self)  # what kernels know it as
         self._lock = threading.Lock()
         self._ring: list[tuple[torch.Tensor, Mark]] = [
             (device.pinned(layout.block_nbytes), device.mark()) for _ in range(RING_BUFFERS)
@@ -89,12 +94,22 @@ class DeviceStorage:
         shape = (len(slots), *self.data.shape[:2], *self.data.shape[3:])
         with torch.inference_mode():
             staged = torch.empty(shape, dtype=self._dtype, device=self.data.device)
-            gather(self.data, slots, staged)
+            self._gather(slots, staged)
             pinned = self._device.pinned(staged.nbytes)
             with self._device.beside():
                 self._typed(pinned, shape).copy_(staged, non_blocking=True)
                 mark = self._device.mark()
         return _BlocksUnderWay(pinned.view(len(slots), -1), staged, mark)
+
+    def _gather(self, slots: Sequence[int], staged: torch.Tensor) -> None:
+        gather = _gather_kernel(self.data.device) if len(slots) >= GATHER_MIN else None
+        if gather is None:
+            for slot, block in zip(slots, staged, strict=True):
+                block.copy_(self.data[:, :, slot])
+            return
+        pinned = self._device.pinned(4 * len(slots)).view(torch.int32)
+        pinned.numpy()[:] = slots
+        gather(self._pool, pinned.to(self.data.device, non_blocking=True), staged)
 
     def _typed(self, pinned: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         return pinned.view(self._dtype).view(*shape)

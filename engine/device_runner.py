@@ -125,10 +125,8 @@ def _attention_on(device: torch.device, model_config: ModelConfig, config: Engin
     if device.type == "cpu":
         return PaddedAttention(model_config.windows)
     try:
-        from engine.attention.triton_static import StaticTritonAttention
+        from engine.attention.triton_attention import TritonAttention
     except ImportError as error:
         log.warning("attention is torch's, which is slow on a GPU: install triton", why=str(error))
         return PaddedAttention(model_config.windows)
-    return StaticTritonAttention(
-        model_config.heads, model_config.windows, batch_invariant=config.batch_invariant
-    )
+    return TritonAttention(model_config.heads, model_config.windows, batch_invariant=config.batch_invariant)

@@ -70,11 +70,6 @@ class KVPool:
         self._flat = data.view(layout.layers, 2, n_slots * layout.block_tokens, *data.shape[-2:])
 
     @property
-    def data(self) -> torch.Tensor:
-        """[layer][k, v][slot][token][kv_head][head_dim]"""
-        return self._storage.data
-
-    @property
     def hot(self) -> str:
         """What KV is held as: `model`, its own dtype; or the codec of engine/quantised_pool.py."""
         return "model"

@@ -29,21 +29,13 @@ class PaddedPlan:
         self, windows: Windows, sinks: int, tables: torch.Tensor, positions: torch.Tensor, pool: KVPool
     ) -> None:
         self._windows = windows
-        self._sinks = sinks
-        self._from = tables, positions
         self._pool = pool
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Take over positions and tables as they are on the device."""
-        tables, positions = self._from
-        size = self._pool.layout.block_tokens
+        size = pool.layout.block_tokens
         offsets = torch.arange(size, device=tables.device)
         self._index = (tables.long().unsqueeze(-1) * size + offsets).flatten(1)  # [rows, tokens]
         tokens = torch.arange(self._index.shape[1], device=tables.device)
         self._hidden = {
-            window: hidden_tokens(positions.unsqueeze(1), tokens, window, self._sinks)
-            for window in set(self._windows)
+            window: hidden_tokens(positions.unsqueeze(1), tokens, window, sinks) for window in set(windows)
         }
 
     def attend(self, layer: int, queries: torch.Tensor, out: torch.Tensor) -> None:

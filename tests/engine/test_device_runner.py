@@ -13,6 +13,7 @@ from engine.device import Device, HostDevice
 from engine.engine import Engine
 from engine.types import CompletedBlock, GenerationRequest, StepResult
 from kvstore.errors import ConfigError
+from tests.engine.attention.test_triton import in_interpreter
 from tests.engine.conftest import EngineFactory, prompt, request, run, tokens_of
 from tests.engine.late_device import LateDevice, RecordingDevice
 
@@ -152,6 +153,14 @@ def test_more_sequences_than_any_recorded_batch_are_not_admitted(make_device_eng
     for index in range(6):
         engine.admit(request(f"r{index}", prompt(4, index), 4))
     assert not engine.can_admit(request("one more", prompt(4), 4))
+
+
+def test_over_tritons_attention_it_says_the_same() -> None:
+    said = in_interpreter("engine_in_interpreter", timeout_s=110)
+    assert said["triton"] == said["torch"]
+    assert [len(answer) for answer in said["triton"]] == [4, 5, 6]
+    assert said["same_blocks"], "gathered by Triton's kernel and by torch"
+    assert said["blocks"] == 3
 
 
 @pytest.mark.parametrize(
