@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -14,21 +15,47 @@ from kvstore.errors import ConfigError
 SHAPES = [(960, 576), (192, 576), (3072, 576), (576, 1536), (64, 100), (259, 64), (4096, 576)]  # [out, in]
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_row_count_gives_the_same_bits(
-    shape: tuple[int, int], threads: int, set_threads: Callable[[int], None]
+    shape: tuple[int, int], threads: int, stored: torch.dtype, set_threads: Callable[[int], None]
 ) -> None:
     set_threads(threads)
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(shape, generator=generator)
+    weight = torch.randn(shape, generator=generator).to(stored).float()
     x = torch.randn(1040, shape[1], generator=generator)
     linear = PackedLinear(weight)
+    assert linear.is_half == (stored is torch.bfloat16 and half_products())
     whole = linear(x)
     torch.testing.assert_close(whole, x @ weight.T, rtol=1e-4, atol=1e-4)
     for rows in [*range(1, 70), 127, 128, 129, 255, 256, 300, 511, 640, 1024]:
         for begin in (0, 1040 - rows):
             assert torch.equal(linear(x[begin : begin + rows]), whole[begin : begin + rows]), rows
+
+
+def half_products() -> bool:
+    return torch.backends.quantized.engine in ("x86", "fbgemm")
+
+
+@pytest.mark.skipif(not half_products(), reason="no FBGEMM in this build of torch")
+@pytest.mark.parametrize("largest", [1e-3, 0.7, 90.0])
+def test_what_float16_holds_exactly_is_multiplied_exactly(largest: float) -> None:
+    """Rows of one element show the weights themselves; one that float16 would round goes float32's way."""
+    weight = torch.randn(70, 40).mul_(largest / 4).bfloat16().float()
+    for one in torch.eye(40).unsqueeze(1):
+        torch.testing.assert_close(PackedLinear(weight)(one), one @ weight.T, rtol=0, atol=0)
+    weight[3, 5] = largest * (1 + 2**-20)
+    linear = PackedLinear(weight)
+    assert not linear.is_half
+    torch.testing.assert_close(linear(torch.eye(40)), weight.T, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("odd", [0.0, math.inf, math.nan])
+def test_weights_without_a_scale_are_multiplied_as_they_are(odd: float) -> None:
+    weight = torch.full((4, 3), odd)
+    product = PackedLinear(weight)(torch.ones(2, 3))
+    torch.testing.assert_close(product, torch.ones(2, 3) @ weight.T, equal_nan=True)
 
 
 def test_weights_below_each_other_are_one_product() -> None:
