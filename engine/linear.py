@@ -117,7 +117,7 @@ def _scale_to_half(weights: torch.Tensor) -> float | None:
     return scale
 
 
-def check_row_invariance(linears: Iterable[Linear], rowwise: Iterable[Rowwise]) -> None:
+def check_row_invariance(linears: Iterable[PackedLinear], rowwise: Iterable[Rowwise]) -> None:
     """Prove on this machine, with its threads, that a row's bits do not depend on what is computed with it:
     for products, and for functions of whole rows.
 

@@ -8,7 +8,7 @@ engine/device_runner.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from engine.batch import Batch
 from engine.config import EngineConfig
 from engine.device import CudaDevice, Device, resolve_device
 from engine.device_runner import DeviceRunner
-from engine.linear import Rowwise, check_row_invariance
+from engine.linear import PackedLinear, Rowwise, check_row_invariance
 from engine.models.config import ModelConfig
 from engine.models.llama import LlamaModel, StepInput
 from engine.pool import KVPool
@@ -119,5 +119,5 @@ def _check_invariance(model: LlamaModel, layout: KVLayout) -> None:
     ]
     if model.config.query_key_norm:
         rowwise.append(Rowwise(model.normed_heads, model.projected_width, dtype))
-    check_row_invariance(model.products(), rowwise)
+    check_row_invariance(cast("list[PackedLinear]", model.products()), rowwise)
     check_attention_invariance(model.config.heads, layout, windowed=any(model.config.windows))
