@@ -36,7 +36,7 @@ from engine.types import GenerationRequest, SamplingParams
 from engine.weights import DTYPES, Weights, expected_shapes, load_weights
 from kvstore.nouns import WeightsDigest
 
-__all__ = ["measure"]
+__all__ = ["lines", "measure"]
 
 SMOLLM2: Final = {
     "architectures": ["LlamaForCausalLM"], "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
@@ -227,25 +227,31 @@ def measure(*, tiny: bool) -> dict[str, Any]:
     }
 
 
+def lines(measured: dict[str, Any]) -> list[str]:
+    """What was measured, as a table."""
+    where = f"{measured['device']}, torch {measured['torch']}, {measured['dtype']}"
+    table = [
+        f"{where}, {measured['context']} tokens each",
+        f"{'':30}{'batch':>6}{'step ms':>10}{'replay ms':>11}{'host %':>8}{'tok/s':>9}{'weights GB/s':>14}",
+    ]
+    for name, batches in measured["decode"].items():
+        for batch, row in batches.items():
+            cells = f"{row['step_ms']:10.3f}{row['replay_ms']:11.3f}{row['host_share'] * 100:8.1f}"
+            table.append(f"{name:30}{batch:6}{cells}{row['tok_s']:9.0f}{row['weights_gb_s']:14.0f}")
+    same = measured["equality"]
+    of = f"{same['equal']} of {same['prompts']} prompts over {same['tokens']} tokens, {same['model']}"
+    return [*table, f"greedy as on the CPU: {of}"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
+    if not (asked.tiny or torch.cuda.is_available()):
+        parser.error("there is no CUDA device here: --tiny runs on the CPU")
     measured = measure(tiny=asked.tiny)
-    if asked.json:
-        print(json.dumps(measured))
-        return
-    print(
-        f"{measured['device']}, torch {measured['torch']}, {measured['dtype']}, {measured['context']} tokens"
-    )
-    print(f"{'':24}{'batch':>6}{'step ms':>10}{'replay ms':>11}{'host %':>8}{'tok/s':>9}{'weights GB/s':>14}")
-    for name, batches in measured["decode"].items():
-        for batch, row in batches.items():
-            cells = f"{row['step_ms']:10.3f}{row['replay_ms']:11.3f}{row['host_share'] * 100:8.1f}"
-            print(f"{name:24}{batch:6}{cells}{row['tok_s']:9.0f}{row['weights_gb_s']:14.0f}")
-    same = measured["equality"]
-    print(f"greedy as on the CPU: {same['equal']} of {same['prompts']} prompts over {same['tokens']} tokens")
+    print(json.dumps(measured) if asked.json else "\n".join(lines(measured)))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 A block is handed on with the step it became full in or, at the latest, with the one in which its sequence
 ends, parks or leaves: by then it is waited for. On a CPU copies are done at once. Order is kept, within a
-sequence and over all. Bounded: no more than `STEPS_MAX` steps' blocks are under way.
+sequence and over all. Bounded: of more than `UNDER_WAY_NBYTES_MAX` the oldest are waited for.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from engine.types import CompletedBlock
 
 __all__ = ["BlockCopies", "FullBlock"]
 
-STEPS_MAX: Final = 4
+UNDER_WAY_NBYTES_MAX: Final = 256 << 20
 
 
 class FullBlock(NamedTuple):
@@ -44,16 +44,19 @@ class BlockCopies:
         self._under_way: deque[_UnderWay] = deque()
 
     def begin(self, blocks: Sequence[FullBlock]) -> None:
-        """Copy out what the work issued so far leaves there. The slots may change hands from here on."""
+        """Copy out what the work issued so far leaves there. The slots must be their sequences' when it is
+        asked, and may change hands from here on."""
         if blocks:
             self._under_way.append(_UnderWay(blocks, self._pool.begin_read([block.slot for block in blocks])))
 
     def take(self, goes_on: Callable[[str], bool]) -> list[CompletedBlock]:
         """Those that are here, and all up to the last one of a request that does not go on."""
-        due = max(0, len(self._under_way) - STEPS_MAX)
+        due, behind = 0, sum(len(copied.blocks) for copied in self._under_way)
         for number, (blocks, read) in enumerate(self._under_way, 1):
-            if read.done() or not all(goes_on(block.request_id) for block in blocks):
-                due = max(due, number)
+            too_many = behind * self._pool.block_nbytes > UNDER_WAY_NBYTES_MAX
+            if too_many or read.done() or not all(goes_on(block.request_id) for block in blocks):
+                due = number
+            behind -= len(blocks)
         return [block for _ in range(due) for block in _completed(self._under_way.popleft())]
 
 

@@ -57,22 +57,15 @@ class DeviceRunner:
         self._device = device
         self._sampler = DeviceSampler(device)
         self._issued = device.mark()
+        self._rows_max = config.running_max
+        self._max_model_len = max_model_len
         with torch.inference_mode(), device.current():
             try:
-                tensors = OnDevice(weights.tensors, device.torch_device)
-                self._model = LlamaModel(model_config, tensors, max_model_len, PlainLinear)
+                self._model = self.model_beside(model_config, weights)
                 slots = n_slots + SPARE_SLOTS
                 self.pool = KVPool(layout, slots, DeviceStorage(layout, slots, device))
                 self._attention = _attention_on(device.torch_device, model_config, config)
-                self.graphs = DecodeGraphs(
-                    device,
-                    self.pool,
-                    self._attention,
-                    self._decode,
-                    rows_max=config.running_max,
-                    blocks_max=-(-max_model_len // layout.block_tokens),
-                    spare_slot=n_slots,
-                )
+                self.graphs = self._record()
             except torch.OutOfMemoryError as error:
                 raise ConfigError(
                     f"the model and {n_slots} KV blocks of {layout.block_nbytes} bytes do not fit into "
@@ -87,6 +80,20 @@ class DeviceRunner:
                 rows_max=config.running_max,
                 tokens_max=max_model_len,
             )
+
+    def model_beside(self, model_config: ModelConfig, weights: Weights) -> LlamaModel:
+        """A model of other weights and the same shape, on the device, ready for `swap`; nothing changes. From
+        any thread. The device holds both until then."""
+        with torch.inference_mode(), self._device.current():
+            tensors = OnDevice(weights.tensors, self._device.torch_device)
+            return LlamaModel(model_config, tensors, self._max_model_len, PlainLinear)
+
+    def swap(self, model: LlamaModel) -> None:
+        """Compute with this one from the next batch on; the pool stays as it is. Takes as long as recording at
+        load: a graph knows its weights by their addresses."""
+        self._model = model
+        with torch.inference_mode(), self._device.current():
+            self.graphs = self._record()
 
     def begin_draw(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Callable[[], list[Drawn]]:
         """Tokens drawn on the device; the answer waits for their copy."""
@@ -114,6 +121,18 @@ class DeviceRunner:
         if not len(batch.logits_rows):
             return hidden.new_empty(0, self._model.config.vocab_size, dtype=torch.float32)
         return self._model.logits(hidden, there[3 * rows :])
+
+    def _record(self) -> DecodeGraphs:
+        block_tokens = self.pool.layout.block_tokens
+        return DecodeGraphs(
+            self._device,
+            self.pool,
+            self._attention,
+            self._decode,
+            rows_max=self._rows_max,
+            blocks_max=-(-self._max_model_len // block_tokens),
+            spare_slot=self.pool.n_slots - 1,
+        )
 
     def _decode(self, step: StepInput, plan: AttentionPlan) -> torch.Tensor:
         hidden = self._model.forward(step, self.pool, plan)

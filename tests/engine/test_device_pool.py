@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from engine.device import Device, HostDevice
+from engine.device import CudaDevice, Device, HostDevice
 from engine.device_pool import RING_BUFFERS, DeviceStorage
 from engine.pool import KVPool
 from kvstore.frame import decode_frame
@@ -25,7 +25,23 @@ def pool_on(device: Device, layout: KVLayout = LAYOUT, n_slots: int = 12) -> KVP
     return KVPool(layout, n_slots, DeviceStorage(layout, n_slots, device))
 
 
-@pytest.fixture(params=[HostDevice, LateDevice])
+def a_gpu() -> CudaDevice:
+    return CudaDevice(torch.device("cuda"))
+
+
+@pytest.fixture(
+    params=[
+        HostDevice,
+        LateDevice,
+        pytest.param(
+            a_gpu,
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+            ],
+        ),
+    ]
+)
 def device(request: pytest.FixtureRequest) -> Device:
     made: Device = request.param()
     return made

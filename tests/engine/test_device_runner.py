@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,12 @@ from engine.decode_graphs import graph_sizes
 from engine.device import Device, HostDevice
 from engine.engine import Engine
 from engine.types import CompletedBlock, GenerationRequest, StepResult
+from engine.weights import load_weights
 from kvstore.errors import ConfigError
 from tests.engine.attention.test_triton import in_interpreter
 from tests.engine.conftest import EngineFactory, prompt, request, run, tokens_of
 from tests.engine.late_device import LateDevice, RecordingDevice
+from tests.tiny_model import make_tiny_model
 
 PLAIN = {"batch_invariant": False, "running_max": 6, "max_model_len": 256}
 
@@ -58,6 +61,16 @@ def told(results: list[StepResult]) -> dict[str, list[int]]:
     return {one.request_id: tokens_of(results, one.request_id) for one in workload()}
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("step_tokens_max", [16, 512])
+def test_a_gpu_says_what_the_cpu_says(make_engine: EngineFactory, step_tokens_max: int) -> None:
+    there = make_engine(device="cuda", **(PLAIN | {"step_tokens_max": step_tokens_max}))
+    here = make_engine(device="cpu", **(PLAIN | {"step_tokens_max": step_tokens_max}))
+    assert told(serve(there, workload())) == told(serve(here, workload()))
+    there.check_integrity()
+
+
 def blocks_of(results: list[StepResult], name: str) -> list[CompletedBlock]:
     return [block for result in results for block in result.blocks if block.request_id == name]
 
@@ -68,7 +81,7 @@ def test_a_device_says_what_the_cpu_says(
 ) -> None:
     device = RecordingDevice()
     there = make_device_engine(device, step_tokens_max=step_tokens_max)
-    here = make_engine(**(PLAIN | {"step_tokens_max": step_tokens_max}))
+    here = make_engine(device="cpu", **(PLAIN | {"step_tokens_max": step_tokens_max}))
     results, expected = serve(there, workload()), serve(here, workload())
     assert told(results) == told(expected)
     assert device.replays > 20, "decoding steps are replays"
@@ -146,6 +159,19 @@ def test_an_onboarded_prefix_is_used(make_device_engine: Any) -> None:
     alone = make_device_engine(HostDevice())
     alone.admit(wanted)
     assert [token, *tokens_of(run(second), "a")] == tokens_of(run(alone), "a")
+
+
+def test_other_weights_are_computed_with_from_the_next_step_on(
+    make_device_engine: Any, tmp_path: Path
+) -> None:
+    """A graph knows its weights by their addresses: it must be recorded anew."""
+    engine = make_device_engine(RecordingDevice())
+    other_folder = make_tiny_model(tmp_path, seed=1)
+    other = make_device_engine(RecordingDevice(), folder=other_folder)
+    assert told(serve(engine, workload())) != told(serve(other, workload()))
+    weights = load_weights(other_folder, engine.model_config, torch.float32)
+    engine._runner.swap(engine._runner.model_beside(engine.model_config, weights))
+    assert told(serve(engine, workload())) == told(serve(other, workload()))
 
 
 def test_more_sequences_than_any_recorded_batch_are_not_admitted(make_device_engine: Any) -> None:
