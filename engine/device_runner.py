@@ -89,8 +89,8 @@ class DeviceRunner:
             return LlamaModel(model_config, tensors, self._max_model_len, PlainLinear)
 
     def swap(self, model: LlamaModel) -> None:
-        """Compute with this one from the next batch on; the pool stays as it is. Takes as long as recording at
-        load: a graph knows its weights by their addresses."""
+        """Compute with this one from the next batch on; the pool stays as it is. Takes as long as recording
+        at load: a graph knows its weights by their addresses."""
         self._model = model
         with torch.inference_mode(), self._device.current():
             self.graphs = self._record()

@@ -65,16 +65,16 @@ class Linear(Protocol):
 
 
 class PackedLinear:
-    """Weights [out, in], one below the other, as one product, and a bias [out] for all of them."""
+    """Weights [out, in], one below the other, as one product, and a bias [out] of all of them."""
 
     __slots__ = ("_bias", "_packed", "_unscale", "in_features", "is_half", "out_features")
 
     def __init__(self, *weights: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         whole = torch.cat([weight.float() for weight in weights])
         self.out_features, self.in_features = whole.shape
-        self._bias = None if bias is None else bias.float()
         scale = _scale_to_half(whole) if _HALF_PRODUCTS else None
         self.is_half = scale is not None
+        self._bias = None if bias is None else bias.float()
         if scale is not None:
             self._packed = torch.ops.quantized.linear_prepack_fp16(whole.mul_(scale), None)
             self._unscale = 1 / scale

@@ -202,7 +202,7 @@ def _convert(path: Path, progress: Progress) -> Path:
         model.write_folder(folder, progress)
         return {"gguf": path.name, "sha256": sha256}
 
-    return cache.make(f"gguf-{sha256[:32]}", build, progress)
+    return cache.make(f"gguf2-{sha256[:32]}", build, progress)
 
 
 def _resolve_hub(name: str, fetch: bool, progress: Progress) -> Path:

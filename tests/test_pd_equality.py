@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,6 +40,7 @@ from tests.role_parts import (
     request,
     shard,
 )
+from tests.tiny_model import make_tiny_model
 
 LENGTHS = (1, 2, 7, 8, 9, 15, 16, 17, 23, 31, 32, 33, 40, 47, 48, 49, 63, 64, 95, 130, 200, 257)
 assert len(LENGTHS) >= 20
@@ -47,8 +49,8 @@ assert len(LENGTHS) >= 20
 class Reference:
     """What one process generates, each request computed once."""
 
-    def __init__(self, folder: Path) -> None:
-        self.engine = Engine.load(folder, ENGINE)
+    def __init__(self, folder: Path, config: EngineConfig = ENGINE) -> None:
+        self.engine = Engine.load(folder, config)
         self._known: dict[GenerationRequest, tuple[int, ...]] = {}
 
     def __call__(self, asked: GenerationRequest) -> tuple[int, ...]:
@@ -94,6 +96,24 @@ async def test_equal_to_one_process_cold_and_warm(
         assert await assert_equal(pair, reference, requests("a", temperature)) == 0
         assert await assert_equal(pair, reference, requests("b", temperature)) == USABLE_TOKENS
         await pair.assert_nothing_held()
+
+
+MISTRAL = {"architectures": ["MistralForCausalLM"], "sliding_window": 21}
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "attention_bias": None}
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"]}
+
+
+@pytest.mark.parametrize(("family", "dtype"), [(MISTRAL, "float16"), (QWEN2, "float32"), (QWEN3, "float16")])
+async def test_every_family_is_equal_cold_and_warm(
+    family: dict[str, Any], dtype: str, tmp_path: Path
+) -> None:
+    """Behind a window shorter than a block and a chunk, with biases, with normed heads, in float16."""
+    folder = make_tiny_model(tmp_path, **family)
+    config = ENGINE.model_copy(update={"dtype": dtype})
+    reference = Reference(folder, config)
+    async with pair_over(folder, [shard("s0"), shard("s1")], engine=config) as pair:
+        assert await assert_equal(pair, reference, requests("a")) == 0
+        assert await assert_equal(pair, reference, requests("b")) == USABLE_TOKENS
 
 
 class RottingTier(HostTier):

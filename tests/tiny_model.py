@@ -1,10 +1,11 @@
-"""A tiny random Llama folder built in code: what tests use where a real model would only cost time.
+"""A tiny random folder built in code: what tests use where a real model would only cost time.
 
 `make_tiny_model(path)` writes config.json, model.safetensors, tokenizer.json and tokenizer_config.json, in
-the form the Hugging Face hub has them: about 0.3 MB, 10 ms. Equal arguments give equal bytes. The weights
-are drawn so wide (standard deviation 1 / sqrt(fan in), embeddings a quarter and not tied) that every part
-of the model moves the logits and greedy output is not one token over and over.
-The tokenizer is byte-level without merges: one token a byte, three special tokens, ChatML template.
+the form the Hugging Face hub has them: about 0.3 MB, 10 ms; Llama, or by `architectures` Mistral or Qwen.
+Equal arguments give equal bytes. The weights are drawn so wide (standard deviation 1 / sqrt(fan in),
+embeddings a quarter and not tied) that every part of the model moves the logits and greedy output is not one
+token over and over. The tokenizer is byte-level without merges: one token a byte, three special tokens,
+ChatML template.
 """
 
 from __future__ import annotations
@@ -78,9 +79,10 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Ten
     def matrix(rows: int, columns: int) -> torch.Tensor:
         return torch.randn(rows, columns, generator=generator).div_(columns**0.5)
 
-    def norm() -> torch.Tensor:
-        return 1.0 + 0.1 * torch.randn(config["hidden_size"], generator=generator)
+    def norm(width: int) -> torch.Tensor:
+        return 1.0 + 0.1 * torch.randn(width, generator=generator)
 
+    architecture = config["architectures"][0]
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     query = config["num_attention_heads"] * config["head_dim"]
     key = config["num_key_value_heads"] * config["head_dim"]
@@ -88,16 +90,22 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Ten
     tensors = {"model.embed_tokens.weight": embedding}
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
-        tensors[prefix + "input_layernorm.weight"] = norm()
+        tensors[prefix + "input_layernorm.weight"] = norm(hidden)
         tensors[prefix + "self_attn.q_proj.weight"] = matrix(query, hidden)
         tensors[prefix + "self_attn.k_proj.weight"] = matrix(key, hidden)
         tensors[prefix + "self_attn.v_proj.weight"] = matrix(key, hidden)
         tensors[prefix + "self_attn.o_proj.weight"] = matrix(hidden, query)
-        tensors[prefix + "post_attention_layernorm.weight"] = norm()
+        tensors[prefix + "post_attention_layernorm.weight"] = norm(hidden)
         tensors[prefix + "mlp.gate_proj.weight"] = matrix(inner, hidden)
         tensors[prefix + "mlp.up_proj.weight"] = matrix(inner, hidden)
         tensors[prefix + "mlp.down_proj.weight"] = matrix(hidden, inner)
-    tensors["model.norm.weight"] = norm()
+        if architecture == "Qwen2ForCausalLM":
+            for name, width in (("q", query), ("k", key), ("v", key)):
+                tensors[f"{prefix}self_attn.{name}_proj.bias"] = norm(width) - 1
+        if architecture == "Qwen3ForCausalLM":
+            for name in ("q", "k"):
+                tensors[f"{prefix}self_attn.{name}_norm.weight"] = norm(config["head_dim"])
+    tensors["model.norm.weight"] = norm(hidden)
     if not config["tie_word_embeddings"]:
         tensors["lm_head.weight"] = matrix(config["vocab_size"], hidden)
     return tensors

@@ -117,6 +117,70 @@ def codec(
         draw(result, Console())
 
 
+@bench.command()
+def engine(
+    model: Annotated[str, typer.Option(metavar="NAME", help="As `kvstrata model list` shows it.")] = "",
+    dtype: Annotated[str, typer.Option(help="What all engines compute in: float32 or bfloat16.")] = "float32",
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Of each engine; every core unless said.")
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, max=1_000, help="Rounds that count; one before them warms up.")
+    ] = None,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="Ours in batch-invariant mode, to see its price.")
+    ] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Prove that it runs, in seconds. The figures mean nothing.")
+    ] = False,
+    install_peers: Annotated[
+        bool, typer.Option("--install-peers", help="First install vLLM's CPU build into its folder (3 GB).")
+    ] = False,
+    vllm_venv: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="vLLM's environment; in the user's cache unless said.")
+    ] = None,
+    no_peers: Annotated[bool, typer.Option("--no-peers", help="Leave the other engines out.")] = False,
+    json_out: Annotated[bool, typer.Option("--json", help="One JSON document; on an error none.")] = False,
+) -> None:
+    """Prefill and decode of one engine on the CPU, beside transformers and vLLM's CPU build.
+
+    Each runs in a process of its own; they take turns within every round, with the same prompts.
+
+    Takes some minutes and about 8 GiB of memory.
+    """
+    from cli.bench.engines.plan import QUICK, Plan
+    from cli.bench.engines.run import Setup, run, threads_here
+    from cli.bench.jsonlines import ChildFailed
+    from cli.bench.peers.install import install_vllm
+    from cli.bench.peers.start import default_folder
+    from engine.registry import DEFAULT_MODEL, resolve_model
+    from kvstore.errors import KVStrataError
+
+    plan = QUICK if quick else Plan()
+    plan = dataclasses.replace(plan, rounds=rounds or plan.rounds)
+    peers = None if no_peers else (vllm_venv or default_folder() / "vllm").absolute()
+    if dtype not in ("float32", "bfloat16"):
+        raise typer.BadParameter("say float32 or bfloat16", param_hint="--dtype")
+    if peers is not None and install_peers:
+        install_vllm(peers, note)
+    try:
+        folder = resolve_model(model or DEFAULT_MODEL)
+        setup = Setup(folder, dtype, threads or threads_here(), peers, batch_invariant)
+        result = run(plan, setup, note)
+    except (ChildFailed, KVStrataError, OSError) as error:
+        fail(str(error))
+    if json_out:
+        from cli.bench.engines.report import document
+
+        one_json(document(result))
+    else:
+        from rich.console import Console
+
+        from cli.bench.engines.report import draw
+
+        draw(result, Console())
+
+
 def _measured(rounds: int | None, quick: bool, peers_folder: Path | None, corrupt: str | None) -> Result:
     import asyncio
 

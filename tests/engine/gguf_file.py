@@ -1,4 +1,4 @@
-"""A tiny GGUF file built in code, as llama.cpp's converter would make it of the tiny model."""
+"""Tiny GGUF files built in code, as llama.cpp's converter would make them of tiny models."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from tokenizers import pre_tokenizers
+from transformers import PreTrainedModel
 
 from tests.tiny_model import CHAT_TEMPLATE, SPECIAL_TOKENS, random_tensors, tiny_config
 
 NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
@@ -49,6 +52,7 @@ def write_gguf(
     tensors = random_tensors(config, seed=5)
     writer = gguf.GGUFWriter(path, architecture)
     _write_settings(writer, config)
+    writer.add_rope_dimension_count(config["head_dim"])
     _write_tokenizer(writer, tokenizer, pre, add_bos)
     for name, tensor in tensors.items():
         theirs = gguf_name(name)
@@ -65,12 +69,50 @@ def write_gguf(
     return tensors
 
 
+def write_family_gguf(
+    path: Path, model: PreTrainedModel, extra_settings: dict[str, float] | None = None
+) -> None:
+    """Write a model of tests/engine/models/family_models.py; its vocabulary must be TOKENS."""
+    config: dict[str, Any] = model.config.to_dict()
+    architecture = {"mistral": "llama"}.get(config["model_type"], config["model_type"])
+    writer = gguf.GGUFWriter(path, architecture)
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    _write_settings(writer, config)
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    _write_rope_scaling(writer, config["rope_parameters"])
+    if config.get("sliding_window"):
+        writer.add_sliding_window(config["sliding_window"])
+        if architecture != "llama":
+            writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
+    for key, value in (extra_settings or {}).items():
+        (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
+    _write_tokenizer(writer, "gpt2", "smollm", add_bos=False)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config["tie_word_embeddings"]:
+            continue
+        array = tensor.numpy()
+        if architecture == "llama":
+            array = in_llama_cpp_order(name, array, config)
+        writer.add_tensor(gguf_name(name), array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def gguf_name(name: str) -> str:
-    whole = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    whole = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    }
     if name in whole:
         return whole[name]
-    _, _, layer, rest = name.removesuffix(".weight").split(".", 3)
-    return f"blk.{layer}.{NAMES[rest]}.weight"
+    _, _, layer, rest = name.split(".", 3)
+    part, kind = rest.rsplit(".", 1)
+    return f"blk.{layer}.{NAMES[part]}.{kind}"
 
 
 def in_llama_cpp_order(
@@ -97,9 +139,25 @@ def _write_settings(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_rope_dimension_count(config["head_dim"])
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+
+
+def _write_rope_scaling(writer: gguf.GGUFWriter, rope: dict[str, Any]) -> None:
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    elif rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        for key, write in (
+            ("attention_factor", writer.add_rope_scaling_yarn_attn_factor),
+            ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
+            ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
+        ):
+            if rope.get(key) is not None:
+                write(rope[key])
 
 
 def _write_tokenizer(writer: gguf.GGUFWriter, tokenizer: str, pre: str, add_bos: bool) -> None:

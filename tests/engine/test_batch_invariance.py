@@ -17,6 +17,7 @@ from tests.tiny_model import make_tiny_model
 Threads = Callable[[int], None]
 PROMPT = 330  # beyond one tile of the context
 SHAPES: dict[str, dict[str, Any]] = {
+    "small": {},
     "smollm2-like": {
         "hidden_size": 576,
         "intermediate_size": 1536,
@@ -27,6 +28,16 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "one-kv-head": {"num_key_value_heads": 1},
     "no-groups": {"num_key_value_heads": 4, "intermediate_size": 100},
+    "biases": {"architectures": ["Qwen2ForCausalLM"], "attention_bias": None},
+    "windowed": {"architectures": ["MistralForCausalLM"], "sliding_window": 130},
+    "some-windowed": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "num_hidden_layers": 3,
+        "sliding_window": 40,
+        "use_sliding_window": True,
+        "max_window_layers": 1,
+    },
 }
 
 
@@ -44,12 +55,19 @@ def assert_equal_bits(left: list[torch.Tensor], right: list[torch.Tensor]) -> No
         assert torch.equal(one, other), f"token {index} differs by up to {(one - other).abs().max()}"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("shape", "threads"), [*((shape, 1) for shape in SHAPES), ("smollm2-like", 2)])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "threads"),
+    [
+        *((shape, "float32", 1) for shape in SHAPES),
+        *((shape, "bfloat16", 1) for shape in ("smollm2-like", "one-kv-head", "some-windowed")),
+        *((shape, "float16", 1) for shape in ("smollm2-like", "some-windowed")),
+        *(("smollm2-like", dtype, 2) for dtype in ("float32", "bfloat16")),
+    ],
+)
 def test_chunk_size_moves_no_bit(
     shape: str,
-    threads: int,
     dtype: str,
+    threads: int,
     tmp_path: Path,
     make_engine: EngineFactory,
     seen_logits: Logits,
@@ -63,47 +81,65 @@ def test_chunk_size_moves_no_bit(
         assert_equal_bits(final_logits(engine, seen_logits), whole)
 
 
-@pytest.mark.parametrize(("length", "threads"), [(265, 1), (20, 2)])
+@pytest.mark.parametrize(
+    ("shape", "length", "threads"), [("small", 265, 1), ("small", 20, 2), ("some-windowed", 320, 1)]
+)
 def test_token_by_token_equals_one_shot(
-    length: int, threads: int, make_engine: EngineFactory, seen_logits: Logits, set_threads: Threads
+    shape: str,
+    length: int,
+    threads: int,
+    tmp_path: Path,
+    make_engine: EngineFactory,
+    seen_logits: Logits,
+    set_threads: Threads,
 ) -> None:
     set_threads(threads)
-    whole = final_logits(make_engine(step_tokens_max=length, running_max=1), seen_logits, length)
-    single = make_engine(step_tokens_max=1, running_max=1)
+    folder = make_tiny_model(tmp_path, **SHAPES[shape])
+    whole = final_logits(make_engine(folder, step_tokens_max=length, running_max=1), seen_logits, length)
+    single = make_engine(folder, step_tokens_max=1, running_max=1)
     assert_equal_bits(final_logits(single, seen_logits, length), whole)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("others", "threads"), [(1, 1), (3, 1), (17, 1), (17, 2)])
+@pytest.mark.parametrize(
+    ("shape", "others", "threads"),
+    [("small", 1, 1), ("small", 3, 1), ("small", 17, 1), ("small", 17, 2), ("some-windowed", 17, 1)],
+)
 def test_company_moves_no_bit(
+    shape: str,
     others: int,
     threads: int,
     dtype: str,
+    tmp_path: Path,
     make_engine: EngineFactory,
     seen_logits: Logits,
     set_threads: Threads,
 ) -> None:
     """Other sequences, some decoding and some in prefill, share every step."""
     set_threads(threads)
-    alone = final_logits(make_engine(dtype=dtype, pool_blocks=256), seen_logits)
-    engine = make_engine(dtype=dtype, pool_blocks=256, step_tokens_max=90)
+    folder = make_tiny_model(tmp_path, **SHAPES[shape])
+    alone = final_logits(make_engine(folder, dtype=dtype, pool_blocks=256), seen_logits)
+    engine = make_engine(folder, dtype=dtype, pool_blocks=256, step_tokens_max=90)
     for index in range(others):
         engine.admit(request(f"other-{index}", prompt(3 + 37 * index % 300, seed=index + 1), 8, seed=99))
     engine.step()
     assert_equal_bits(final_logits(engine, seen_logits), alone)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [("small", "float32"), ("small", "bfloat16"), ("some-windowed", "float32")]
+)
 def test_decoding_equals_prefilling_the_same_tokens(
-    dtype: str, make_engine: EngineFactory, seen_logits: Logits
+    shape: str, dtype: str, tmp_path: Path, make_engine: EngineFactory, seen_logits: Logits
 ) -> None:
     """What decode computes one by one, a resumed attempt computes as a prompt: over a tile's boundary."""
     length, output = 250, 12
-    decoded = final_logits(make_engine(dtype=dtype), seen_logits, length, output)
+    folder = make_tiny_model(tmp_path, **SHAPES[shape])
+    decoded = final_logits(make_engine(folder, dtype=dtype), seen_logits, length, output)
     tokens = [int(logits.argmax()) for logits in decoded]
     for known in (1, 5, 6, 7, output - 1):
         seen_logits.clear()
-        engine = make_engine(dtype=dtype)
+        engine = make_engine(folder, dtype=dtype)
         engine.admit(request("again", prompt(length), output, output=tokens[:known], seed=1))
         run(engine)
         resumed = [seen_logits[1, length + index] for index in range(known, output)]

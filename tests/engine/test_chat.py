@@ -41,6 +41,136 @@ assistant:
 }
 
 
+QWEN = """
+{%- if tools %}
+    {{- '<|im_start|>system\n' }}
+    {%- if messages[0].role == 'system' %}{{- messages[0].content + '\n\n' }}{%- endif %}
+    {{- '<tools>' }}
+    {%- for tool in tools %}{{- '\n' }}{{- tool | tojson }}{%- endfor %}
+    {{- '\n</tools><|im_end|>\n' }}
+{%- elif messages[0].role == 'system' %}
+    {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
+{%- endif %}
+{%- set ns = namespace(last=messages|length - 1, open=true) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.open and message.role == 'user' and message.content is string and
+           not (message.content.startswith('<tool>') and message.content.endswith('</tool>')) %}
+        {%- set ns.open = false %}{%- set ns.last = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {%- set content = message.content %}{%- set thought = '' %}
+        {%- if message.reasoning_content is string %}
+            {%- set thought = message.reasoning_content %}
+        {%- elif '</think>' in content %}
+            {%- set thought = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+        {%- endif %}
+        {{- '<|im_start|>assistant\n' }}
+        {%- if loop.index0 > ns.last and (loop.last or thought) %}
+            {{- '<think>\n' + thought.strip('\n') + '\n</think>\n\n' }}
+        {%- endif %}
+        {{- content }}
+        {%- for call in message.tool_calls or [] %}
+            {%- if call.function %}{%- set call = call.function %}{%- endif %}
+            {{- '{"name": "' ~ call.name ~ '", "arguments": ' }}
+            {%- if call.arguments is string %}{{ call.arguments }}
+            {%- else %}{{ call.arguments | tojson }}{%- endif %}
+        {%- endfor %}
+        {{- '<|im_end|>\n' }}
+    {%- elif message.role != 'system' or not loop.first %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+MISTRAL = """
+{%- if messages[0]["role"] == "system" %}
+    {%- set system_message = messages[0]["content"] %}{%- set loop_messages = messages[1:] %}
+{%- else %}
+    {%- set loop_messages = messages %}
+{%- endif %}
+{%- set user_messages = loop_messages | selectattr("role", "equalto", "user") | list %}
+{%- set ns = namespace() %}{%- set ns.index = 0 %}
+{%- for message in loop_messages %}
+    {%- set calls = message.tool_calls is defined and message.tool_calls is not none %}
+    {%- if not (message.role == "tool" or calls) %}
+        {%- if (message["role"] == "user") != (ns.index % 2 == 0) %}
+            {{- raise_exception("roles must alternate") }}
+        {%- endif %}
+        {%- set ns.index = ns.index + 1 %}
+    {%- endif %}
+{%- endfor %}
+{{- bos_token }}
+{%- for message in loop_messages %}
+    {%- if message["role"] == "user" %}
+        {%- if tools is not none and (message == user_messages[-1]) %}
+            {{- "[AVAILABLE_TOOLS] [" }}
+            {%- for tool in tools %}
+                {%- for key, value in tool.function.items() if key != "return" %}
+                    {{- '"' + key + '": ' + (value | tojson) + ('' if loop.last else ', ') }}
+                {%- endfor %}
+            {%- endfor %}
+            {{- "][/AVAILABLE_TOOLS]" }}
+        {%- endif %}
+        {%- if loop.last and system_message is defined %}
+            {{- "[INST] " + system_message + "\n\n" + message["content"] + "[/INST]" }}
+        {%- else %}
+            {{- "[INST] " + message["content"] + "[/INST]" }}
+        {%- endif %}
+    {%- elif message["role"] == "assistant" %}
+        {{- " " + message["content"]|trim + eos_token }}
+    {%- endif %}
+{%- endfor %}
+"""
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "weather", "parameters": {"properties": {"städte": {"type": "array"}}}},
+    }
+]
+CALLING = [
+    {"role": "user", "content": "Is it raining in Köln?"},
+    {"role": "assistant", "content": "<think>\nI must look.\n</think>\n\nLooking.", "tool_calls": None},
+    {"role": "user", "content": "<tool>{}</tool>"},
+    {"role": "assistant", "content": "<think>\nIt is.\n</think>\n\nYes."},
+    {"role": "user", "content": "Thank you"},
+]
+
+
+@pytest.mark.parametrize("template", [QWEN, MISTRAL], ids=["qwen", "mistral"])
+@pytest.mark.parametrize("messages", [CONVERSATION, CALLING], ids=["plain", "calling"])
+@pytest.mark.parametrize("tools", [None, TOOLS], ids=["", "tools"])
+@pytest.mark.parametrize("variables", [{}, {"enable_thinking": False}], ids=["", "no-thinking"])
+def test_what_the_families_templates_use_is_there(
+    template: str, messages: list[Any], tools: list[Any] | None, variables: dict[str, Any]
+) -> None:
+    """Slices, namespaces, string methods, filters, tools, thoughts: what theirs are made of."""
+    theirs, _ = render_jinja_template(
+        conversations=[messages],
+        chat_template=template,
+        tools=tools,
+        add_generation_prompt=True,
+        **TOKENS,
+        **variables,
+    )
+    ours = ChatTemplate(template, TOKENS).render(messages, variables={"tools": tools, **variables})
+    assert ours == theirs[0]
+    assert ours.strip()
+
+
+def test_mistral_refuses_roles_that_do_not_alternate() -> None:
+    with pytest.raises(ChatTemplateError, match="roles must alternate"):
+        ChatTemplate(MISTRAL, TOKENS).render([{"role": "user", "content": "a"}] * 2)
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 def test_equal_to_transformers(name: str, add_generation_prompt: bool) -> None:

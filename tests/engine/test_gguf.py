@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,13 @@ from engine.progress import silent
 from engine.registry import check_folder
 from engine.tokenizer import Tokenizer
 from engine.weights import load_weights
-from tests.engine.gguf_file import TOKENS, write_gguf
+from tests.engine.conftest import EngineFactory, Logits, prompt, request, run
+from tests.engine.gguf_file import TOKENS, write_family_gguf, write_gguf
+from tests.engine.models.family_models import CASES, family_model, greedy, save_family_model
 from tests.tiny_model import make_tiny_model, tiny_config
+
+GGUF_CASES = [case for case in CASES if case != "llama-llama3-rope"]
+"""Llama 3's scaling is a tensor, of which one original context is known: tested below."""
 
 
 def convert(source: Path, folder: Path) -> Path:
@@ -122,21 +128,68 @@ def test_rope_factors_of_another_kind_are_refused(tmp_path: Path) -> None:
         GgufModel.open(tmp_path / "m.gguf")
 
 
+@pytest.mark.parametrize("case", GGUF_CASES)
+def test_every_family_computes_what_transformers_does(
+    case: str, tmp_path: Path, make_engine: EngineFactory, seen_logits: Logits
+) -> None:
+    """From the file alone: biases, norms of heads, the order of rows, rope scaling, windows."""
+    model = family_model(case, vocab_size=len(TOKENS))
+    write_family_gguf(tmp_path / "m.gguf", model)
+    engine = make_engine(convert(tmp_path / "m.gguf", tmp_path / "folder"), step_tokens_max=64)
+    engine.admit(request("probe", prompt(150), 3, seed=1))
+    run(engine)
+    for index, logits in enumerate(greedy(model, prompt(150), 3)):
+        torch.testing.assert_close(seen_logits[1, 150 + index], logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", GGUF_CASES)
+def test_every_familys_tensors_and_settings_come_back(case: str, tmp_path: Path) -> None:
+    model = family_model(case, vocab_size=len(TOKENS))
+    write_family_gguf(tmp_path / "m.gguf", model)
+    folder = convert(tmp_path / "m.gguf", tmp_path / "folder")
+    kept = check_folder(save_family_model(model, tmp_path / "kept"))
+    config = check_folder(folder)
+    if config.windows == (None,) * config.layers and kept.model_type == "mistral":
+        kept = replace(kept, model_type="llama")  # all that a GGUF file tells
+    assert config == kept
+    weights = load_weights(folder, config, torch.float32)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(weights.tensors[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("case", "key", "value"),
+    [
+        ("qwen2", "qwen2.attention.sliding_window", 64),
+        ("qwen3", "qwen3.rope.dimension_count", 8),
+        ("llama", "llama.rope.scaling.attn_factor", 0.5),
+        ("qwen3", "qwen3.rope.scaling.yarn_log_multiplier", 0.1),
+        ("llama", "llama.expert_count", 8),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(
+    case: str, key: str, value: float, tmp_path: Path
+) -> None:
+    write_family_gguf(tmp_path / "m.gguf", family_model(case, vocab_size=len(TOKENS)), {key: value})
+    with pytest.raises(ModelUnsupported, match=key):
+        GgufModel.open(tmp_path / "m.gguf")
+
+
 def test_another_architecture_is_named(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", architecture="gemma")
     with pytest.raises(ModelUnsupported, match="gemma"):
         GgufModel.open(tmp_path / "m.gguf")
 
 
-@pytest.mark.parametrize("options", [{"tokenizer": "llama"}, {"pre": "qwen2"}])
+@pytest.mark.parametrize("options", [{"tokenizer": "bert"}, {"pre": "deepseek-llm"}])
 def test_another_tokenizer_is_named(tmp_path: Path, options: dict[str, str]) -> None:
     with pytest.raises(ModelUnsupported, match=next(iter(options.values()))):
         converted(tmp_path, **options)
 
 
 def test_a_tensor_that_would_be_ignored_is_refused(tmp_path: Path) -> None:
-    extra = {"blk.0.attn_q.bias": np.ones(64, dtype=np.float32)}
-    with pytest.raises(ModelUnsupported, match=r"blk\.0\.attn_q\.bias"):
+    extra = {"blk.0.attn_sinks.weight": np.ones(64, dtype=np.float32)}
+    with pytest.raises(ModelUnsupported, match=r"blk\.0\.attn_sinks\.weight"):
         converted(tmp_path, extra=extra)
 
 

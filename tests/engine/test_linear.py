@@ -95,3 +95,16 @@ def test_an_elementwise_function_that_varies_is_refused() -> None:
 
     with pytest.raises(ConfigError, match=r"by_count of \d+ rows of 64 elements gives other bits"):
         check_row_invariance([], [Rowwise(by_count, 64, torch.float32)])
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_a_bias_is_added_to_every_row(half: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(n, 24, generator=generator) for n in (8, 40)]
+    if half:
+        weights = [weight.bfloat16().float() for weight in weights]
+    bias = torch.randn(48, generator=generator)
+    linear, plain = PackedLinear(*weights, bias=bias), PackedLinear(*weights)
+    rows = torch.randn(7, 24, generator=generator)
+    assert linear.is_half == (half and half_products())
+    torch.testing.assert_close(linear(rows), plain(rows) + bias)

@@ -143,6 +143,16 @@ def test_absent_keys_mean_what_they_mean_to_transformers(family: Family) -> None
     assert ours.windows == (getattr(theirs, "sliding_window", None),) * 3
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_layers_below_a_default_number_see_everything(family: str) -> None:
+    raw = tiny_config(model_type=family, architectures=None, attention_bias=None, num_hidden_layers=30)
+    raw |= {"use_sliding_window": True, "sliding_window": 64}
+    theirs = AutoConfig.for_model(family, num_hidden_layers=30, use_sliding_window=True, sliding_window=64)
+    expected = tuple(64 if kind == "sliding_attention" else None for kind in theirs.layer_types)
+    assert ModelConfig.from_dict(raw, "here").windows == expected
+    assert set(expected) == {64, None}
+
+
 def test_a_family_may_be_named_by_its_type_alone() -> None:
     raw = tiny_config(model_type="qwen3")
     del raw["architectures"]

@@ -1,0 +1,78 @@
+"""vLLM's CPU build as one process of the bench, in an environment of its own: its engine, step by step."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import time
+from typing import Any
+
+from cli.bench.engines.plan import prompts
+from cli.bench.jsonlines import answer
+
+_version = importlib.metadata.version
+_engine: list[Any] = []
+
+
+def start(folder: str, dtype: str, threads: int, context_max: int, sequences: int) -> dict[str, Any]:
+    os.environ.update(
+        OMP_NUM_THREADS=str(threads),
+        VLLM_CPU_KVCACHE_SPACE="3",
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine in this process, so that its steps can be timed
+        VLLM_LOGGING_LEVEL="ERROR",
+        VLLM_NO_USAGE_STATS="1",
+        HF_HUB_OFFLINE="1",
+    )
+    setattr(importlib.metadata, "version", _version_of)  # noqa: B010 - read when vLLM is imported
+    from vllm import LLM
+
+    llm = LLM(
+        model=folder, dtype=dtype, enforce_eager=True, max_model_len=context_max, max_num_seqs=sequences,
+        enable_prefix_caching=False, disable_log_stats=True,
+    )  # fmt: skip
+    _engine[:] = [llm.llm_engine]
+    return {"what": f"vllm-cpu {_version('vllm-cpu')}, eager"}
+
+
+def _version_of(name: str) -> str:
+    """The CPU build is a distribution named vllm-cpu; vLLM asks for `vllm`, and reads the device from it."""
+    return f"{_version('vllm-cpu')}+cpu" if name == "vllm" else _version(name)
+
+
+def prefill(tokens: int, seed: int, vocabulary: int) -> dict[str, float]:
+    (engine,) = _engine
+    _admit(engine, prompts(1, tokens, seed, vocabulary), 1)
+    began = time.perf_counter()
+    while engine.has_unfinished_requests():
+        engine.step()
+    return {"seconds": time.perf_counter() - began}
+
+
+def decode(batch: int, prompt: int, tokens: int, seed: int, vocabulary: int) -> dict[str, float]:
+    """Tokens a second from the moment when every prompt has its first token."""
+    (engine,) = _engine
+    _admit(engine, prompts(batch, prompt, seed, vocabulary), tokens)
+    had: dict[str, int] = {}
+    while len(had) < batch:
+        _count(engine, had)
+    began, before = time.perf_counter(), sum(had.values())
+    while engine.has_unfinished_requests():
+        _count(engine, had)
+    return {"tokens_s": (sum(had.values()) - before) / (time.perf_counter() - began)}
+
+
+def _count(engine: Any, had: dict[str, int]) -> None:
+    for output in engine.step():
+        had[output.request_id] = len(output.outputs[0].token_ids)
+
+
+def _admit(engine: Any, ids_of_each: list[list[int]], tokens: int) -> None:
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+    for index, ids in enumerate(ids_of_each):
+        engine.add_request(f"{index}", {"prompt_token_ids": ids}, sampling)
+
+
+if __name__ == "__main__":
+    answer({"start": start, "prefill": prefill, "decode": decode})
