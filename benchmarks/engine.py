@@ -35,9 +35,10 @@ def prompt(length: int, seed: int) -> tuple[int, ...]:
     return tuple(torch.randint(10, 40_000, (length,), generator=generator).tolist())
 
 
-def admit(engine: Engine, name: str, length: int, max_tokens: int) -> None:
+def admit(engine: Engine, name: str, length: int, max_tokens: int, seed: int = 0) -> None:
+    """Each seed its own prompt: equal ones would be computed once."""
     sampling = SamplingParams(max_tokens, temperature=0.0, ignore_eos=True)
-    engine.admit(GenerationRequest(name, 0, prompt(length, len(name)), sampling))
+    engine.admit(GenerationRequest(name, 0, prompt(length, seed), sampling))
 
 
 def prefill_s(engine: Engine, length: int) -> float:
@@ -51,7 +52,7 @@ def prefill_s(engine: Engine, length: int) -> float:
 def decode_s(engine: Engine, sequences: int, context: int) -> float:
     """Median seconds of the steps in which every sequence, and nothing else, decodes."""
     for index in range(sequences):
-        admit(engine, f"decode-{index}", context, DECODE_STEPS + sequences)
+        admit(engine, f"decode-{index}", context, DECODE_STEPS + sequences, index)
     seconds = []
     while engine.has_work():
         began = time.perf_counter()

@@ -28,10 +28,10 @@ from decode.role import DecodeRole  # noqa: E402  torch comes with these: the pr
 from engine.boot import assemble  # noqa: E402
 from engine.config import EngineConfig  # noqa: E402
 from engine.engine import Engine  # noqa: E402
+from engine.engine_thread import EngineThread  # noqa: E402
 from engine.monolithic import generate_all  # noqa: E402
 from engine.registry import DEFAULT_MODEL, resolve_model  # noqa: E402
 from engine.types import GenerationRequest, SamplingParams  # noqa: E402
-from engine.worker import EngineThread  # noqa: E402
 from engine.worker_config import WorkerConfig  # noqa: E402
 from kvstore.client import StoreClient  # noqa: E402
 from kvstore.driver import ShardDriver  # noqa: E402

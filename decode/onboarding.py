@@ -44,11 +44,12 @@ def check_handoff(worker: Worker, handoff: Handoff) -> None:
 
 async def onboard_and_admit(worker: Worker, run: Decoding) -> None:
     """From the handoff to a sequence that runs. Raises what WorkerLoop.admit raises."""
+    run.lineage = run.lineage.absorb(run.lineage.epoch, worker.kv_quality)  # all it reads lies in our pool
     run.session = await worker.store.session(run.handoff.request.tenant)
     chain = KeyChain(run.session.namespace if run.session else _NO_NAMESPACE, worker.info.layout.block_tokens)
     chain.extend(run.tokens)
     owner = f"{worker.info.worker_id}/{run.request_id}/{run.attempt}"
-    async with worker.turn_to_load():
+    async with worker.turn_to_load(run.handoff.request, worker.clock.now()):
         full = run.handoff.next_position // chain.block_tokens
         run.local = worker.lend(run.session, run.handoff.request.tenant, chain, full, owner)
         held = 0

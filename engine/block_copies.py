@@ -32,8 +32,12 @@ class FullBlock(NamedTuple):
 
 
 class _UnderWay(NamedTuple):
-    blocks: Sequence[FullBlock]
+    blocks: list[FullBlock | None]  # None: nobody waits for it any more
     read: BlockRead
+
+    def concerns(self, goes_on: Callable[[str], bool]) -> bool:
+        """Does one of them belong to a request that does not go on?"""
+        return any(block is not None and not goes_on(block.request_id) for block in self.blocks)
 
 
 class BlockCopies:
@@ -42,26 +46,42 @@ class BlockCopies:
     def __init__(self, pool: KVPool) -> None:
         self._pool = pool
         self._under_way: deque[_UnderWay] = deque()
+        self._late = 0
+
+    @property
+    def late(self) -> bool:
+        """Are there some that the last `take` left behind?"""
+        return self._late > 0
 
     def begin(self, blocks: Sequence[FullBlock]) -> None:
         """Copy out what the work issued so far leaves there. The slots must be their sequences' when it is
         asked, and may change hands from here on."""
         if blocks:
-            self._under_way.append(_UnderWay(blocks, self._pool.begin_read([block.slot for block in blocks])))
+            read = self._pool.begin_read([block.slot for block in blocks])
+            self._under_way.append(_UnderWay([*blocks], read))
 
     def take(self, goes_on: Callable[[str], bool]) -> list[CompletedBlock]:
         """Those that are here, and all up to the last one of a request that does not go on."""
         due, behind = 0, sum(len(copied.blocks) for copied in self._under_way)
-        for number, (blocks, read) in enumerate(self._under_way, 1):
+        for number, copied in enumerate(self._under_way, 1):
             too_many = behind * self._pool.block_nbytes > UNDER_WAY_NBYTES_MAX
-            if too_many or read.done() or not all(goes_on(block.request_id) for block in blocks):
+            if too_many or copied.read.done() or copied.concerns(goes_on):
                 due = number
-            behind -= len(blocks)
+            behind -= len(copied.blocks)
+        self._late = len(self._under_way) - due
         return [block for _ in range(due) for block in _completed(self._under_way.popleft())]
+
+    def forget(self, request_id: str) -> None:
+        """Nobody waits for its blocks any more."""
+        for blocks, _ in self._under_way:
+            for index, block in enumerate(blocks):
+                if block is not None and block.request_id == request_id:
+                    blocks[index] = None
 
 
 def _completed(copied: _UnderWay) -> list[CompletedBlock]:
     return [
-        CompletedBlock(block.request_id, block.attempt, block.chain_index, payload)
+        CompletedBlock(block.request_id, block.attempt, block.chain_index, payload, block.slot)
         for block, payload in zip(copied.blocks, copied.read.take(), strict=True)
+        if block is not None
     ]

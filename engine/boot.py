@@ -11,7 +11,7 @@ import asyncio
 import os
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,20 +25,22 @@ from engine.edge import EdgeShard
 from engine.edge_move import Pulled, pull
 from engine.edge_watch import EdgeWatch
 from engine.engine import Engine
+from engine.engine_thread import EngineThread
 from engine.gate import LoadGate
 from engine.local_run import LocalRun
 from engine.onboard import Onboarding
 from engine.publisher import Publisher, PublishLimits
 from engine.registry import resolve_model
 from engine.store_link import Connect, StoreLink
+from engine.turns import OrderedTurns, too_late, urgency_of
 from engine.types import GenerationRequest, SamplingParams, WorkerInfo
-from engine.worker import EngineThread, WorkerLoop
+from engine.worker import WorkerLoop
 from engine.worker_config import RoleLimits, WorkerConfig
 from kvstore.client import StoreClient
 from kvstore.clock import Clock, MonotonicClock
 from kvstore.errors import ConfigError, OverLimit, Unavailable
 from kvstore.hashing import KeyChain
-from kvstore.nouns import BlockKey, Epoch, NamespaceSpec
+from kvstore.nouns import BlockKey, Epoch, NamespaceSpec, Quality
 from kvstore.server import ServerConfig, ShardServer
 from kvstore.session import StoreSession
 from kvstore.topology import ShardEntry
@@ -69,26 +71,30 @@ class Worker:
     gate: LoadGate
     announcer: Announcer
     publisher: Publisher
-    loading: asyncio.Semaphore
+    loading: OrderedTurns
     reach: Reach
     edge: EdgeShard | None = None  # None: the pool keeps nothing when a sequence ends
     edge_watch: EdgeWatch | None = None
     edge_server: ShardServer | None = None
+    kv_quality: Quality = Quality.LOSSLESS  # the most that KV which lay in this pool, or over it, may claim
     role_counters: Counter[str] = field(default_factory=Counter)
 
     @asynccontextmanager
-    async def turn_to_load(self) -> AsyncIterator[None]:
+    async def turn_to_load(self, request: GenerationRequest, arrived_at: float) -> AsyncIterator[None]:
         """Held while a request's KV is outside the engine, so that a long queue costs no memory. Raises
-        OverLimit when the turn does not come within `admit_timeout_s`."""
-        try:
-            async with asyncio.timeout(self.limits.admit_timeout_s):
-                await self.loading.acquire()
-        except TimeoutError:
-            raise OverLimit(f"worker {self.info.worker_id} is full: ask another, or later") from None
-        try:
+        OverLimit when the turn does not come within `admit_timeout_s`, DeadlineExceeded when the request's
+        own deadline passes before."""
+        urgency = urgency_of(request, arrived_at, arrival=0)
+        left_s, limit_s = urgency.deadline_at - self.clock.now(), self.limits.admit_timeout_s
+        async with AsyncExitStack() as turn:
+            try:
+                async with asyncio.timeout(min(left_s, limit_s)):
+                    await turn.enter_async_context(self.loading.turn(urgency))
+            except TimeoutError:
+                if left_s < limit_s:
+                    raise too_late(request) from None
+                raise OverLimit(f"worker {self.info.worker_id} is full: ask another, or later") from None
             yield
-        finally:
-            self.loading.release()
 
     def lend(
         self, session: StoreSession | None, tenant: str, chain: KeyChain, blocks_max: int, owner: str
@@ -231,13 +237,11 @@ def assemble(
     )
     edge = edge_watch = None
     if config.engine.local_cache:
-        edge = EdgeShard(
-            config.worker_id, spec, epoch, engine.pool, engine.slots, clock, min_quality=config.min_quality
-        )
+        edge = _edge(config, spec, epoch, engine, clock)
         edge.start()
         edge_watch = EdgeWatch(edge, store)
         edge_watch.start()
-    loop = WorkerLoop(engine, thread, waiting_max=limits.requests_max, edge=edge)
+    loop = WorkerLoop(engine, thread, waiting_max=limits.requests_max, edge=edge, clock=clock)
     loop.start()
     return Worker(
         info=info,
@@ -256,10 +260,24 @@ def assemble(
         ),
         gate=LoadGate(engine.layout.block_tokens, is_on=limits.load_gate),
         publisher=Publisher(store, background, publish_limits),
-        loading=asyncio.Semaphore(limits.loading_max),
+        loading=OrderedTurns(limits.loading_max),
         reach=reach or _over_grpc(config),
         edge=edge,
         edge_watch=edge_watch,
+        kv_quality=config.engine.kv_quality,
+    )
+
+
+def _edge(config: WorkerConfig, spec: NamespaceSpec, epoch: Epoch, engine: Engine, clock: Clock) -> EdgeShard:
+    return EdgeShard(
+        config.worker_id,
+        spec,
+        epoch,
+        engine.pool,
+        engine.slots,
+        clock,
+        min_quality=config.min_quality,
+        kv_quality=config.engine.kv_quality,
     )
 
 

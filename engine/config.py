@@ -10,10 +10,12 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from kvstore.nouns import BLOCK_TOKENS
+from kvstore.nouns import BLOCK_TOKENS, Quality
 
-__all__ = ["EngineConfig"]
+__all__ = ["HOT_QUALITIES", "EngineConfig"]
 
+HOT_QUALITIES: Final = {"model": Quality.LOSSLESS, "int8": Quality.INT8, "fp8": Quality.FP8}
+"""What KV may claim that lay in a pool of each kind."""
 INVARIANT_THREADS_MAX: Final = 2
 """Beyond it torch splits elementwise work where vectors end, and the ends round otherwise (linear.py)."""
 
@@ -56,6 +58,13 @@ class EngineConfig(BaseModel):
     pool_blocks: int | None = Field(
         None, ge=1, description="Memory for KV, in blocks. When given, pool_nbytes is not used"
     )
+    hot_pool: Literal["model", "int8", "fp8"] = Field(
+        "model",
+        description="What running KV is held as: the model's dtype, or codes of a byte a number, which hold "
+        "twice or four times the tokens and are lossy. All that is computed over codes is stored as of "
+        "that quality, so a worker's min_quality must allow it. Without Triton's kernels attention decodes "
+        "a layer's whole pool every step: slow",
+    )
     local_cache: bool = Field(
         True,
         description="Full blocks stay in the pool when their sequence ends, and later ones with the same "
@@ -66,6 +75,12 @@ class EngineConfig(BaseModel):
         ge=1,
         description="Tokens one step computes: decode rows first, then prompts in chunks. Larger is better "
         "for prompts, worse for the gap between the tokens of running sequences",
+    )
+    step_s_target: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds that a step should take at most while something decodes: prompts get so many "
+        "tokens a step as measured times allow, but at least a block. None: always step_tokens_max",
     )
     running_max: int = Field(
         64, ge=1, description="Sequences that may run at once (parked ones do not count)"
@@ -82,6 +97,11 @@ class EngineConfig(BaseModel):
                 "a step must have room for one token of every running sequence; raise step_tokens_max"
             )
         return self
+
+    @property
+    def kv_quality(self) -> Quality:
+        """The most that KV may claim which lay in this engine's pool, or was computed over it."""
+        return HOT_QUALITIES[self.hot_pool]
 
     @property
     def compute_threads(self) -> int:

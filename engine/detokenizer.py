@@ -35,14 +35,27 @@ _WINDOW_CUT: Final = 32
 class IncrementalDetokenizer:
     """One sequence's output. Not for use by several threads at once."""
 
-    __slots__ = ("_held", "_settled_tokens", "_shown", "_stop", "_tokenizer", "_window", "finished_by_stop")
+    __slots__ = (
+        "_held",
+        "_min_tokens",
+        "_settled_tokens",
+        "_shown",
+        "_stop",
+        "_tokenizer",
+        "_tokens",
+        "_window",
+        "finished_by_stop",
+    )
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), min_tokens: int = 0) -> None:
+        """A stop string that is complete within the first `min_tokens` tokens stops nothing."""
         if "" in stop:
             raise ValueError("an empty stop string would stop before the first token: leave it out")
         self.finished_by_stop = False
         self._tokenizer = tokenizer
         self._stop = stop
+        self._min_tokens = min_tokens
+        self._tokens = 0  # that were pushed
         self._window: list[int] = []  # tokens of the last settled piece, then those not settled yet
         self._settled_tokens = 0  # how many of the window's tokens are settled: context for the next
         self._shown = 0  # characters of the window's text that were let out of it
@@ -50,6 +63,7 @@ class IncrementalDetokenizer:
 
     def push(self, token_id: int) -> str:
         """Take one token; the text that is now safe to emit, often "". Nothing more comes after a stop."""
+        self._tokens += 1
         if self.finished_by_stop or self._tokenizer.is_special(token_id):
             return ""
         self._window.append(token_id)
@@ -83,8 +97,10 @@ class IncrementalDetokenizer:
 
     def _release(self, new: str, *, final: bool) -> str:
         """Text that no stop string can claim any more, out of what is held and `new`."""
-        text = self._held + new
-        stops = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        text, held = self._held + new, len(self._held)
+        # Not in what is held: a stop that was complete there was passed over, for min_tokens.
+        found = ((stop, text.find(stop, max(0, held + 1 - len(stop)))) for stop in self._stop)
+        stops = [(at + len(stop), at) for stop, at in found if at >= 0 and self._tokens > self._min_tokens]
         if stops:
             self.finished_by_stop = True
             self._held = ""

@@ -25,6 +25,7 @@ from engine.models.config import ModelConfig
 from engine.models.llama import LlamaModel, StepInput
 from engine.plain_linear import OnDevice, PlainLinear
 from engine.pool import KVPool
+from engine.quantised_pool import QuantisedPool
 from engine.sampling.on_device import DeviceSampler
 from engine.sampling.rows import Drawn, SamplingRow
 from engine.step_invariance import check_step_invariance
@@ -63,7 +64,7 @@ class DeviceRunner:
             try:
                 self._model = self.model_beside(model_config, weights)
                 slots = n_slots + SPARE_SLOTS
-                self.pool = KVPool(layout, slots, DeviceStorage(layout, slots, device))
+                self.pool = _pool_on(device, layout, slots, config.hot_pool)
                 self._attention = _attention_on(device.torch_device, model_config, config)
                 self.graphs = self._record()
             except torch.OutOfMemoryError as error:
@@ -137,6 +138,13 @@ class DeviceRunner:
     def _decode(self, step: StepInput, plan: AttentionPlan) -> torch.Tensor:
         hidden = self._model.forward(step, self.pool, plan)
         return self._model.logits(hidden, torch.arange(len(step.token_ids), device=hidden.device))
+
+
+def _pool_on(device: Device, layout: KVLayout, n_slots: int, hot: str) -> KVPool:
+    if hot == "model":
+        return KVPool(layout, n_slots, DeviceStorage(layout, n_slots, device))
+    # Its blocks leave and enter on the compute stream, waited for.
+    return QuantisedPool(layout, n_slots, hot, device.torch_device)
 
 
 def _attention_on(device: torch.device, model_config: ModelConfig, config: EngineConfig) -> PagedDecode:

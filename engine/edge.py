@@ -81,7 +81,9 @@ class EdgeShard:
         clock: Clock,
         *,
         min_quality: Quality = Quality.LOSSLESS,
+        kv_quality: Quality = Quality.LOSSLESS,
     ) -> None:
+        """`kv_quality` is the most that a block may be which lies in `pool`."""
         self.counters: Counter[str] = Counter()
         self.opened = asyncio.Event()  # set when a namespace is opened that was not
         self.admitting = 0  # admissions that count on the slots that are free now: nothing may arrive in them
@@ -89,6 +91,7 @@ class EdgeShard:
         self.spec = spec
         self.epoch = epoch
         self.min_quality = min_quality
+        self.kv_quality = kv_quality
         self.slots = slots
         self.tier = DeviceTier(pool, slots)
         self.fingerprint = spec.layout.fingerprint
@@ -125,15 +128,22 @@ class EdgeShard:
     # -- what sequences do -------------------------------------------------------------------------
 
     def lend(
-        self, namespace: NamespaceId, tenant: str, chain: KeyChain, blocks_max: int, owner: str
+        self,
+        namespace: NamespaceId,
+        tenant: str,
+        chain: KeyChain,
+        blocks_max: int,
+        owner: str,
+        *,
+        least: Quality | None = None,
     ) -> LocalRun:
         """A sequence's share of the pool's cache: the first blocks of its chain that lie here, at most
-        `blocks_max`, under a lease, and the way for its own full blocks to stay. Always an answer, maybe an
-        empty one."""
+        `blocks_max` and of the quality `least` or better (None: the worker's own), under a lease, and the way
+        for its own full blocks to stay. Always an answer, maybe an empty one."""
         run = LocalRun(self, namespace, chain, owner)
         self._runs[run] = None
         core, now = self.driver.core, self._clock.now()
-        snapshot = Snapshot(namespace, self.epoch, self.min_quality)
+        snapshot = Snapshot(namespace, self.epoch, max(self.min_quality, least or self.min_quality))
         try:
             self.open(namespace, tenant)
             keys = chain.keys[: min(blocks_max, core.config.limits.keys_max)]
@@ -182,12 +192,14 @@ class EdgeShard:
 
     def keep(self, run: LocalRun, indexes: Sequence[int], slots: Sequence[int], quality: Quality) -> None:
         """Commit full blocks of a running sequence under the slots they lie in. What is here already, as good
-        or better, stays as it is, and the sequence's own copy goes with the sequence.
+        or better, stays as it is, and the sequence's own copy goes with the sequence. It claims no more than
+        this pool can hold, whatever it was read as.
 
         Nothing is kept of a sequence that began before something was forgotten here: what it read may have
         been deleted since."""
         if run.begun_at != self.forgotten:
             return
+        quality = min(quality, self.kv_quality)
         for first in range(0, len(indexes), OFFERS_MAX):
             part = slice(first, first + OFFERS_MAX)
             try:
@@ -228,6 +240,13 @@ class EdgeShard:
         self.driver.reap()
         self.counters["edge:evicted"] += evicted
         return evicted > 0
+
+    def give_room(self, lacking: int, keep: LocalRun | None) -> None:
+        """For a step that lacks so many slots: as `make_room`, or all that is idle if even that is too
+        little."""
+        if not self.make_room(self.slots.n_free + lacking, keep):
+            self.counters["edge:evicted"] += evict_idle(self.driver.core, lacking)
+            self.driver.reap()
 
     @contextlib.contextmanager
     def admission(self) -> Iterator[None]:

@@ -24,7 +24,7 @@ import structlog
 
 from engine.edge import LEASE_S, EdgeShard
 from kvstore.deadline import Deadline
-from kvstore.errors import CorruptBlock, KVStrataError
+from kvstore.errors import ConfigError, CorruptBlock, KVStrataError
 from kvstore.frame import HEADER_NBYTES, LOSSLESS_CODEC, Frame, decode_frame, verify_identity
 from kvstore.nouns import (
     ROOT_KEY,
@@ -34,6 +34,7 @@ from kvstore.nouns import (
     LeaseId,
     MissReason,
     NamespaceId,
+    Quality,
     Refusal,
     Snapshot,
 )
@@ -73,7 +74,12 @@ async def pull(
     timeout_s: float,
 ) -> Pulled:
     """The first of `keys` (a chain from its first block on) that `source` has and we lack. Raises what
-    `EdgeShard.open` raises for our own pool."""
+    `EdgeShard.open` raises for our own pool, and ConfigError if that is lossy: a block keeps its frame's name
+    on this way, and would not be what it says."""
+    if edge.kv_quality is not Quality.LOSSLESS:
+        raise ConfigError(
+            f"this pool holds KV as {edge.kv_quality.name}: it takes blocks from the store, not from pools"
+        )
     edge.open(namespace, tenant)
     move = _Move(edge, source, Snapshot(namespace, edge.epoch, edge.min_quality), keys, Deadline(timeout_s))
     try:

@@ -1,55 +1,68 @@
 """The engine: sequences in, tokens and full blocks out, one step at a time. It knows nothing of stores.
 
-    admit(request, lent, ...)      take all slots the request can ever need, but for those it is lent; copy in
-                                   what others computed
+    admit(request, lent, ...)      copy in what others computed; the rest is computed by the next steps
     step()                         one forward pass: a row of every decoding sequence, then chunks of
                                    prompts within the token budget; draw tokens; copy out what became full
     take_tail(id), release(id)     what a handoff takes along; give the slots back
 
-Slots are taken at admission for the worst case (prompt and max_tokens), so nothing is ever preempted and a
-sequence's blocks are adjacent where the pool allows: attention then reads them in place. A request that
-does not fit now is the caller's to keep; `can_admit` asks first.
+A sequence takes a slot when a step needs it; admission looks at what those who run are expected to need yet
+(engine/admission.py). Where that was too little, who came last leaves with all its tokens
+(`StepResult.preempted`), to be admitted again by the caller. A request that does not fit now is the caller's
+to keep; `can_admit` asks first.
 
 Synchronous and owned by one thread. What a step costs: docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
-import structlog
 import torch
 
+from engine.admission import BlockDemand, check_onboarded, check_request, fitting_model_len
+from engine.allotment import Allotment
 from engine.batch import Chunk, make_batch
 from engine.block_copies import BlockCopies, FullBlock
 from engine.config import EngineConfig
 from engine.detokenizer import IncrementalDetokenizer
 from engine.device import Device
 from engine.models.config import ModelConfig
+from engine.models.llama import LlamaModel
+from engine.pacing import StepPacing
 from engine.pool import KVPool
+from engine.quantised_pool import held_nbytes
 from engine.runner import make_runner
-from engine.sampling.rows import NO_TOKEN, Drawn
-from engine.scheduler import schedule
+from engine.sampling.rows import NO_TOKEN, NOTHING_ALLOWED, Drawn
+from engine.scheduler import Plan, plan_step
 from engine.sequence import Sequence
 from engine.tokenizer import Tokenizer
-from engine.types import GenerationRequest, StepResult, TailKV, TokenEvent
+from engine.types import (
+    FinishReason,
+    GenerationRequest,
+    StepResult,
+    TailKV,
+    TokenEvent,
+)
 from engine.weights import DTYPES, Weights, load_weights
-from kvstore.errors import ConfigError, CorruptBlock, OverLimit
+from kvstore.clock import Clock, MonotonicClock
+from kvstore.errors import CorruptBlock, OverLimit
 from kvstore.frame import payload_checksum
 from kvstore.nouns import KVLayout, MissReason
 from kvstore.tiers.pool_slots import PoolSlots
 
 __all__ = ["Engine"]
 
-Payload = memoryview | npt.NDArray[np.uint8]
+if TYPE_CHECKING:
+    from engine.updating import LoadedWeights
 
-log = structlog.get_logger(__name__)
+Payload = memoryview | npt.NDArray[np.uint8]
 
 
 class Engine:
@@ -61,6 +74,7 @@ class Engine:
         model_config: ModelConfig,
         weights: Weights,
         tokenizer: Tokenizer,
+        clock: Clock,
         *,
         device: Device | None = None,
     ) -> None:
@@ -77,23 +91,46 @@ class Engine:
             dtype=config.dtype,
             block_tokens=config.block_tokens,
         )
-        n_slots = config.pool_blocks or config.pool_nbytes // self.layout.block_nbytes
-        self.max_model_len = _max_model_len(config, model_config, n_slots)
+        n_slots = config.pool_blocks or config.pool_nbytes // held_nbytes(self.layout, config.hot_pool)
+        made_for = model_config.max_position_embeddings
+        self.max_model_len = fitting_model_len(config.max_model_len, made_for, n_slots, config.block_tokens)
         self._runner = make_runner(
             config, model_config, weights, self.layout, n_slots, self.max_model_len, device
         )
         self.slots = PoolSlots(n_slots)
-        self._sequences: dict[str, Sequence] = {}  # in the order of admission
+        self._sequences: dict[str, Sequence] = {}
+        self._allotment = Allotment(self.pool, self.slots, config.block_tokens)
+        self._demand = BlockDemand(config.block_tokens, self.max_model_len)
+        self._promised = 0  # of the free slots, those that who runs is expected to need
+        self._arrivals = itertools.count()
+        self._clock = clock
+        target_s = config.step_s_target
+        self._pacing = StepPacing(target_s, config.block_tokens) if target_s is not None else None
+        self._planned: Plan | None = None  # while nothing has changed since
         self._copies = BlockCopies(self.pool)
 
     @classmethod
-    def load(cls, folder: Path, config: EngineConfig) -> Self:
+    def load(cls, folder: Path, config: EngineConfig, clock: Clock | None = None) -> Self:
         """Read a Hugging Face style folder. Raises ModelError's kinds, ConfigError for settings that do not
-        fit the model or this machine. Sets torch's threads, for the whole process."""
+        fit the model or this machine. Sets torch's threads, for the whole process. `clock` times steps."""
         torch.set_num_threads(config.compute_threads)
         model_config = ModelConfig.from_folder(folder)
         weights = load_weights(folder, model_config, DTYPES[config.dtype])
-        return cls(config, model_config, weights, Tokenizer.from_folder(folder))
+        tokenizer = Tokenizer.from_folder(folder)
+        return cls(config, model_config, weights, tokenizer, clock or MonotonicClock())
+
+    def model_beside(self, model_config: ModelConfig, weights: Weights) -> LlamaModel:
+        """See `ModelRunner`. From any thread."""
+        return self._runner.model_beside(model_config, weights)
+
+    def swap_weights(self, loaded: LoadedWeights) -> None:
+        """Step with other weights from now on. KV that is there stays: whose it is, is the caller's to know
+        (engine/updating.py)."""
+        self._runner.swap(loaded.model)
+        for sequence in self._sequences.values():
+            sequence.shares = False  # what it has is of other weights than what it will compute
+        self._planned = None  # it may have counted on sharing
+        self.model_config, self.weights_digest = loaded.model_config, loaded.digest
 
     @property
     def pool(self) -> KVPool:
@@ -126,6 +163,11 @@ class Engine:
             and self.slots.can_allocate(self.blocks_needed(request, hold=hold) - lent)
         )
 
+    def blocks_needed(self, request: GenerationRequest, *, hold: bool = False) -> int:
+        """Slots, lent ones included, that must be free for it to be admitted: its own, now and as predicted,
+        and what those who run are expected to take. From any thread."""
+        return self._demand.of(request, hold) + self._promised
+
     def admit(
         self,
         request: GenerationRequest,
@@ -135,44 +177,75 @@ class Engine:
         tail: TailKV | None = None,
         hold: bool = False,
         keep: bool = False,
+        arrival: int | None = None,
     ) -> tuple[int, ...]:
-        """Take a request in; the slots of its chain. Its prompt, and the output it may already have, are
-        computed by the next steps but for what is there: `lent` are slots of full blocks of chain index 0 and
-        on, read in place and the caller's to take back after `release`; `blocks` are verified payloads of
-        those behind them, `tail` the KV right behind these. With `hold` the sequence parks after its next
-        token until `release`; with `keep` it holds its slots until then when it has ended, too.
+        """Take a request in; the slots of what is there of its chain. Its prompt, and the output it may
+        already have, are computed by the next steps but for that: `lent` are slots of full blocks of chain
+        index 0 and on, read in place and the caller's to take back after `release`; `blocks` are verified
+        payloads of those behind them, `tail` the KV right behind these. With `hold` the sequence parks after
+        its next token until `release`; with `keep` it holds its slots until then when it has ended, too.
+        `arrival` orders those of one priority; None: it comes last.
 
         Raises OverLimit if it does not fit (nothing is taken), CorruptBlock for a tail that does not match
         its checksum, ValueError for what no correct caller passes.
         """
-        self._check_request(request, lent, blocks, tail)
+        self._check_new(request)
+        check_onboarded(request, len(lent), len(blocks), tail, self.config.block_tokens)
         if not self.can_admit(request, hold=hold, lent=len(lent)):
             raise self._over_limit(request, hold)
-        needed = self.blocks_needed(request, hold=hold) - len(lent)
-        own = self.slots.allocate(needed, request.request_id, after=lent[-1] if lent else None)
+        needed = len(blocks) + (tail is not None)
+        room = self._demand.of(request, hold) - len(lent)
+        after = self._allotment.settle(request.request_id, room, lent[-1] if lent else None)
+        own = self.slots.allocate(needed, request.request_id, after=after)
         try:
-            sequence = self._new_sequence(request, (*lent, *own), len(lent), hold, keep)
+            sequence = self._new_sequence(request, (*lent, *own), len(lent), hold, keep, arrival)
             self._onboard(sequence, blocks, tail)
         except BaseException:
             self.slots.give_back(own)
+            self._allotment.forget(request.request_id)
             raise
-        self._sequences[request.request_id] = sequence
+        self._enter(sequence)
         return sequence.slots
+
+    def slots_lacking(self) -> int:
+        """How many slots the next step wants beyond the free ones. Who can free some does so before it asks
+        for the step, which preempts otherwise."""
+        plan = self._plan()
+        lacking = max(0, plan.slots - self.slots.n_free)
+        self._planned = None if lacking else plan
+        return lacking
 
     def step(self) -> StepResult:
         """Compute one batch. Empty if there is no work. A sequence that ended has left the engine when its
         last event is returned, unless it was admitted with `hold` or `keep`. On a GPU a block may come with a
-        later step than it became full in, but with its sequence's last event at the latest."""
-        chunks = schedule(self._sequences.values(), self.config.step_tokens_max)
+        later step than it became full in, but before its sequence leaves or with its last event."""
+        plan = self._planned or self._plan()
+        preempted: tuple[GenerationRequest, ...] = ()
+        if plan.left_out and self._copies.late:
+            # Who must leave has its blocks told while it has their slots.
+            return StepResult(blocks=tuple(self._copies.take(lambda _: False)))
+        if plan.left_out:
+            victims = self._allotment.victims(self._sequences.values(), plan)
+            preempted = tuple(victim.so_far() for victim in victims)
+            for request in preempted:
+                self.release(request.request_id)
+            plan = self._plan()
+        self._planned = None
+        chunks = [chunk for chunk in plan.chunks if self._allotment.take(chunk)]
         if not chunks:
-            return StepResult()
+            return StepResult(blocks=tuple(self._copies.take(self._goes_on)), preempted=preempted)
+        rows, began = sum(chunk.rows for chunk in chunks), self._clock.now()
         logits = self._runner.run(make_batch(chunks, self.config.block_tokens))
         drawing = [chunk.sequence for chunk in chunks if chunk.draws]
         take_drawn = self._runner.begin_draw(logits, [sequence.sampling_row() for sequence in drawing])
-        self._copies.begin([block for chunk in chunks for block in self._advance(chunk)])
-        events = [self._take_token(*each) for each in zip(drawing, take_drawn(), strict=True)]
-        blocks = self._copies.take(self._goes_on)
-        return StepResult(tuple(events), tuple(blocks), sum(chunk.rows for chunk in chunks))
+        for chunk in chunks:
+            self._advance(chunk)
+        drawn = take_drawn()
+        if self._pacing is not None:
+            self._pacing.took(rows, self._clock.now() - began)
+        events = [self._take_token(*each) for each in zip(drawing, drawn, strict=True)]
+        self._changed()
+        return StepResult(tuple(events), tuple(self._copies.take(self._goes_on)), rows, preempted)
 
     def take_tail(self, request_id: str) -> TailKV | None:
         """A copy of the KV behind the last full computed block. None if there is none, or no sequence."""
@@ -185,10 +258,15 @@ class Engine:
 
     def release(self, request_id: str) -> None:
         """Forget a sequence and give back its own slots, wherever it stands: free, unless they are kept by
-        the edge shard. Does nothing if it is not there."""
+        the edge shard. What of its blocks was not told yet never is. Does nothing if it is not there."""
+        self._copies.forget(request_id)
+        self._leave(request_id)
+
+    def _leave(self, request_id: str) -> None:
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
-            self.slots.give_back(sequence.own_slots)
+            self._allotment.leave(sequence)
+            self._changed()
 
     def check_integrity(self, lent: Seq[int] = (), kept: Collection[int] = ()) -> None:
         """Independent walk: every slot is free, or used by exactly the sequences that name it, those that
@@ -198,59 +276,39 @@ class Engine:
 
     # Admission
 
-    def blocks_needed(self, request: GenerationRequest, *, hold: bool = False) -> int:
-        """Slots in the worst case, lent ones included. The last token of all is drawn but never computed.
-        From any thread."""
-        known = len(request.prompt_ids) + len(request.output_ids)
-        final = min(len(request.prompt_ids) + request.sampling.max_tokens, self.max_model_len)
-        tokens = known if hold else max(known, final - 1)
-        return -(-tokens // self.config.block_tokens)
-
-    def _check_request(
-        self, request: GenerationRequest, lent: Seq[int], blocks: Seq[Payload], tail: TailKV | None
-    ) -> None:
-        name, known = request.request_id, len(request.prompt_ids) + len(request.output_ids)
-        if name in self._sequences:
-            raise ValueError(f"request {name} is in this engine already: release it first")
-        if not request.prompt_ids:
-            raise ValueError(f"request {name} has no prompt tokens")
-        if len(request.output_ids) >= request.sampling.max_tokens:
-            raise ValueError(f"request {name} already has its {request.sampling.max_tokens} output tokens")
-        highest = max(*request.prompt_ids, *request.output_ids, 0)
-        lowest = min(*request.prompt_ids, *request.output_ids, 0)
-        if lowest < 0 or highest >= self.model_config.vocab_size:
-            raise ValueError(f"request {name} has token ids outside 0..{self.model_config.vocab_size - 1}")
-        size = self.config.block_tokens
-        if len(lent) * size >= known:
-            raise ValueError(f"request {name} of {known} tokens would write into the last block lent to it")
-        onboarded = (len(lent) + len(blocks)) * size + (tail.tokens if tail else 0)
-        if onboarded > known or (tail and not 0 < tail.tokens < self.config.block_tokens):
-            raise ValueError(f"request {name} has {known} tokens, KV of {onboarded} was given")
+    def _check_new(self, request: GenerationRequest) -> None:
+        if request.request_id in self._sequences:
+            raise ValueError(f"request {request.request_id} is in this engine already: release it first")
+        check_request(request, self.model_config.vocab_size)
 
     def _over_limit(self, request: GenerationRequest, hold: bool) -> OverLimit:
-        known = len(request.prompt_ids) + len(request.output_ids)
-        needed = self.blocks_needed(request, hold=hold)
-        what = f"request {request.request_id} of {known} tokens"
-        if known >= self.max_model_len:
-            return OverLimit(f"{what} leaves no room for output: this engine takes {self.max_model_len}")
-        return OverLimit(
-            f"{what} needs {needed} KV blocks of {self.slots.n_free} free and a place among "
-            f"{self.config.running_max} running sequences ({self.running} taken): wait for others to end"
-        )
+        unclaimed = max(0, self.slots.n_free - self._promised)
+        return self._demand.over_limit(request, hold, unclaimed, self.running, self.config.running_max)
 
     def _new_sequence(
-        self, request: GenerationRequest, slots: tuple[int, ...], lent: int, hold: bool, keep: bool
+        self,
+        request: GenerationRequest,
+        slots: tuple[int, ...],
+        lent: int,
+        hold: bool,
+        keep: bool,
+        arrival: int | None,
     ) -> Sequence:
         sampling = request.sampling
         return Sequence(
             request,
             slots=slots,
             lent=lent,
+            arrival=next(self._arrivals) if arrival is None else arrival,
             hold=hold,
             keep=keep,
-            tokens_max=min(len(request.prompt_ids) + sampling.max_tokens, self.max_model_len),
+            tokens_max=self._demand.tokens_max(request),
             eos_token_ids=self.model_config.eos_token_ids,
-            detokenizer=IncrementalDetokenizer(self.tokenizer, sampling.stop) if sampling.stop else None,
+            detokenizer=(
+                IncrementalDetokenizer(self.tokenizer, sampling.stop, sampling.min_tokens)
+                if sampling.stop
+                else None
+            ),
         )
 
     def _onboard(self, sequence: Sequence, blocks: Seq[Payload], tail: TailKV | None) -> None:
@@ -261,18 +319,45 @@ class Engine:
                 name = sequence.request.request_id
                 raise CorruptBlock(MissReason.CHECKSUM, f"the tail of request {name} does not match")
             self.pool.write_tail(sequence.own_slots[len(blocks)], tail.payload, tail.tokens)
-        full = sequence.lent + len(blocks)
-        sequence.onboard(full, full * self.config.block_tokens + (tail.tokens if tail else 0))
+        size = self.config.block_tokens
+        sequence.onboard((sequence.lent + len(blocks)) * size + (tail.tokens if tail else 0), size)
+
+    def _enter(self, sequence: Sequence) -> None:
+        self._sequences[sequence.request.request_id] = sequence
+        self._changed()
+
+    def _changed(self) -> None:
+        self._planned = None
+        self._promised = self._demand.promised(self._sequences.values())
 
     # One step
 
-    def _advance(self, chunk: Chunk) -> list[FullBlock]:
-        sequence = chunk.sequence
+    def _plan(self) -> Plan:
+        for sequence, index in self._allotment.take_over(self._sequences.values()):
+            self._copy_out(sequence, [index])
+        return plan_step(
+            self._sequences.values(),
+            self._prompt_rows,
+            self.config.block_tokens,
+            self.slots.n_free,
+            self.slots.is_shared,
+        )
+
+    def _prompt_rows(self, decoding: int) -> int:
+        rows_max = self.config.step_tokens_max
+        return rows_max - decoding if self._pacing is None else self._pacing.prompt_rows(decoding, rows_max)
+
+    def _advance(self, chunk: Chunk) -> None:
+        self._copy_out(chunk.sequence, chunk.sequence.advance(chunk.rows, self.config.block_tokens))
+
+    def _copy_out(self, sequence: Sequence, indexes: Collection[int]) -> None:
         request = sequence.request
-        return [
-            FullBlock(request.request_id, request.attempt, index, sequence.slots[index])
-            for index in sequence.advance(chunk.rows, self.config.block_tokens)
-        ]
+        self._copies.begin(
+            [
+                FullBlock(request.request_id, request.attempt, index, sequence.slots[index])
+                for index in indexes
+            ]
+        )
 
     def _goes_on(self, request_id: str) -> bool:
         """Will steps to come compute it?"""
@@ -284,26 +369,17 @@ class Engine:
             event = sequence.fail(
                 "the model's logits are not finite: its weights or onboarded KV are damaged"
             )
+        elif drawn.token_id == NOTHING_ALLOWED:
+            event = sequence.fail(
+                "no token is left to draw: the request's constraint and min_tokens forbid all"
+            )
         else:
             event = sequence.append(drawn)
+        if event.finish in (FinishReason.STOP, FinishReason.LENGTH):
+            longest = sequence.tokens_max - len(sequence.request.prompt_ids)
+            self._demand.prediction.ended(sequence.output_count, longest)
         if sequence.hold or (sequence.keep and event.finish is not None):
             sequence.parked = True
         elif event.finish is not None:
-            self.release(sequence.request.request_id)
+            self._leave(sequence.request.request_id)
         return event
-
-
-def _max_model_len(config: EngineConfig, model_config: ModelConfig, n_slots: int) -> int:
-    made_for = model_config.max_position_embeddings
-    if n_slots < 1:
-        raise ConfigError("the KV pool holds not one block: raise pool_nbytes")
-    if config.max_model_len is None:
-        return min(made_for, n_slots * config.block_tokens)
-    if config.max_model_len > made_for:
-        raise ConfigError(
-            f"max_model_len is {config.max_model_len}, but the model was made for {made_for}: lower it"
-        )
-    held = n_slots * config.block_tokens
-    if held < config.max_model_len:
-        log.warning("the KV pool is smaller than max_model_len", tokens=held, wanted=config.max_model_len)
-    return min(config.max_model_len, held)

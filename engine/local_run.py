@@ -1,7 +1,8 @@
 """What one sequence has in its worker's edge shard: the blocks lent to it, and those it leaves there.
 
     lent (waiting) -> handed to the worker loop -> admitted -> filled ... -> ended
-       |-> recalled: an admission before it needed the slots; it computes what was lent
+       |-> recalled: an admission before it         |<-- again --- preempted --|
+           needed the slots; it computes what was lent
 
 Ended exactly once, by who holds it: the role until `WorkerLoop.admit` is called, the loop from then on, after
 the engine has let go of the slots.
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from engine.types import GenerationRequest
 from kvstore.hashing import KeyChain
 from kvstore.lineage import Lineage
 from kvstore.nouns import BlockMeta, Epoch, LeaseId, NamespaceId, PinnedBlock, Quality
@@ -43,14 +45,14 @@ class LocalRun:
         self._edge = edge
         self._chain = chain
         self._ended = False
-        self._in_engine: tuple[int, ...] | None = None  # all slots of the sequence
+        self._in_engine = False
         self._onboarded: Sequence[tuple[Epoch, Quality]] = ()
         self._quality: Quality | None = None
 
     @property
     def waiting(self) -> bool:
-        """Lent to a request that is not in the engine yet."""
-        return self._in_engine is None and not self._ended and bool(self.slots)
+        """Lent to a request that is not in the engine yet, nor on its way there."""
+        return not (self.handed_over or self._in_engine or self._ended) and bool(self.slots)
 
     def lent(self, blocks: tuple[PinnedBlock, ...], slots: list[int], lease: LeaseId) -> None:
         self.blocks, self.slots = blocks, slots
@@ -70,10 +72,10 @@ class LocalRun:
         self._quality, self._onboarded = lineage.publishable, onboarded
 
     def admitted(self, slots: tuple[int, ...]) -> None:
-        """The engine has it, and its chain lies in `slots`: what was onboarded may stay."""
+        """The engine has it, and what is there of its chain lies in `slots`: what was onboarded may stay."""
         if self._ended:
             return
-        self._in_engine = slots
+        self._in_engine = True
         if self.recalled:
             return  # nothing was onboarded either: all of it is computed
         own = self._edge.epoch
@@ -84,10 +86,43 @@ class LocalRun:
             indexes = [index for index, _ in group]
             self._edge.keep(self, indexes, [slots[index] for index in indexes], quality)
 
-    def filled(self, index: int) -> None:
-        """Block `index` was computed and is full; its tokens stand in the chain."""
-        if self._in_engine is not None and self._quality is not None and not self._ended:
-            self._edge.keep(self, [index], [self._in_engine[index]], self._quality)
+    def filled(self, index: int, slot: int) -> None:
+        """Block `index` was computed in `slot` and is full; its tokens stand in the chain. Where two share it
+        (engine/sharing.py), who is told first keeps it."""
+        if self._ended or not self._in_engine or self._edge.slots.is_kept(slot):
+            return
+        if self._quality is not None:
+            self._edge.keep(self, [index], [slot], self._quality)
+
+    def join(self, tenant: str, read: int) -> int:
+        """Others may have brought here meanwhile what it has read, or part of it: that is lent too, if it is
+        no lesser, instead of a second copy; how many of the `read` blocks."""
+        if not read:
+            return 0
+        held = len(self.slots)
+        usable = held + read
+        run = self._edge.lend(self.namespace, tenant, self._chain, usable, self.owner, least=self._quality)
+        more = max(0, len(run.slots) - held)
+        self._edge.counters["edge:lent"] -= len(run.slots) - more  # counted before
+        if more:
+            self._edge.take_back(self)
+            self.blocks, self.slots, self.leases = run.blocks, run.slots, run.leases
+            self._onboarded = self._onboarded[more:]
+            run.slots, run.leases = [], []
+        run.end()
+        return more
+
+    def again(self, request: GenerationRequest) -> LocalRun:
+        """For the sequence's next life, after it was preempted: what lies here now of its chain, none of it
+        lesser than what it has been over until now, so that its lineage stays what it is."""
+        self.end()
+        tokens = len(request.prompt_ids) + len(request.output_ids)
+        usable = (tokens - 1) // self._chain.block_tokens
+        run = self._edge.lend(
+            self.namespace, request.tenant, self._chain, usable, self.owner, least=self._quality
+        )
+        run._quality = self._quality
+        return run
 
     def recall(self) -> None:
         """An admission before it needs the slots: what was lent is gone, and what was read behind it is of no
@@ -97,7 +132,7 @@ class LocalRun:
 
     def give_up(self) -> None:
         """Return what was lent, before it is used and before anything behind it was read."""
-        assert self._in_engine is None, "what an engine reads is not given up"
+        assert not self._in_engine, "what an engine reads is not given up"
         self._edge.take_back(self)
         self.blocks = ()
 

@@ -26,11 +26,15 @@ def generate_all(
     what `Engine.admit` raises, and RuntimeError if a sequence ends in an error.
     """
     outputs = {request.request_id: list(request.output_ids) for request in requests}
+    arrivals = {name: arrival for arrival, name in enumerate(outputs)}
     waiting, running = deque(requests), set(outputs)
     while running:
         while waiting and (engine.can_admit(waiting[0]) or not engine.has_work()):
-            engine.admit(waiting.popleft())
-        for event in engine.step().events:
+            engine.admit(waiting[0], arrival=arrivals[waiting[0].request_id])
+            waiting.popleft()
+        result = engine.step()
+        waiting.extendleft(result.preempted)  # the last in order left first: the first comes first again
+        for event in result.events:
             if event.request_id not in running:
                 continue
             if event.error is not None:

@@ -108,8 +108,8 @@ class KVPool:
 
     def write(self, layer: int, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """One layer's K and V [len(rows), kv_heads, head_dim] of new tokens, at `rows` (int64) of `keys`."""
-        self.keys(layer)[rows] = keys
-        self.values(layer)[rows] = values
+        self.keys(layer).index_copy_(0, rows, keys)
+        self.values(layer).index_copy_(0, rows, values)
 
     def token_index(self, slots: Sequence[int], begin: int, end: int) -> torch.Tensor | slice:
         """Rows of `keys` that hold positions begin .. end of the sequence in `slots`; a slice if adjacent."""

@@ -81,6 +81,7 @@ class Publication:
     ) -> None:
         self.pins: dict[int, PinnedBlock] = {}
         self.leases: list[tuple[ShardId, LeaseId]] = []
+        self.left_to_others = False  # another was writing a block that was offered: it is not pinned
         self._publisher = publisher
         self._session = session
         self._chain = chain
@@ -168,6 +169,7 @@ class Publication:
             else:
                 counters["publish:refused"] += 1
                 self._gap = self._gap or answer not in _STILL_REACHABLE
+                self.left_to_others = self.left_to_others or answer is Refusal.STAGED
 
     def _describe(self, block: CompletedBlock) -> PublishBlock:
         index, chain = block.chain_index, self._chain

@@ -21,15 +21,13 @@ from typing import Final
 import numpy as np
 import torch
 
+from engine.config import HOT_QUALITIES
 from engine.pool import BlockRead, Bytes, CopiedBlocks, KVPool
 from engine.weights import DTYPES
 from kvstore.codecs.exact import reciprocals, scales
 from kvstore.nouns import KVLayout, Quality
 
-__all__ = ["CODE_MAX", "QUALITIES", "QuantisedPool", "dequantised", "quantised"]
-
-QUALITIES: Final = {"model": Quality.LOSSLESS, "int8": Quality.INT8, "fp8": Quality.FP8}
-"""What KV is worth that lay in a pool of each kind (`EngineConfig.hot_pool`)."""
+__all__ = ["CODE_MAX", "QuantisedPool", "dequantised", "held_nbytes", "make_pool", "quantised"]
 
 CODE_MAX: Final = {"int8": 127, "fp8": 448}
 _FLOAT16_MAX: Final = 65504.0
@@ -58,7 +56,7 @@ class QuantisedPool(KVPool):
 
     @property
     def quality(self) -> Quality:
-        return QUALITIES[self._hot]
+        return HOT_QUALITIES[self._hot]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -117,6 +115,19 @@ class QuantisedPool(KVPool):
     def _layer(self, layer: int, which: int) -> torch.Tensor:
         scale = self.scales[layer, which].transpose(1, 2)
         return dequantised(self.codes[layer, which], scale, self._hot, self._dtype).flatten(0, 1)
+
+
+def held_nbytes(layout: KVLayout, hot: str) -> int:
+    """Bytes of a block in a pool of this kind."""
+    if hot == "model":
+        return layout.block_nbytes
+    vectors = 2 * layout.layers * layout.block_tokens * layout.kv_heads
+    return vectors * (layout.head_dim + torch.bfloat16.itemsize)
+
+
+def make_pool(layout: KVLayout, n_slots: int, hot: str) -> KVPool:
+    """In this process's memory."""
+    return KVPool(layout, n_slots) if hot == "model" else QuantisedPool(layout, n_slots, hot)
 
 
 def quantised(values: torch.Tensor, hot: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,6 +25,7 @@ from engine.linear import PackedLinear, Rowwise, check_row_invariance
 from engine.models.config import ModelConfig
 from engine.models.llama import LlamaModel, StepInput
 from engine.pool import KVPool
+from engine.quantised_pool import make_pool
 from engine.sampling.rows import Drawn, SamplingRow
 from engine.sampling.sampler import Sampler
 from engine.weights import DTYPES, Weights
@@ -88,7 +89,7 @@ class ModelRunner:
             if config.batch_invariant
             else SdpaAttention(windows)
         )
-        self.pool = KVPool(layout, n_slots)
+        self.pool = make_pool(layout, n_slots, config.hot_pool)
 
     def run(self, batch: Batch) -> torch.Tensor:
         """Compute the batch's KV into the pool; float32 [len(logits_rows), vocabulary]."""

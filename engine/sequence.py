@@ -3,6 +3,7 @@
     tokens    [ prompt .......................... | output .... ]
     computed  [ lent | onboarded blocks, tail | chunks . ]        KV is in the pool for these
     pending                                               [ ... ]  one: decode; more: prefill
+    slots     [    one a block, taken as tokens come      ]
 
 A sequence whose tokens are all computed has its next token drawn in that same step, so at least one token
 is always pending: onboarding stops one short of the end.
@@ -10,9 +11,12 @@ is always pending: onboarding stops one short of the end.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from engine.detokenizer import IncrementalDetokenizer
+from engine.sampling.adjust import LogitAdjuster
+from engine.sampling.constraint import TokenConstraint
 from engine.sampling.rows import Drawn, SamplingRow
 from engine.types import FinishReason, GenerationRequest, TokenEvent
 
@@ -22,21 +26,25 @@ __all__ = ["Sequence"]
 class Sequence:
     """Mutable, the engine's own. `slots[i]` holds block i of the chain; the first `lent` of them are full
     blocks of the edge shard's, shared and never written. With `keep` it stays, ended, until it is
-    released."""
+    released. `order` is whose turn it is: the request's priority, then who came first."""
 
     __slots__ = (
         "_detokenizer",
         "_end_token_ids",
-        "_tokens_max",
+        "_sampling_row",
         "computed",
+        "computed_from",
         "hold",
         "keep",
         "lent",
         "onboarded_blocks",
+        "order",
         "parked",
         "request",
+        "shares",
         "slots",
         "tokens",
+        "tokens_max",
     )
 
     def __init__(
@@ -45,23 +53,29 @@ class Sequence:
         *,
         slots: tuple[int, ...],
         lent: int,
+        arrival: int,
         hold: bool,
         keep: bool,
         tokens_max: int,
         eos_token_ids: Iterable[int],
         detokenizer: IncrementalDetokenizer | None,
+        constraint: TokenConstraint | None = None,
     ) -> None:
+        """`constraint` has accepted nothing yet."""
         self.request = request
         self.tokens = [*request.prompt_ids, *request.output_ids]
         self.slots = slots
         self.lent = lent
         self.hold = hold
         self.keep = keep
+        self.order = request.priority, arrival
         self.parked = False
+        self.shares = True  # may others take its blocks over, and it theirs?
         self.computed = 0
+        self.computed_from = 0  # the first block of which it computed every token
         self.onboarded_blocks = 0
+        self.tokens_max = tokens_max
         sampling = request.sampling
-        self._tokens_max = tokens_max
         self._end_token_ids = frozenset(sampling.stop_token_ids) | (
             frozenset() if sampling.ignore_eos else frozenset(eos_token_ids)
         )
@@ -69,6 +83,12 @@ class Sequence:
         if detokenizer is not None:
             for token_id in request.output_ids:
                 detokenizer.push(token_id)
+        if constraint is not None:
+            for token_id in request.output_ids:
+                constraint.accept(token_id)
+        ends, prompt_len = frozenset(eos_token_ids) | set(sampling.stop_token_ids), len(request.prompt_ids)
+        adjuster = LogitAdjuster(sampling, prompt_len, ends)
+        self._sampling_row = SamplingRow(sampling, self.tokens, prompt_len, ends, adjuster, constraint)
 
     @property
     def own_slots(self) -> tuple[int, ...]:
@@ -83,10 +103,30 @@ class Sequence:
     def output_count(self) -> int:
         return len(self.tokens) - len(self.request.prompt_ids)
 
-    def onboard(self, blocks: int, tokens: int) -> None:
-        """KV of the first `tokens` tokens, of which `blocks` are full blocks, is in the pool."""
-        self.onboarded_blocks = blocks
+    def onboard(self, tokens: int, block_tokens: int) -> None:
+        """KV of the first `tokens` tokens is in the pool."""
+        self.onboarded_blocks = tokens // block_tokens
+        self.computed_from = -(-tokens // block_tokens)
         self.computed = min(tokens, len(self.tokens) - 1)
+
+    def slots_for(self, rows: int, block_tokens: int) -> int:
+        """Slots that the next `rows` tokens take beyond those it has."""
+        return -(-(self.computed + rows) // block_tokens) - len(self.slots)
+
+    def writes_to_shared(self, block_tokens: int, is_shared: Callable[[int], bool]) -> bool:
+        """Would its next token go into a block that others read? It must be copied first."""
+        index, inside = divmod(self.computed, block_tokens)
+        return inside > 0 and is_shared(self.slots[index])
+
+    def take_over(self, slot: int, tokens: int) -> None:
+        """The next `tokens` tokens are in `slot`, computed by another."""
+        self.slots += (slot,)
+        self.computed += tokens
+
+    def so_far(self) -> GenerationRequest:
+        """The request that goes on where this one stands."""
+        prompt = len(self.request.prompt_ids)
+        return replace(self.request, output_ids=tuple(self.tokens[prompt:]))
 
     def advance(self, rows: int, block_tokens: int) -> range:
         """`rows` more tokens are computed; the blocks that became full by it."""
@@ -96,12 +136,14 @@ class Sequence:
 
     def sampling_row(self) -> SamplingRow:
         """Who the next token is drawn for. It sees `tokens` as they are when it is used."""
-        return SamplingRow(self.request.sampling, self.tokens, len(self.request.prompt_ids))
+        return self._sampling_row
 
     def append(self, drawn: Drawn) -> TokenEvent:
         """Take the token that was drawn. The sequence has ended if the event has a finish."""
         index = self.output_count
         self.tokens.append(drawn.token_id)
+        if self._sampling_row.constraint is not None:
+            self._sampling_row.constraint.accept(drawn.token_id)
         return TokenEvent(
             self.request.request_id,
             self.request.attempt,
@@ -112,6 +154,7 @@ class Sequence:
         )
 
     def fail(self, what: str) -> TokenEvent:
+        self.shares = False  # who knows since when its KV is damaged
         return TokenEvent(
             self.request.request_id, self.request.attempt, self.output_count, -1, FinishReason.ERROR, what
         )
@@ -123,6 +166,6 @@ class Sequence:
             self._detokenizer.push(token_id)
             if self._detokenizer.finished_by_stop:
                 return FinishReason.STOP
-        if len(self.tokens) >= self._tokens_max:
+        if len(self.tokens) >= self.tokens_max:
             return FinishReason.LENGTH
         return None

@@ -29,10 +29,20 @@ class FinishReason(enum.Enum):
     ERROR = "error"
 
 
+class UpdateMode(enum.Enum):
+    """What becomes of the sequences that run when the weights under them change."""
+
+    DRAIN = "drain"  # they end first, with the old weights; what is new waits
+    ABORT = "abort"  # they end at once, and say why
+    KEEP = "keep"  # they go on over the KV they have: nothing of it is published or kept from then on
+    RECOMPUTE = "recompute"  # their tokens are computed anew under the new weights, then they go on
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is drawn. `temperature` 0 is greedy. Noise is a function of (seed, position)
-    alone, so a sequence goes on identically wherever it goes on."""
+    alone, so a sequence goes on identically wherever it goes on. What each parameter does to the logits, and
+    in which order: engine/sampling/adjust.py and sampler.py."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -42,6 +52,13 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_p: float = 0.0
+    min_tokens: int = 0  # no end token is drawn, and no stop string ends anything, before so many
+    repetition_penalty: float = 1.0  # over prompt and output
+    presence_penalty: float = 0.0  # over the output, as the next
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added)
+    logprobs: int | None = None  # None: none; else of the token drawn and of so many of the highest
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +81,8 @@ class GenerationRequest:
     sampling: SamplingParams
     output_ids: tuple[int, ...] = ()
     tenant: str = "default"
+    priority: int = 0  # lower goes first, and leaves last when room is short
+    deadline_s: float | None = None  # from its arrival at a worker to its turn there; None: it waits
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +94,9 @@ class TokenEvent:
     index: int
     token_id: int
     finish: FinishReason | None = None
-    error: str | None = None  # what happened, when finish is ERROR (token_id is then -1)
+    error: str | None = None  # what happened, when finish is ERROR or ABORT (token_id is then -1)
     logprobs: TokenLogprobs | None = None
+    epochs: tuple[int, ...] = ()  # of the weights that drew it and of the KV it attended to; told by roles
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +108,7 @@ class CompletedBlock:
     attempt: int
     chain_index: int
     payload: npt.NDArray[np.uint8]
+    slot: int = -1  # of the pool, where it lies
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +122,13 @@ class TailKV:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one step of the engine produced, over all its sequences."""
+    """What one step of the engine produced, over all its sequences. Who was `preempted` has left the engine
+    for want of room: the request, with all its tokens so far as output, to be admitted again."""
 
     events: tuple[TokenEvent, ...] = ()
     blocks: tuple[CompletedBlock, ...] = ()
     tokens_computed: int = 0
+    preempted: tuple[GenerationRequest, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +151,7 @@ class FirstToken:
 
     event: TokenEvent
     stats: PrefillStats
+    epoch: Epoch | None = None  # of the weights that drew it
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +183,7 @@ class WorkerInfo:
     pid: int
     node_id: str  # of the cluster's node it runs on; empty outside a cluster
     edge_address: str = ""  # where other workers read its pool; empty: nowhere
+    epoch_number: int = 0  # of the weights loaded now
 
 
 @dataclass(frozen=True, slots=True)

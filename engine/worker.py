@@ -9,117 +9,54 @@ on with store I/O while a step computes. A step in progress delays an admission 
 step. A step that raises fails the sequences that were running, each through its own sink; the loop goes on.
 
 With an edge shard (engine/edge.py) idle cached blocks make room for an admission, before it is asked whether
-it fits; a sequence's full blocks are told to its `LocalRun`, and its slots go back in the order engine, then
-edge.
+it fits, and for a step that would lack slots; a sequence's full blocks are told to its `LocalRun`, and its
+slots go back in the order engine, then edge.
+
+Requests wait by priority, deadline and arrival (engine/turns.py). Who is preempted waits again, ahead of
+newcomers of its priority, and goes on where it stood: its sink hears nothing of it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from typing import Final, ParamSpec, Protocol, TypeVar
+from typing import Final
 
-import numpy as np
-import numpy.typing as npt
 import structlog
 
 from engine.edge import EdgeShard
+from engine.engine_thread import EngineThread, Payload, SequenceSink, SyncEngine
+from engine.entrance import Admitted, Entrance
 from engine.local_run import LocalRun
+from engine.turns import urgency_of
 from engine.types import CompletedBlock, FinishReason, GenerationRequest, StepResult, TailKV, TokenEvent
-from kvstore.errors import ConfigError, OverLimit
+from kvstore.clock import Clock, MonotonicClock
+from kvstore.errors import OverLimit
 
-__all__ = ["EngineThread", "SequenceSink", "SyncEngine", "WorkerLoop"]
+__all__ = ["WorkerLoop"]
 
-P = ParamSpec("P")
-T = TypeVar("T")
-Payload = memoryview | npt.NDArray[np.uint8]
-
-PEERS_LEASE_LOOK_S: Final = 0.25
-"""Between two looks for room while blocks of the pool may be pinned by other workers: nobody tells when they
-end."""
+PREEMPTED_TIMEOUT_S: Final = 600.0
+"""For a preempted sequence to find room again: as long as those before it may run."""
 
 log = structlog.get_logger(__name__)
-
-
-class SyncEngine(Protocol):
-    """What the loop asks of `engine.Engine`, from the engine thread unless it says otherwise."""
-
-    def can_ever_admit(self, request: GenerationRequest) -> bool: ...
-
-    def can_admit(self, request: GenerationRequest, *, hold: bool = False, lent: int = 0) -> bool: ...
-
-    def blocks_needed(self, request: GenerationRequest, *, hold: bool = False) -> int:
-        """From any thread."""
-        ...
-
-    def admit(
-        self,
-        request: GenerationRequest,
-        *,
-        lent: Sequence[int] = (),
-        blocks: Sequence[Payload] = (),
-        tail: TailKV | None = None,
-        hold: bool = False,
-        keep: bool = False,
-    ) -> tuple[int, ...]: ...
-
-    def step(self) -> StepResult: ...
-
-    def take_tail(self, request_id: str) -> TailKV | None: ...
-
-    def release(self, request_id: str) -> None: ...
-
-    def has_work(self) -> bool: ...
-
-
-class SequenceSink(Protocol):
-    """Who wants what a sequence yields. Called on the event loop; must neither wait nor raise."""
-
-    def on_block(self, block: CompletedBlock) -> None:
-        """A block became full. Its tokens were all told by earlier events, or came with the request."""
-        ...
-
-    def on_token(self, event: TokenEvent) -> None: ...
-
-    def on_error(self, error: Exception) -> None:
-        """The engine failed on it; it is already released."""
-        ...
-
-
-class EngineThread:
-    """The one thread that loads and runs an engine. Calls run one by one, in the order they are asked."""
-
-    def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="engine")
-
-    def submit(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
-        """Queue the call at once, before this returns; the future is the event loop's."""
-        return asyncio.wrap_future(self._executor.submit(call, *args, **kwargs))
-
-    async def close(self) -> None:
-        """Waits for the call that runs; those that wait are dropped."""
-        await asyncio.to_thread(self._executor.shutdown, cancel_futures=True)
-
-
-@dataclass(slots=True)
-class _Admitted:
-    attempt: int
-    sink: SequenceSink
-    hold: bool
-    local: LocalRun | None
-    running: bool = False  # steps compute it: in the engine, and neither ended nor parked
 
 
 class WorkerLoop:
     """Lives on one event loop. `counters` are labelled "engine:..."."""
 
     def __init__(
-        self, engine: SyncEngine, thread: EngineThread, *, waiting_max: int, edge: EdgeShard | None = None
+        self,
+        engine: SyncEngine,
+        thread: EngineThread,
+        *,
+        waiting_max: int,
+        edge: EdgeShard | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self.counters: Counter[str] = Counter()
         self.waiting = 0
@@ -128,10 +65,11 @@ class WorkerLoop:
         self._waiting_max = waiting_max
         self._edge = edge
         self._releasing = 0  # releases that the engine has not come to yet: their slots will be free
-        self._admitted: dict[str, _Admitted] = {}
-        self._turn = asyncio.Lock()  # admissions go in the order they came
+        self._admitted: dict[str, Admitted] = {}
+        self._arrivals = itertools.count()
+        self._clock = clock or MonotonicClock()
+        self._entrance = Entrance(engine, thread, edge, self._clock, lambda: self._releasing > 0)
         self._work = asyncio.Event()
-        self._freed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -149,11 +87,12 @@ class WorkerLoop:
 
     async def close(self) -> None:
         """Stop stepping and end the engine thread. What is still admitted is dropped with the engine."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-            self._task = None
+        again = (admitted.again for admitted in self._admitted.values())
+        tasks = [task for task in (self._task, *again) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._task = None
         await self._thread.close()
 
     async def admit(
@@ -166,53 +105,43 @@ class WorkerLoop:
         tail: TailKV | None = None,
         hold: bool = False,
         timeout_s: float,
+        arrived_at: float | None = None,
     ) -> None:
         """Wait for room, then take the request in; from then on `sink` is told what it yields. `local` is the
         loop's from here on, however this ends; if it was recalled meanwhile, `blocks` and `tail`, which stand
-        behind it, are not used either.
+        behind it, are not used either. Its deadline counts from `arrived_at`; None: from now.
 
-        Raises OverLimit when too many wait already or there is no room within `timeout_s`, ConfigError when
-        it would not fit an empty engine either, and what Engine.admit raises. Then, and when cancelled,
-        nothing is held.
+        Raises OverLimit when too many wait already or there is no room within `timeout_s`, DeadlineExceeded
+        when its own deadline passes before, ConfigError when it would not fit an empty engine either, and
+        what Engine.admit raises. Then, and when cancelled, nothing is held.
         """
+        arrived_at = self._clock.now() if arrived_at is None else arrived_at
+        urgency = urgency_of(request, arrived_at, next(self._arrivals))
+        record = Admitted(request.attempt, sink, hold, local, urgency)
         try:
-            await self._admit(request, sink, local, blocks, tail, hold, timeout_s)
+            if self.waiting >= self._waiting_max:
+                raise OverLimit(
+                    f"{self.waiting} requests wait for this engine already: try another, or later"
+                )
+            self.waiting += 1
+            try:
+                take_in = partial(self._take_in, request, record, blocks, tail)
+                await self._entrance.enter(request, record, take_in, timeout_s)
+            finally:
+                self.waiting -= 1
         except BaseException:
             # Unless the engine was asked: then `local` ends behind what the engine does (`_released`).
             if local is not None:
                 local.abandon()
             raise
 
-    async def _admit(
-        self,
-        request: GenerationRequest,
-        sink: SequenceSink,
-        local: LocalRun | None,
-        blocks: Sequence[Payload],
-        tail: TailKV | None,
-        hold: bool,
-        timeout_s: float,
-    ) -> None:
-        if self.waiting >= self._waiting_max:
-            raise OverLimit(f"{self.waiting} requests wait for this engine already: try another, or later")
-        self.waiting += 1
-        try:
-            async with asyncio.timeout(timeout_s), self._turn:
-                with self._edge.admission() if self._edge is not None else contextlib.nullcontext():
-                    await self._wait_for_room(request, local, hold)
-                    await self._take_in(request, sink, local, blocks, tail, hold)
-        except TimeoutError:
-            raise OverLimit(
-                f"request {request.request_id} found no room in this engine within {timeout_s:.1f} s"
-            ) from None
-        finally:
-            self.waiting -= 1
-
     def release(self, request_id: str, attempt: int) -> None:
         """Free what this attempt holds, after the step that runs. Idempotent; never waits."""
         admitted = self._admitted.get(request_id)
         if admitted is not None and admitted.attempt == attempt:
             del self._admitted[request_id]
+            if admitted.again is not None and admitted.again is not asyncio.current_task():
+                admitted.again.cancel()
             self._releasing += 1
             released = self._thread.submit(self._engine.release, request_id)
             released.add_done_callback(partial(self._released, admitted.local))
@@ -226,79 +155,55 @@ class WorkerLoop:
 
     # -- admission ---------------------------------------------------------------------------------
 
-    async def _wait_for_room(self, request: GenerationRequest, local: LocalRun | None, hold: bool) -> None:
-        if not await self._thread.submit(self._engine.can_ever_admit, request):
-            raise ConfigError(
-                f"request {request.request_id} of {len(request.prompt_ids)} prompt tokens and max_tokens "
-                f"{request.sampling.max_tokens} does not fit this engine even when it is empty: shorten "
-                "the prompt, lower max_tokens, or raise engine.pool_nbytes or engine.max_model_len"
-            )
-        while True:
-            self._freed.clear()  # before asking: what is freed meanwhile must not be missed
-            if not self._releasing:
-                self._make_room(request, local, hold)
-            lent = 0 if local is None else len(local.slots)
-            if await self._thread.submit(self._engine.can_admit, request, hold=hold, lent=lent):
-                return
-            if self._releasing or not self._make_room(request, local, hold):
-                await self._some_room()
-
-    def _make_room(self, request: GenerationRequest, local: LocalRun | None, hold: bool) -> bool:
-        """Idle blocks of the cache go, as many as are needed and if they are enough. Did anything change?"""
-        if self._edge is None:
-            return False
-        lent = 0 if local is None else len(local.slots)
-        return self._edge.make_room(self._engine.blocks_needed(request, hold=hold) - lent, local)
-
-    async def _some_room(self) -> None:
-        if self._edge is None:
-            await self._freed.wait()
-            return
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(PEERS_LEASE_LOOK_S):
-                await self._freed.wait()
-
     async def _take_in(
         self,
         request: GenerationRequest,
-        sink: SequenceSink,
-        local: LocalRun | None,
+        record: Admitted,
         blocks: Sequence[Payload],
         tail: TailKV | None,
-        hold: bool,
-    ) -> None:
+    ) -> bool:
+        """False: a step has taken the room since; nothing has changed."""
         earlier = self._admitted.get(request.request_id)
-        if earlier is not None:
+        if earlier is not None and earlier is not record:
             self.release(request.request_id, earlier.attempt)
+        local = record.local
         lent: Sequence[int] = ()
         if local is not None:
-            local.handed_over = True
-            lent = tuple(local.slots)
             if local.recalled:
                 blocks, tail = (), None
-        admitted = self._admitted[request.request_id] = _Admitted(request.attempt, sink, hold, local)
+            blocks = blocks[local.join(request.tenant, len(blocks)) :]
+            local.handed_over = True
+            lent = tuple(local.slots)
+        if record.again is None:
+            record.next_block = len(lent) + len(blocks)
+        self._admitted[request.request_id] = record
+        admit = partial(
+            self._engine.admit, request, lent=lent, blocks=blocks, tail=tail, hold=record.hold,
+            keep=local is not None, arrival=record.urgency.arrival,
+        )  # fmt: skip
         try:
             slots = await self._thread.submit(
-                self._engine.admit,
-                request,
-                lent=lent,
-                blocks=blocks,
-                tail=tail,
-                hold=hold,
-                keep=local is not None,
+                _admit_if_it_fits, self._engine, admit, request, record.hold, len(lent)
             )
-            if local is not None:
-                local.admitted(slots)
         except BaseException:
             # Cancelled while the thread was in admit: the release queued here runs after it.
             self.release(request.request_id, request.attempt)
             raise
-        admitted.running = True
+        if slots is None:
+            if local is not None:
+                local.handed_over = False
+            if record.again is None and self._admitted.get(request.request_id) is record:
+                del self._admitted[request.request_id]
+            return False
+        if local is not None:
+            local.admitted(slots)
+        record.running = True
         self._work.set()
+        return True
 
     def _released(self, local: LocalRun | None, future: asyncio.Future[None]) -> None:
         self._releasing -= 1
-        self._freed.set()
+        self._entrance.freed.set()
         if local is not None:
             local.end()
         if not future.cancelled() and (error := future.exception()) is not None:
@@ -311,7 +216,7 @@ class WorkerLoop:
         while True:
             self._work.clear()
             try:
-                result = await self._thread.submit(self._step)
+                result = await self._step()
             except Exception as error:
                 self._fail_running(error)
                 result = None
@@ -320,9 +225,13 @@ class WorkerLoop:
             else:
                 self._dispatch(result)
 
-    def _step(self) -> StepResult | None:
-        """In the engine thread. None: there was nothing to do."""
-        return self._engine.step() if self._engine.has_work() else None
+    async def _step(self) -> StepResult | None:
+        """None: there was nothing to do."""
+        result = await self._thread.submit(_step_if_it_fits, self._engine, self._edge is not None)
+        if isinstance(result, int) and self._edge is not None:
+            self._edge.give_room(result, self._entrance.entering)
+            return await self._thread.submit(self._engine.step)
+        return result if isinstance(result, StepResult) else None
 
     def _dispatch(self, result: StepResult) -> None:
         """Blocks before tokens: a sequence's last event finds all its blocks already handed over."""
@@ -341,15 +250,38 @@ class WorkerLoop:
             if event.finish is not None and not admitted.hold:
                 self._ended(event.request_id, admitted)
             self._tell(event.request_id, admitted, partial(admitted.sink.on_token, event))
+        for request in result.preempted:
+            if (admitted := self._current(request)) is not None:
+                self._wait_again(request, admitted)
 
-    def _ended(self, request_id: str, admitted: _Admitted) -> None:
+    def _wait_again(self, request: GenerationRequest, admitted: Admitted) -> None:
+        """It has left the engine. Its full blocks lie idle in the edge shard until somebody needs them."""
+        self.counters["engine:preempted"] += 1
+        admitted.running = False
+        if admitted.local is not None:
+            admitted.local.end()
+        deadline_at = math.inf if request.output_ids else admitted.urgency.deadline_at
+        admitted.urgency = admitted.urgency._replace(newcomer=False, deadline_at=deadline_at)
+        again = self._admit_again(request, admitted)
+        admitted.again = asyncio.create_task(again, name=f"admit {request.request_id} again")
+        self._entrance.freed.set()
+
+    async def _admit_again(self, request: GenerationRequest, admitted: Admitted) -> None:
+        try:
+            take_in = partial(self._take_in, request, admitted, (), None)
+            await self._entrance.enter(request, admitted, take_in, PREEMPTED_TIMEOUT_S)
+        except Exception as error:
+            self.release(request.request_id, request.attempt)
+            self._tell(request.request_id, admitted, partial(admitted.sink.on_error, error))
+
+    def _ended(self, request_id: str, admitted: Admitted) -> None:
         if admitted.local is not None:
             self.release(request_id, admitted.attempt)  # the engine has kept its slots for that
         else:
             del self._admitted[request_id]  # the engine has released it
-            self._freed.set()
+            self._entrance.freed.set()
 
-    def _tell(self, request_id: str, admitted: _Admitted, tell: Callable[[], None]) -> None:
+    def _tell(self, request_id: str, admitted: Admitted, tell: Callable[[], None]) -> None:
         """A sink that raises is its own sequence's end, and nobody else's."""
         try:
             tell()
@@ -360,7 +292,7 @@ class WorkerLoop:
             with contextlib.suppress(Exception):  # told twice that it failed, it can do no more
                 admitted.sink.on_error(error)
 
-    def _current(self, told: CompletedBlock | TokenEvent) -> _Admitted | None:
+    def _current(self, told: CompletedBlock | TokenEvent | GenerationRequest) -> Admitted | None:
         """Who the news is for; None when its attempt was released or superseded while the step ran."""
         admitted = self._admitted.get(told.request_id)
         return admitted if admitted is not None and admitted.attempt == told.attempt else None
@@ -377,7 +309,29 @@ class WorkerLoop:
         self._work.set()
 
 
-def _take_block(admitted: _Admitted, block: CompletedBlock, keep: bool) -> None:
+def _take_block(admitted: Admitted, block: CompletedBlock, keep: bool) -> None:
+    """What is computed once more after a preemption may stay here, and was told before."""
     if admitted.local is not None and keep:
-        admitted.local.filled(block.chain_index)
-    admitted.sink.on_block(block)
+        admitted.local.filled(block.chain_index, block.slot)
+    if block.chain_index >= admitted.next_block:
+        admitted.next_block = block.chain_index + 1
+        admitted.sink.on_block(block)
+
+
+def _admit_if_it_fits(
+    engine: SyncEngine,
+    admit: Callable[[], tuple[int, ...]],
+    request: GenerationRequest,
+    hold: bool,
+    lent: int,
+) -> tuple[int, ...] | None:
+    """In the engine thread: a step may have taken what was free when it was asked before."""
+    return admit() if engine.can_admit(request, hold=hold, lent=lent) else None
+
+
+def _step_if_it_fits(engine: SyncEngine, may_make_room: bool) -> StepResult | int | None:
+    """In the engine thread. A number: it lacks so many slots, and nothing was done."""
+    if not engine.has_work():
+        return None
+    lacking = engine.slots_lacking() if may_make_room else 0
+    return lacking or engine.step()

@@ -5,7 +5,7 @@ A worker gets this once, from whoever starts it; the service's configuration fil
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from engine.config import EngineConfig
 from kvstore.nouns import Quality
@@ -100,3 +100,13 @@ class WorkerConfig(BaseModel):
         "policy allows it too (kvstrata epoch advance --policy)",
     )
     limits: RoleLimits = Field(default_factory=RoleLimits)
+
+    @model_validator(mode="after")
+    def _own_kv_is_good_enough(self) -> WorkerConfig:
+        hot, quality = self.engine.hot_pool, self.engine.kv_quality
+        if quality < self.min_quality:
+            raise ValueError(
+                f"engine.hot_pool {hot} makes KV of quality {quality.name}, which "
+                f"min_quality {self.min_quality.name} refuses: lower min_quality, or hold KV as the model's"
+            )
+        return self

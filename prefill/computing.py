@@ -32,13 +32,14 @@ _GONE_THERE: Final = frozenset({MissReason.ABSENT, MissReason.OTHER_EPOCH, MissR
 async def compute_first_token(worker: Worker, run: Prefilling) -> FirstToken:
     """Look at home and in the store, onboard, admit, wait for the token. The time in the engine's queue
     counts as compute."""
+    arrived = worker.clock.now()
     run.session = await worker.store.session(run.request.tenant)
     chain = KeyChain(run.session.namespace if run.session else _NO_NAMESPACE, worker.info.layout.block_tokens)
     chain.extend(run.tokens)
     if worker.loading.locked():
         worker.announcer.announce(run.session, chain.keys[: _usable_blocks(run, chain)])
-    async with worker.turn_to_load():
-        stats = await _onboard_and_admit(worker, run, chain)
+    async with worker.turn_to_load(run.request, arrived):
+        stats = await _onboard_and_admit(worker, run, chain, arrived)
     admitted = worker.clock.now()
     event = await _drawn(worker, run)
     computing_s = worker.clock.now() - admitted
@@ -46,7 +47,9 @@ async def compute_first_token(worker: Worker, run: Prefilling) -> FirstToken:
     return FirstToken(event, replace(stats, compute_s=stats.compute_s + computing_s))
 
 
-async def _onboard_and_admit(worker: Worker, run: Prefilling, chain: KeyChain) -> PrefillStats:
+async def _onboard_and_admit(
+    worker: Worker, run: Prefilling, chain: KeyChain, arrived: float
+) -> PrefillStats:
     """What lies here -> match -> read the rest -> admit. The stats are whole but for the computing that
     begins now. All is matched, also what lies here: decode may be elsewhere, and goes on from what is
     pinned."""
@@ -82,6 +85,7 @@ async def _onboard_and_admit(worker: Worker, run: Prefilling, chain: KeyChain) -
         blocks=onboarded.payloads,
         hold=True,
         timeout_s=limits.admit_timeout_s,
+        arrived_at=arrived,
     )
     read = len(onboarded.payloads)
     ended_by = onboarded.miss
@@ -144,8 +148,11 @@ async def assemble_handoff(worker: Worker, run: Prefilling, first: FirstToken) -
         worker.role_counters["prefill:handoffs_not_settled"] += 1
     run.leases = (*run.leases, *run.publication.take_leases())
     await _renew_if_old(worker, run)
+    full = len(run.tokens) // worker.info.layout.block_tokens
     blocks = _gapless(run.onboarded, run.publication.pins)
-    covers = len(blocks) == len(run.tokens) // worker.info.layout.block_tokens
+    if len(blocks) < full and run.publication.left_to_others:
+        blocks = await _match_again(worker, run, full, blocks)
+    covers = len(blocks) == full
     tail = await worker.loop.take_tail(run.request.request_id) if covers else None
     output_ids = (*run.request.output_ids, first.event.token_id)
     return Handoff(
@@ -174,6 +181,26 @@ async def _match(worker: Worker, run: Prefilling, chain: KeyChain) -> Match:
     )
     run.leases, run.leased_at = match.leases, worker.clock.now()
     return match
+
+
+async def _match_again(
+    worker: Worker, run: Prefilling, full: int, blocks: tuple[PinnedBlock, ...]
+) -> tuple[PinnedBlock, ...]:
+    """What another request was writing when this one offered it is not pinned for this one: the same prompt
+    asked for several answers at once, mostly. It may be there by now."""
+    if run.session is None:
+        return blocks
+    chain = KeyChain(run.session.namespace, worker.info.layout.block_tokens)
+    chain.extend(run.tokens)
+    match = await worker.onboarding.match(
+        run.session,
+        chain.keys[:full],
+        owner=_owner(worker, run),
+        lease_s=worker.limits.lease_s,
+        timeout_s=worker.limits.match_timeout_s,
+    )
+    run.leases = (*run.leases, *match.leases)
+    return tuple(match.blocks) if len(match.blocks) > len(blocks) else blocks
 
 
 async def _renew_if_old(worker: Worker, run: Prefilling) -> None:

@@ -167,7 +167,7 @@ class PrefillRole:
             self._end(earlier)
         if len(self._live) >= self._limits.requests_max:
             raise OverLimit(f"this worker holds {len(self._live)} requests already: ask another, or later")
-        run = Prefilling(request, Lineage(self._worker.store.epoch))
+        run = Prefilling(request, Lineage(self._worker.store.epoch, self._worker.kv_quality))
         self._live[request.request_id] = run
         self._counters["prefill:requests"] += 1
         return run

@@ -27,6 +27,7 @@ from kvstore.errors import KVStrataError
 from kvstore.nouns import Epoch
 from router.errors import (
     BadRequest,
+    DeadlinePassed,
     GenerationFailed,
     NotReady,
     Overloaded,
@@ -58,6 +59,8 @@ class Job:
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     tenant: str = "default"
+    priority: int = 0
+    deadline_s: float | None = None  # to the first token
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,7 @@ class Attempts:
         self._pumps = pumps
         self._limits = limits
         self._clock = clock
+        self._began = clock.now()
         self._failed = failed
         self._dropped = dropped
         self._announce = announce
@@ -191,9 +195,32 @@ class Attempts:
             self._holders.clear()
 
     def _request(self, attempt: int) -> GenerationRequest:
+        """Raises DeadlinePassed for one that is too late to begin."""
         accepted = tuple(self._stream.accepted)
         job = self._job
-        return GenerationRequest(job.request_id, attempt, job.prompt_ids, job.sampling, accepted, job.tenant)
+        return GenerationRequest(
+            job.request_id,
+            attempt,
+            job.prompt_ids,
+            job.sampling,
+            accepted,
+            job.tenant,
+            priority=job.priority,
+            deadline_s=self._left_s(),
+        )
+
+    def _left_s(self) -> float | None:
+        """Until the deadline. None: it has none, or has met it."""
+        if self._job.deadline_s is None or self._stream.accepted:
+            return None
+        left_s = self._job.deadline_s - (self._clock.now() - self._began)
+        if left_s <= 0:
+            raise DeadlinePassed(
+                f"no worker had a first token within deadline_s of {self._job.deadline_s} s: allow more, or "
+                "give the request a lower priority number",
+                param="deadline_s",
+            )
+        return left_s
 
     def _announce_once(self, worker: PrefillHandle) -> None:
         """It has to wait: the store may bring up meanwhile what it has of the prompt."""
@@ -257,6 +284,8 @@ class Attempts:
         except KVStrataError as error:
             if error.status == "INVALID_ARGUMENT":
                 raise BadRequest(str(error)) from error
+            if error.status == "DEADLINE_EXCEEDED":
+                self._left_s()  # its own deadline is no worker's fault
             raise refused(f"{what} on worker {self._at}: {error}", error.status) from error
         except Exception as error:
             raise WorkerFailed(f"{what} on worker {self._at}: {type(error).__name__}: {error}") from error

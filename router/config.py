@@ -52,8 +52,8 @@ class RouterConfig(_Section):
     max_tokens_default: int = Field(
         1024,
         ge=1,
-        description="Where a chat without max_tokens ends, with the reason length. Decode keeps room for all "
-        "of it from the start, so a larger one lets fewer requests run at once",
+        description="Where a chat without max_tokens ends, with the reason length. Decode "
+        "expects the share of it that answers before used, so a far larger one does little harm",
     )
     body_nbytes_max: int = Field(4 << 20, ge=1024, description="Largest request body")
     attempts_max: int = Field(3, ge=1, le=16, description="Times a request is tried on other workers")

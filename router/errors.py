@@ -6,6 +6,7 @@ KVStrataError (kvstore/errors.py)
 |   +-- ModelUnknown          404         this service serves another model
 |   +-- Overloaded            429         as many requests run as may, or all workers stay full; retry
 |   +-- NotReady              503         starting, draining, or no worker of one epoch is alive
+|   +-- DeadlinePassed        504         its own deadline passed before its first token
 |   +-- GenerationFailed      500         every attempt failed; the last one's reason is told
 +-- WorkerError                           one attempt is over; another worker may do it
 |   +-- WorkerGone                        the worker is dead or unreachable
@@ -23,6 +24,7 @@ from kvstore.errors import KVStrataError
 
 __all__ = [
     "BadRequest",
+    "DeadlinePassed",
     "GenerationFailed",
     "ModelUnknown",
     "NotReady",
@@ -75,6 +77,12 @@ class NotReady(RequestError):
     http_status = 503
     kind = "service_unavailable_error"
     retry_after_s = 2
+
+
+class DeadlinePassed(RequestError):
+    status = "DEADLINE_EXCEEDED"
+    http_status = 504
+    kind = "timeout_error"
 
 
 class GenerationFailed(RequestError):

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from engine.detokenizer import IncrementalDetokenizer
 from engine.tokenizer import Tokenizer
-from engine.types import FinishReason, GenerationRequest, PrefillStats, TokenEvent
+from engine.types import FinishReason, GenerationRequest, PrefillStats, TokenEvent, TokenLogprobs
 from kvstore.clock import Clock, MonotonicClock
 from router.attempts import AttemptLimits, Attempts, Job
 from router.errors import BadRequest, Overloaded, WorkerError, WorkerGone
@@ -42,6 +42,7 @@ class Piece:
     text: str
     finish: FinishReason | None
     stats: PrefillStats | None = None  # on the first
+    logprobs: TokenLogprobs | None = None  # if asked for, but not of an end token: it is no part of the text
 
 
 class Orchestrator:
@@ -92,13 +93,14 @@ class Orchestrator:
             await pump.stop(WorkerGone(f"worker {worker_id} was taken out: {why}"))
 
     @contextmanager
-    def admit(self, requests: int = 1) -> Iterator[None]:
-        """Room for so many requests, or Overloaded; BadRequest for more than there ever is room for."""
+    def admit(self, requests: int = 1, field: str = "prompt") -> Iterator[None]:
+        """Room for so many requests, or Overloaded; BadRequest for more than there ever is room for, which
+        names the body's `field` that makes them many."""
         if requests > self._running_max:
             raise BadRequest(
-                f"the body has {requests} prompts and at most {self._running_max} requests run at once here: "
-                "send fewer prompts, or raise router.running_max",
-                param="prompt",
+                f"the body asks for {requests} answers and at most {self._running_max} requests run at once "
+                "here: send fewer prompts, lower n, or raise router.running_max",
+                param=field,
             )
         if self.running + requests > self._running_max:
             self._metrics.admission_rejections.labels("running_max").inc()
@@ -206,20 +208,21 @@ class _Text:
     """A job's tokens to pieces: what stops it by text, and what never shows."""
 
     def __init__(self, tokenizer: Tokenizer, job: Job) -> None:
-        self._detokenizer = IncrementalDetokenizer(tokenizer, job.sampling.stop)
+        self._detokenizer = IncrementalDetokenizer(tokenizer, job.sampling.stop, job.sampling.min_tokens)
         self._hidden = frozenset(job.sampling.stop_token_ids)
 
     def piece(self, event: TokenEvent, stats: PrefillStats | None) -> Piece:
         stopped_by_id = event.finish is FinishReason.STOP and event.token_id in self._hidden
         text = "" if stopped_by_id else self._detokenizer.push(event.token_id)
         finish = event.finish
+        ended_by_id = finish is FinishReason.STOP and not self._detokenizer.finished_by_stop
         if self._detokenizer.finished_by_stop:
             finish = FinishReason.STOP
         elif finish is not None:
             text += self._detokenizer.flush()
             # The text held back may complete a stop string when it is let out.
             finish = FinishReason.STOP if self._detokenizer.finished_by_stop else finish
-        return Piece(event.token_id, text, finish, stats)
+        return Piece(event.token_id, text, finish, stats, None if ended_by_id else event.logprobs)
 
 
 async def _wind_up(driver: asyncio.Task[None], attempts: Attempts) -> None:

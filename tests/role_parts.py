@@ -14,9 +14,9 @@ from decode.role import DecodeRole
 from engine.boot import Worker, assemble
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.engine_thread import EngineThread
 from engine.store_link import Connect
 from engine.types import FinishReason, FirstToken, GenerationRequest, Handoff, SamplingParams, TokenEvent
-from engine.worker import EngineThread
 from engine.worker_config import RoleLimits, WorkerConfig
 from kvstore.client import StoreClient
 from kvstore.clock import Clock, ManualClock, MonotonicClock

@@ -5,14 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.worker_config import WorkerConfig
 from kvstore.answers import PublishBlock
 from kvstore.client import StoreClient
 from kvstore.driver import ShardDriver
 from kvstore.hashing import KeyChain
 from kvstore.nouns import Epoch, NamespaceSpec, PinnedBlock, Quality, WeightsDigest, allow_stale
 from kvstore.session import StoreSession
-from tests.role_parts import BLOCK_TOKENS, ENGINE, WAIT_S, pair_over, prompt, request, shard
+from kvstore.topology import Topology
+from tests.role_parts import BLOCK_TOKENS, CACHING, ENGINE, WAIT_S, pair_over, prompt, request, shard
 
 OLD = Epoch(0, WeightsDigest(b"weights of old.."))
 
@@ -61,6 +66,38 @@ async def test_over_lossy_blocks_both_roles_publish_at_the_lossy_floor(folder: P
     published = versions_beyond(driver, 2)
     assert [index for index, _, _ in published] == [2, 3, 4, 5], "of prefill and of decode"
     assert {quality for _, _, quality in published} == {Quality.INT8}
+
+
+@pytest.mark.parametrize(("hot", "quality"), [("int8", Quality.INT8), ("fp8", Quality.FP8)])
+async def test_what_lay_in_a_lossy_pool_is_published_as_lossy(
+    folder: Path, hot: str, quality: Quality
+) -> None:
+    """Also over a lossless block: once in the pool it is codes, and so is what is computed over it."""
+    driver, tokens = shard(), prompt(16)
+    await seed_store(driver, folder, tokens, None, Quality.LOSSLESS)
+    engine = CACHING.model_copy(update={"hot_pool": hot})
+    async with pair_over(folder, [driver], engine=engine, min_quality=quality) as pair:
+        asked = request(tokens + prompt(20, 1), max_tokens=20)
+        first = await pair.prefill.prefill(asked)
+        assert first.stats.cached_tokens == 16
+        handoff = await pair.prefill.handoff("r", 1)
+        assert handoff is not None
+        assert handoff.floor is quality
+        await pair.decode_all(replace(handoff, floor=Quality.LOSSLESS))  # of a prefill that lost nothing
+        for worker in pair.workers:
+            assert worker.edge is not None
+            kept = {v.quality for v in worker.edge.driver.core.index.rows()}
+            assert kept == {quality}, "in the pool itself, onboarded blocks included"
+        await pair.assert_nothing_held()
+    published = versions_beyond(driver, 2)
+    assert [index for index, _, _ in published] == [2, 3, 4, 5], "of prefill and of decode"
+    assert {found for _, _, found in published} == {quality}
+
+
+def test_a_lossy_pool_where_nothing_lossy_may_be_used_is_refused() -> None:
+    lossy = EngineConfig(hot_pool="int8")
+    with pytest.raises(ValueError, match="hot_pool int8 makes KV of quality INT8"):
+        WorkerConfig(worker_id="w", model="m", engine=lossy, topology=Topology(1, ()))
 
 
 async def test_a_lossless_reader_does_not_see_them(folder: Path) -> None:

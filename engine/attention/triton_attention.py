@@ -140,8 +140,9 @@ class TritonPlan:
         self._extremes = torch.empty(partials * 2 * rows, device=pool.device)
 
     def attend(self, layer: int, queries: torch.Tensor, out: torch.Tensor) -> None:
-        """As base.py has it. `queries` and `out` are contiguous in their last two axes."""
-        assert queries.stride(0) == out.stride(0), "queries and out must have the same strides"
+        """As base.py has it."""
+        assert out.is_contiguous(), "rows are found by one stride"
+        queries = queries.contiguous()
         window = self._backend.windows[layer]
         held = self._pool.held(layer)
         masks = {"WINDOWED": window is not None, "SINKS": window is not None and self._backend.sinks > 0}

@@ -67,12 +67,13 @@ class LlamaModel:
         self._embedding = tensors[EMBEDDING]
         self._norm = tensors["model.norm.weight"]
         self._head = linear(tensors[LM_HEAD])
-        self._heads = [config.heads, config.kv_heads, config.kv_heads]
+        self._heads = [config.heads, config.kv_heads]
         self._layers = [_layer(tensors, index, config, linear) for index in range(config.layers)]
         angles = torch.outer(torch.arange(max_model_len).float(), inverse_frequencies(config))
         factor = attention_factor(config)
-        self._cos = angles.cos().mul_(factor).to(self._embedding)
-        self._sin = angles.sin().mul_(factor).to(self._embedding)
+        cos, sin = angles.cos().mul_(factor), angles.sin().mul_(factor)
+        self._cos = torch.cat((cos, cos), 1).to(self._embedding)
+        self._sin = torch.cat((-sin, sin), 1).to(self._embedding)
 
     @property
     def inner_width(self) -> int:
@@ -101,9 +102,10 @@ class LlamaModel:
         attended = hidden.new_empty(hidden.shape[0], config.heads, config.head_dim)
         for index, layer in enumerate(self._layers):
             projected = layer.query_key_value(self._rms_norm(hidden, layer.input_norm))
-            queries, keys, values = self._heads_of(projected, layer)
-            pool.write(index, step.pool_rows, _rotate(keys, cos, sin), values)
-            plan.attend(index, _rotate(queries, cos, sin), attended)
+            rotating, values = self._heads_of(projected, layer)
+            queries, keys = torch.split(_rotate(rotating, cos, sin), self._heads, 1)
+            pool.write(index, step.pool_rows, keys, values)
+            plan.attend(index, queries, attended)
             hidden = hidden + layer.output(attended.flatten(1))
             gate, up = layer.gate_up(self._rms_norm(hidden, layer.inner_norm)).chunk(2, dim=1)
             hidden = hidden + layer.down(F.silu(gate).mul_(up))
@@ -113,22 +115,25 @@ class LlamaModel:
         """float32 [len(rows), vocabulary] for the rows (int64) that need them."""
         return self._head(self._rms_norm(hidden[rows], self._norm)).float()
 
-    def _heads_of(self, projected: torch.Tensor, layer: _Layer) -> tuple[torch.Tensor, ...]:
-        """Queries, keys and values, each [rows, its heads, head_dim], before the rotation."""
+    def _heads_of(self, projected: torch.Tensor, layer: _Layer) -> tuple[torch.Tensor, torch.Tensor]:
+        """[rows, heads, head_dim]: queries and keys, in this order and not rotated yet; and values."""
         heads = projected.view(len(projected), -1, self.config.head_dim)
-        queries, keys, values = torch.split(heads, self._heads, 1)
+        rotating, values = torch.split(heads, [sum(self._heads), self.config.kv_heads], 1)
         if layer.query_norm is not None and layer.key_norm is not None:
-            return self._rms_norm(queries, layer.query_norm), self._rms_norm(keys, layer.key_norm), values
-        return queries, keys, values
+            queries, keys = torch.split(rotating, self._heads, 1)
+            normed = self._rms_norm(queries, layer.query_norm), self._rms_norm(keys, layer.key_norm)
+            rotating = torch.cat(normed, 1)
+        return rotating, values
 
     def _rms_norm(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(rows, weight.shape, weight, self.config.rms_norm_eps)
 
 
 def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of [rows, heads, head_dim], pairs (i, i + head_dim / 2); cos and sin half as wide."""
+    """Rotary embedding of [rows, heads, head_dim], pairs (i, i + head_dim / 2). Of `sin` the first half is
+    negative: what is added to a pair's first is its second's."""
     first, second = heads.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return (heads * cos).addcmul_(torch.cat((second, first), dim=-1), sin)
 
 
 def _layer(

@@ -17,8 +17,6 @@ A few dozen launches a batch; nothing waits until the tokens are asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
-from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -39,13 +37,6 @@ _NOT_HERE: Final = -3
 _WORD: Final = 0xFFFFFFFF
 
 _COLUMNS: Final = ("temperature", "min_p", "top_k", "top_p", "seed_low", "seed_high", "position")
-_DRAWN_HERE: Final = frozenset({"temperature", "min_p", "top_k", "top_p", "seed"})
-_NOT_OF_DRAWS: Final = frozenset({"max_tokens", "stop", "stop_token_ids", "ignore_eos"})
-_DEFAULTS: Final = tuple(
-    (field.name, field.default)
-    for field in fields(SamplingParams)
-    if field.name not in _DRAWN_HERE | _NOT_OF_DRAWS
-)
 
 
 class DeviceSampler:
@@ -57,7 +48,7 @@ class DeviceSampler:
     def begin(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Callable[[], list[Drawn]]:
         """Begin to draw a token a row of `logits` (float32 [rows, vocabulary], on the device). The answer
         waits for the tokens; `logits` must stay what they are until then."""
-        if not rows or not all(_is_drawn_here(row.params) for row in rows):
+        if not rows or not all(row.is_plain for row in rows):
             return lambda: Sampler.sample(logits, rows)
         with torch.inference_mode(), self._device.current():
             tokens = self._tokens(logits, rows)
@@ -88,11 +79,6 @@ class DeviceSampler:
         return torch.where(torch.isfinite(highest), greedy, NO_TOKEN)
 
 
-@lru_cache(maxsize=1024)
-def _is_drawn_here(params: SamplingParams) -> bool:
-    return all(getattr(params, name) == default for name, default in _DEFAULTS)
-
-
 def _is_cut(params: SamplingParams) -> bool:
     return params.temperature > 0 and (params.top_k > 0 or params.top_p < 1.0)
 
@@ -101,7 +87,7 @@ def _columns(row: SamplingRow) -> tuple[float, ...]:
     """In the order of _COLUMNS; whole numbers are below 2**53 and exact."""
     params, seed = row.params, row.params.seed
     top_k = max(params.top_k, 0)
-    cuts = params.temperature, getattr(params, "min_p", 0.0), top_k, params.top_p
+    cuts = params.temperature, params.min_p, top_k, params.top_p
     return (*cuts, seed & _WORD, seed >> 32 & _WORD, len(row.tokens))
 
 

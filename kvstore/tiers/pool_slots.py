@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from kvstore.core.slots import SlotTable
@@ -57,6 +57,25 @@ class PoolSlots:
     def can_allocate(self, n: int) -> bool:
         with self._lock:
             return self._table.can_allocate(n)
+
+    def is_shared(self, slot: int) -> bool:
+        """Does somebody beside its one user read it, or may come to?"""
+        with self._lock:
+            return self._users[slot] > 1 or bool(self._kept[slot])
+
+    def is_kept(self, slot: int) -> bool:
+        with self._lock:
+            return bool(self._kept[slot])
+
+    def used_once(self, slots: Sequence[int]) -> int:
+        """How many of these are free, or idle, when their one user gives them back."""
+        with self._lock:
+            return sum(self._users[slot] == 1 for slot in slots)
+
+    def free_run(self, n: int, claimed: Iterable[range], after: int | None = None) -> int | None:
+        """`SlotTable.free_run`: where a sequence could grow undisturbed. Nothing is taken."""
+        with self._lock:
+            return self._table.free_run(n, claimed, after)
 
     def allocate(self, n: int, owner: str, after: int | None = None) -> list[int]:
         """`n` slots for one user, `SlotTable.allocate`'s choice. Raises OverLimit, and takes nothing."""

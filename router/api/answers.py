@@ -34,11 +34,12 @@ log = structlog.get_logger(__name__)
 
 
 async def answer(
-    request: Request, backend: Backend, jobs: Sequence[Job], form: Form, *, stream: bool
+    request: Request, backend: Backend, jobs: Sequence[Job], form: Form, *, n: int, stream: bool
 ) -> Response:
-    """Generate for all jobs at once. Raises RequestError as long as nothing was sent."""
-    tally = Tally(jobs, backend.clock)
-    pieces = _run(backend.orchestrator, jobs)
+    """Generate for all jobs at once: `n` choices of each prompt side by side. Raises RequestError as long as
+    nothing was sent."""
+    tally = Tally(jobs, backend.clock, n)
+    pieces = _run(backend.orchestrator, jobs, "prompt" if len(jobs) > n else "n")
     try:
         if stream:
             first = await _unless_gone(request, anext(pieces))
@@ -55,9 +56,9 @@ async def _collect(pieces: AsyncIterator[Indexed], tally: Tally) -> None:
         tally.add(index, piece)
 
 
-async def _run(orchestrator: Orchestrator, jobs: Sequence[Job]) -> AsyncGenerator[Indexed]:
-    """Every job's pieces as they come, each with its job's index."""
-    with orchestrator.admit(len(jobs)):
+async def _run(orchestrator: Orchestrator, jobs: Sequence[Job], field: str) -> AsyncGenerator[Indexed]:
+    """Every job's pieces as they come, each with its job's index. `field` makes them many."""
+    with orchestrator.admit(len(jobs), field):
         if len(jobs) == 1:
             async with contextlib.aclosing(orchestrator.generate(jobs[0])) as pieces:
                 async for piece in pieces:
@@ -131,8 +132,9 @@ async def _events(
 
 
 def _choices(index: int, piece: Piece, form: Form) -> list[dict[str, object]]:
-    """A piece's text (left out where there is none to show), then how it ended."""
-    choices = [form.token(index, piece)] if piece.text or form.with_ids else []
+    """A piece's text (left out where there is nothing to show), then how it ended."""
+    shows = piece.text or form.with_ids or piece.logprobs is not None
+    choices = [form.token(index, piece)] if shows else []
     return choices if piece.finish is None else [*choices, form.ending(index, piece)]
 
 

@@ -19,6 +19,7 @@ from router.api.backend import Backend
 from router.api.forms import ChatForm, CompletionForm
 from router.api.gate import Gate
 from router.api.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from router.api.spelling import Spelling
 from router.errors import BadRequest, NotReady
 
 __all__ = ["build_app"]
@@ -55,17 +56,20 @@ def _admitting(backend: Backend) -> None:
 
 
 def _generation(app: FastAPI, backend: Backend) -> None:
+    spelling = Spelling(backend.tokenizer)
+
     @app.post("/v1/chat/completions")
     async def chat(request: Request, body: ChatBody) -> Response:
         _admitting(backend)
-        job = await backend.chat_job(body)
+        jobs = await backend.chat_jobs(body)
         form = ChatForm(
-            request_id=job.request_id,
+            request_id=jobs[0].request_id,
             model=backend.model,
+            spelling=spelling,
             with_ids=bool(body.return_token_ids),
             include_usage=body.include_usage,
         )
-        return await answer(request, backend, [job], form, stream=bool(body.stream))
+        return await answer(request, backend, jobs, form, n=body.n or 1, stream=bool(body.stream))
 
     @app.post("/v1/completions")
     async def complete(request: Request, body: CompletionBody) -> Response:
@@ -74,10 +78,11 @@ def _generation(app: FastAPI, backend: Backend) -> None:
         form = CompletionForm(
             request_id=jobs[0].request_id,
             model=backend.model,
+            spelling=spelling,
             with_ids=bool(body.return_token_ids),
             include_usage=body.include_usage,
         )
-        return await answer(request, backend, jobs, form, stream=bool(body.stream))
+        return await answer(request, backend, jobs, form, n=body.n or 1, stream=bool(body.stream))
 
 
 def _model(app: FastAPI, backend: Backend) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
+from engine.sampling.noise import choice_seed
 from engine.tokenizer import Tokenizer
 from engine.types import SamplingParams
 from kvstore.clock import Clock
@@ -96,31 +97,56 @@ class Backend:
                 code="context_length_exceeded",
             )
 
-    async def chat_job(self, body: ChatBody) -> Job:
-        """Raises RequestError for an unknown model or too long a prompt."""
+    async def chat_jobs(self, body: ChatBody) -> list[Job]:
+        """One a choice. Raises RequestError for an unknown model, too long a prompt, what does not fit it."""
         self.check_model(body.model)
-        return self._job(
-            "chatcmpl", await self.chat_ids(body.messages), body, self.max_tokens_default, "messages"
-        )
+        ids = await self.chat_ids(body.messages)
+        return self._jobs("chatcmpl", ids, body, self.max_tokens_default, "messages")
 
     async def completion_jobs(self, body: CompletionBody) -> list[Job]:
+        """One a prompt and choice, the choices of a prompt side by side."""
         self.check_model(body.model)
-        jobs = []
+        jobs: list[Job] = []
         for prompt in body.prompt:
             ids = await self.text_ids(prompt) if isinstance(prompt, str) else prompt
             if any(token >= self.tokenizer.vocab_size for token in ids):
                 raise BadRequest(
                     f"prompt: token ids of this model are below {self.tokenizer.vocab_size}", param="prompt"
                 )
-            jobs.append(self._job("cmpl", ids, body, _COMPLETION_TOKENS, "prompt"))
+            jobs.extend(self._jobs("cmpl", ids, body, _COMPLETION_TOKENS, "prompt"))
         return jobs
 
-    def _job(
+    def _jobs(
         self, prefix: str, ids: Sequence[int], body: GenerationBody, tokens_default: int, field: str
-    ) -> Job:
+    ) -> list[Job]:
         room = self._room(ids, body, field)
-        tokens = body.tokens_max or min(tokens_default, room)
-        sampling = SamplingParams(
+        sampling = self._sampling(body, body.tokens_max or min(tokens_default, room))
+        prompt_ids = tuple(ids)  # one for all choices
+        seeds = (choice_seed(sampling.seed, choice) for choice in range(body.n or 1))
+        return [
+            Job(
+                f"{prefix}-{secrets.token_hex(12)}",
+                prompt_ids,
+                replace(sampling, seed=seed),
+                priority=body.priority or 0,
+                deadline_s=body.deadline_s,
+            )
+            for seed in seeds
+        ]
+
+    def _sampling(self, body: GenerationBody, tokens: int) -> SamplingParams:
+        biases = tuple((int(token), bias) for token, bias in (body.logit_bias or {}).items())
+        if any(token >= self.tokenizer.vocab_size for token, _ in biases):
+            raise BadRequest(
+                f"logit_bias: token ids of this model are below {self.tokenizer.vocab_size}",
+                param="logit_bias",
+            )
+        if (body.min_tokens or 0) > tokens:
+            raise BadRequest(
+                f"min_tokens: {body.min_tokens} are more than the {tokens} that may be generated: lower it",
+                param="min_tokens",
+            )
+        return SamplingParams(
             max_tokens=tokens,
             temperature=1.0 if body.temperature is None else body.temperature,
             top_p=1.0 if body.top_p is None else body.top_p,
@@ -129,8 +155,14 @@ class Backend:
             stop=tuple(body.stop or ()),
             stop_token_ids=tuple(body.stop_token_ids or ()),
             ignore_eos=bool(body.ignore_eos),
+            min_p=body.min_p or 0.0,
+            min_tokens=body.min_tokens or 0,
+            repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+            presence_penalty=body.presence_penalty or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            logit_bias=biases,
+            logprobs=body.logprobs_top,
         )
-        return Job(f"{prefix}-{secrets.token_hex(12)}", tuple(ids), sampling)
 
     def _room(self, ids: Sequence[int], body: GenerationBody, field: str) -> int:
         """Tokens that may be generated after the prompt."""

@@ -12,7 +12,9 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
 __all__ = [
+    "CHOICES_MAX",
     "IDS_MAX",
+    "LOGPROBS_MAX",
     "STOP_STRINGS_MAX",
     "ChatBody",
     "ChatMessage",
@@ -23,13 +25,17 @@ __all__ = [
     "TokenizeBody",
 ]
 
+CHOICES_MAX: Final = 128
 STOP_STRINGS_MAX: Final = 4
+LOGPROBS_MAX: Final = 20
 _STOP_CHARS_MAX: Final = 1024
 _PROMPTS_MAX: Final = 32
 IDS_MAX: Final = 1 << 18
 """In a body: the longest context of a served family. To check so many takes the event loop 30 ms."""
 _SEED_MIN, _SEED_MAX = -(1 << 63), (1 << 63) - 1
 _TOKEN_ID_MAX: Final = (1 << 31) - 1
+_BIASES_MAX: Final = 1024
+_PRIORITY_MAX: Final = 1000
 
 
 def _only(*neutral: object) -> AfterValidator:
@@ -83,6 +89,20 @@ def _only_streamed(options: StreamOptions | None, info: ValidationInfo) -> Strea
     if options is not None and not info.data.get("stream"):
         raise ValueError("is only allowed with stream true: leave it out or stream")
     return options
+
+
+def _only_with_logprobs(top: int | None, info: ValidationInfo) -> int | None:
+    if top is not None and not info.data.get("logprobs"):
+        raise ValueError("is only allowed with logprobs true: leave it out or ask for logprobs")
+    return top
+
+
+def _token_keys(biases: dict[str, float]) -> dict[str, float]:
+    """JSON's keys are strings; these are token ids written out."""
+    for key in biases:
+        if not (key.isascii() and key.isdecimal() and len(key) <= 10 and int(key) <= _TOKEN_ID_MAX):
+            raise ValueError(f"has the key {key[:20]!r}: its keys are token ids, as /tokenize tells them")
+    return biases
 
 
 def _prompts(prompt: object) -> object:
@@ -141,6 +161,15 @@ StopStrings = Annotated[
 ]
 
 
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Biases = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=_BIASES_MAX),
+    AfterValidator(_token_keys),
+]
+TopLogprobs = Annotated[int, Field(ge=0, le=LOGPROBS_MAX)]
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
@@ -161,22 +190,38 @@ class GenerationBody(_Body):
     stop: Annotated[StopStrings | None, BeforeValidator(_listed)] = None
     stop_token_ids: Annotated[list[TokenIdField] | None, Field(max_length=64)] = None
     ignore_eos: bool | None = None
+    priority: Annotated[int | None, Field(ge=-_PRIORITY_MAX, le=_PRIORITY_MAX)] = None  # lower goes first
+    deadline_s: Annotated[float | None, Field(gt=0)] = None  # to the first token
     stream: bool | None = None
     stream_options: Annotated[StreamOptions | None, AfterValidator(_only_streamed)] = None
     return_token_ids: bool | None = None
 
-    n: Annotated[Any, _only(1)] = None
+    n: Annotated[int | None, Field(ge=1, le=CHOICES_MAX)] = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float | None, Field(ge=0.01, le=100)] = None
+    min_p: Annotated[float | None, Field(ge=0, le=1)] = None
+    min_tokens: Annotated[int | None, Field(ge=0)] = None
+    logit_bias: Biases | None = None
+
     best_of: Annotated[Any, _only(1)] = None
-    frequency_penalty: Annotated[Any, _only(0, 0.0)] = None
-    presence_penalty: Annotated[Any, _only(0, 0.0)] = None
-    repetition_penalty: Annotated[Any, _only(1.0, 1)] = None
-    min_p: Annotated[Any, _only(0.0, 0)] = None
-    min_tokens: Annotated[Any, _only(0)] = None
-    logit_bias: Annotated[Any, _only({})] = None
+    use_beam_search: Annotated[Any, _only(False)] = None
+    prompt_logprobs: Annotated[Any, _only()] = None
+    allowed_token_ids: Annotated[Any, _only()] = None
+    bad_words: Annotated[Any, _only([])] = None
+    include_stop_str_in_output: Annotated[Any, _only(False)] = None
+    skip_special_tokens: Annotated[Any, _only(True)] = None
+    structured_outputs: Annotated[Any, _only()] = None
+    response_format: Annotated[Any, _only({"type": "text"})] = None
 
     @property
     def tokens_max(self) -> int | None:
         return self.max_tokens
+
+    @property
+    def logprobs_top(self) -> int | None:
+        """How many of the most probable tokens are told beside each one drawn; None: no logprobs at all."""
+        raise NotImplementedError
 
     @property
     def include_usage(self) -> bool:
@@ -204,25 +249,32 @@ class ChatBody(GenerationBody):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
 
-    logprobs: Annotated[Any, _only(False)] = None
-    top_logprobs: Annotated[Any, _only(0)] = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[TopLogprobs | None, AfterValidator(_only_with_logprobs)] = None
     tools: Annotated[Any, _only([])] = None
     functions: Annotated[Any, _only([])] = None
     tool_choice: Annotated[Any, _only("none", "auto")] = None
-    response_format: Annotated[Any, _only({"type": "text"})] = None
     modalities: Annotated[Any, _only(["text"])] = None
 
     @property
     def tokens_max(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
+    @property
+    def logprobs_top(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
+
 
 class CompletionBody(GenerationBody):
     prompt: Prompts
 
-    logprobs: Annotated[Any, _only()] = None
+    logprobs: TopLogprobs | None = None
     echo: Annotated[Any, _only(False)] = None
     suffix: Annotated[Any, _only("")] = None
+
+    @property
+    def logprobs_top(self) -> int | None:
+        return self.logprobs
 
 
 class TokenizeBody(_Body):

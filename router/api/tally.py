@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from engine.types import FinishReason
 from kvstore.clock import Clock
+from router.api.spelling import Scored
 from router.attempts import Job
 from router.orchestrator import Piece
 
@@ -26,14 +27,16 @@ def finish_word(reason: FinishReason | None) -> str | None:
 class Choice:
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+    scored: list[Scored] = field(default_factory=list)
     finish: FinishReason | None = None
 
 
 class Tally:
-    """Of one HTTP request, which may have several prompts."""
+    """Of one HTTP request, which may have several prompts and `n` choices of each, side by side."""
 
-    def __init__(self, jobs: Sequence[Job], clock: Clock) -> None:
+    def __init__(self, jobs: Sequence[Job], clock: Clock, n: int = 1) -> None:
         self.jobs = jobs
+        self._n = n
         self.choices = [Choice() for _ in jobs]
         self._clock = clock
         self._began = clock.now()
@@ -50,14 +53,18 @@ class Tally:
         choice.text.append(piece.text)
         choice.token_ids.append(piece.token_id)
         choice.finish = piece.finish
+        if piece.logprobs is not None:
+            choice.scored.append((piece.token_id, piece.logprobs))
         if piece.stats is not None:
+            self._epochs.update(piece.stats.epochs)
+        if piece.stats is not None and index % self._n == 0:
             self._cached += piece.stats.cached_tokens
             self._by_tier.update(piece.stats.cached_by_tier)
             self._misses.update(piece.stats.misses)
-            self._epochs.update(piece.stats.epochs)
 
     def usage(self) -> dict[str, Any]:
-        prompt = sum(len(job.prompt_ids) for job in self.jobs)
+        """A prompt counts once, however many choices it has; cached is what its first choice found."""
+        prompt = sum(len(job.prompt_ids) for job in self.jobs[:: self._n])
         completion = sum(len(choice.token_ids) for choice in self.choices)
         return {
             "prompt_tokens": prompt,

@@ -66,7 +66,7 @@ def fill(
     run.will_keep(Lineage(edge.epoch, quality), ())
     run.admitted(tuple(slots))
     for index in range(len(slots)):
-        run.filled(index)
+        run.filled(index, slots[index])
     edge.slots.give_back(slots)
     run.end()
     return chain

@@ -42,6 +42,31 @@ def stream(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...] = ()) -> 
     return [*(detokenizer.push(i) for i in ids), detokenizer.flush()]
 
 
+@given(
+    st.lists(st.integers(97, 99).map(lambda letter: letter + 3), max_size=14),
+    st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=3),
+    st.integers(0, 14),
+)
+@settings(deadline=None, max_examples=200)
+def test_a_stop_that_is_complete_within_min_tokens_stops_nothing(
+    tiny: Tokenizer, ids: list[int], stop: list[str], min_tokens: int
+) -> None:
+    """One token a letter, so the rule is plain: the first end of a stop behind so many letters."""
+    text = tiny.decode(ids)
+    detokenizer = IncrementalDetokenizer(tiny, tuple(stop), min_tokens)
+    said = "".join([*(detokenizer.push(i) for i in ids), detokenizer.flush()])
+    for end in range(min_tokens + 1, len(text) + 1):
+        begins = [end - len(s) for s in stop if text[:end].endswith(s)]
+        if begins:
+            # Of what was let out before it was known to belong to a stop, nothing can be taken back.
+            assert text.startswith(said)
+            assert min(begins) <= len(said) < end
+            assert detokenizer.finished_by_stop
+            return
+    assert said == text
+    assert not detokenizer.finished_by_stop
+
+
 def before_first_stop(text: str, stop: tuple[str, ...]) -> str:
     """The rule, said plainly: grow the text by characters until one of the stop strings is in it."""
     for end in range(len(text) + 1):

@@ -48,8 +48,10 @@ def generate(edge: EdgeShard, engine: Engine, asked: GenerationRequest) -> tuple
     results = run(engine)
     for result in results:
         for block in result.blocks:
-            if block.chain_index < chain_end:  # this chain knows the prompt's blocks only
-                local.filled(block.chain_index)
+            if (
+                block.request_id == asked.request_id and block.chain_index < chain_end
+            ):  # this chain knows the prompt's blocks only
+                local.filled(block.chain_index, block.slot)
     engine.release(asked.request_id)
     local.end()
     check(edge, engine)
@@ -123,10 +125,11 @@ def test_two_that_compute_the_same_keep_one_and_the_other_copy_goes(make_engine:
         assert local.slots == []
         local.will_keep(Lineage(edge.epoch), ())
         local.admitted(engine.admit(request(name, prompt(40), 4), keep=True))
+        engine._sequences[name].shares = False  # in one batch they would compute it once
         runs.append(local)
     for result in run(engine):
         for block in result.blocks:
-            runs["ab".index(block.request_id)].filled(block.chain_index)
+            runs["ab".index(block.request_id)].filled(block.chain_index, block.slot)
     check(edge, engine)
     for name, local in zip("ab", runs, strict=True):
         engine.release(name)
@@ -154,7 +157,10 @@ def test_slots_of_a_conversation_stay_adjacent(make_engine: EngineFactory) -> No
     spoken = prompt(40)
     for turn in range(3):
         local = lend(edge, spoken)
-        slots = engine.admit(request("probe", spoken, 4), lent=local.slots)
+        engine.admit(request("probe", spoken, 4), lent=local.slots)
+        engine.step()
+        slots = engine._sequences["probe"].slots
+        assert len(slots) == -(-len(spoken) // SIZE)
         assert slots == tuple(range(slots[0], slots[0] + len(slots)))
         engine.release("probe")
         local.end()
@@ -262,7 +268,7 @@ def test_an_onboarded_block_of_another_epoch_is_not_kept() -> None:
     origins = [(own, Quality.LOSSLESS), (old, Quality.LOSSLESS), (own, Quality.INT8)]
     local.will_keep(Lineage(own, foreign=True), origins)
     local.admitted(tuple(slots))
-    local.filled(3)  # computed over a stale one: nobody else's
+    local.filled(3, slots[3])  # computed over a stale one: nobody else's
     kept = sorted((v.chain_index, v.quality) for v in edge.driver.core.index.rows())
     assert kept == [(0, Quality.LOSSLESS), (2, Quality.INT8)]
     edge.slots.give_back(slots)

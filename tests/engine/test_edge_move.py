@@ -19,6 +19,7 @@ from engine.edge_move import Pulled, pull
 from engine.pool import KVPool
 from kvstore import failpoints
 from kvstore.core.versions import State
+from kvstore.errors import ConfigError
 from kvstore.frame import decode_frame, verify_identity
 from kvstore.nouns import BlockKey, Epoch, Quality, ShardId, Snapshot, Tier, WeightsDigest
 from kvstore.server import ServerConfig, ShardServer
@@ -68,6 +69,16 @@ async def test_moved_blocks_are_the_same_bytes_and_the_source_keeps_them() -> No
     for edge in (source, target):
         assert edge.driver.core.leases == 0
         check(edge)
+
+
+async def test_a_lossy_pool_takes_no_block_that_would_keep_a_better_name() -> None:
+    source, from_pool = edge_of("a", 40)
+    target, _ = edge_of("b", 40)
+    target.kv_quality = Quality.INT8
+    chain = fill(source, from_pool, BLOCKS)
+    with pytest.raises(ConfigError, match="holds KV as INT8"):
+        await moved(target, source.driver, chain.keys)
+    assert not list(target.driver.core.index.rows())
 
 
 async def test_what_the_source_lacks_is_a_miss_with_its_reason() -> None:

@@ -128,7 +128,9 @@ def test_rope_factors_of_another_kind_are_refused(tmp_path: Path) -> None:
         GgufModel.open(tmp_path / "m.gguf")
 
 
-@pytest.mark.parametrize("case", GGUF_CASES)
+@pytest.mark.parametrize(
+    "case", ["llama-biases", "llama-yarn-rope", "mistral-window", "qwen2-window", "qwen2-tied", "qwen3-yarn"]
+)
 def test_every_family_computes_what_transformers_does(
     case: str, tmp_path: Path, make_engine: EngineFactory, seen_logits: Logits
 ) -> None:

@@ -87,6 +87,126 @@ class Conformance:
             answers = [openai_client.chat.completions.create(**ask, temperature=1.3) for _ in range(2)]
         assert answers[0].choices[0].message.content == answers[1].choices[0].message.content
 
+    def test_choices_are_told_apart_and_the_first_is_what_one_alone_would_be(
+        self, url: str, model: str
+    ) -> None:
+        ask: dict[str, Any] = {"model": model, "messages": HELLO, "max_tokens": 6, "seed": 3}
+        with client(url) as openai_client:
+            alone = openai_client.chat.completions.create(**ask)
+            three = openai_client.chat.completions.create(**ask, n=3)
+            chunks = list(
+                openai_client.chat.completions.create(
+                    **ask, n=3, stream=True, stream_options={"include_usage": True}
+                )
+            )
+        assert [choice.index for choice in three.choices] == [0, 1, 2]
+        assert three.choices[0].message.content == alone.choices[0].message.content
+        texts = ["", "", ""]
+        for choice in (choice for chunk in chunks for choice in chunk.choices):
+            texts[choice.index] += choice.delta.content or ""
+        assert texts == [choice.message.content for choice in three.choices]
+        assert three.usage is not None
+        assert alone.usage is not None
+        assert three.usage.prompt_tokens == alone.usage.prompt_tokens
+        assert alone.usage.completion_tokens < three.usage.completion_tokens <= 18
+        assert chunks[-1].usage is not None
+        assert chunks[-1].usage.completion_tokens == three.usage.completion_tokens
+
+    def test_choices_of_several_prompts_stand_side_by_side(self, url: str, model: str) -> None:
+        ask: dict[str, Any] = {"model": model, "max_tokens": 3, "temperature": 0, "n": 2}
+        with client(url) as openai_client:
+            answer = openai_client.completions.create(prompt=["The sea", "A"], **ask)
+            one = openai_client.completions.create(prompt=["A"], **ask)
+            stream = openai_client.completions.create(prompt=["The sea", "A"], **ask, stream=True)
+            finished = {c.index for chunk in stream for c in chunk.choices if c.finish_reason}
+        assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+        assert answer.choices[2].text == answer.choices[3].text == one.choices[0].text
+        assert finished == {0, 1, 2, 3}
+
+    def test_chat_logprobs_stand_beside_the_tokens_whole_and_streamed(self, url: str, model: str) -> None:
+        ask: dict[str, Any] = {
+            "model": model,
+            "messages": HELLO,
+            "max_tokens": 6,
+            "temperature": 0,
+            "logprobs": True,
+            "top_logprobs": 2,
+        }
+        with client(url) as openai_client:
+            (choice,) = openai_client.chat.completions.create(**ask).choices
+            chunks = [c.choices[0] for c in openai_client.chat.completions.create(**ask, stream=True)]
+        assert choice.logprobs is not None
+        assert choice.logprobs.content
+        said = b"".join(bytes(token.bytes or []) for token in choice.logprobs.content)
+        assert said.decode(errors="replace") == choice.message.content
+        for token in choice.logprobs.content:
+            assert token.logprob <= 0.0
+            assert token.top_logprobs[0].token == token.token, "greedy draws the first"
+            assert len(token.top_logprobs) == 2
+            assert token.top_logprobs[0].logprob >= token.top_logprobs[1].logprob
+        streamed = [token for c in chunks if c.logprobs for token in c.logprobs.content or []]
+        assert [t.token for t in streamed] == [t.token for t in choice.logprobs.content]
+        assert all(
+            a.logprob == pytest.approx(b.logprob, abs=1e-4)
+            for a, b in zip(streamed, choice.logprobs.content, strict=True)
+        )
+
+    def test_completion_logprobs_have_the_older_shape(self, url: str, model: str) -> None:
+        ask: dict[str, Any] = {
+            "model": model,
+            "prompt": "The sea",
+            "max_tokens": 4,
+            "temperature": 0,
+            "logprobs": 2,
+        }
+        with client(url) as openai_client:
+            (choice,) = openai_client.completions.create(**ask).choices
+            stream = openai_client.completions.create(**ask, stream=True)
+            streamed = [c.choices[0].logprobs for c in stream if c.choices[0].logprobs]
+            bare = openai_client.completions.create(**ask | {"logprobs": 0}).choices[0].logprobs
+        told = choice.logprobs
+        assert told is not None
+        assert told.tokens
+        assert "".join(told.tokens) == choice.text
+        assert told.text_offset == [len("".join(told.tokens[:n])) for n in range(len(told.tokens))]
+        assert told.top_logprobs is not None
+        assert told.token_logprobs is not None
+        for token, logprob, top in zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True):
+            assert len(top) == 2
+            assert top[token] == logprob == max(top.values())
+        assert [offset for one in streamed for offset in one.text_offset or []] == told.text_offset
+        assert [token for one in streamed for token in one.tokens or []] == told.tokens
+        assert bare is not None
+        assert bare.top_logprobs is not None
+        assert [len(top) for top in bare.top_logprobs] == [1] * len(told.tokens)
+
+    def test_every_sampling_field_is_taken(self, url: str, model: str) -> None:
+        extra = {
+            "top_k": 20,
+            "min_p": 0.05,
+            "repetition_penalty": 1.1,
+            "min_tokens": 2,
+            "ignore_eos": False,
+            "stop_token_ids": [7],
+        }
+        with client(url) as openai_client:
+            answer = openai_client.chat.completions.create(
+                model=model,
+                messages=HELLO,
+                max_tokens=4,
+                temperature=0.9,
+                top_p=0.9,
+                presence_penalty=0.5,
+                frequency_penalty=-0.5,
+                logit_bias={"9": -100, "10": 5},
+                seed=1,
+                stop=["never said"],
+                n=1,
+                extra_body=extra,
+            )
+        assert answer.choices[0].finish_reason in ("stop", "length")
+        assert answer.choices[0].logprobs is None
+
     def test_max_completion_tokens_bounds_the_answer(self, url: str, model: str) -> None:
         with client(url) as openai_client:
             answer = openai_client.chat.completions.create(
@@ -127,12 +247,30 @@ class Conformance:
             ("top_k", -2),
             ("max_tokens", 0),
             ("max_tokens", 1.5),
-            ("n", 2),
+            ("n", 0),
+            ("n", 129),
+            ("n", 1.5),
+            ("best_of", 2),
+            ("structured_outputs", {"choice": ["a"]}),
+            ("response_format", {"type": "json_object"}),
+            ("prompt_logprobs", 1),
+            ("presence_penalty", 2.1),
+            ("frequency_penalty", -2.1),
+            ("repetition_penalty", 0),
+            ("min_p", 1.1),
+            ("min_tokens", -1),
+            ("min_tokens", 1 << 40),
+            ("logit_bias", {"5": 101}),
+            ("logit_bias", {"five": 1}),
+            ("logit_bias", {"99999999": 1}),
+            ("logit_bias", [5]),
+            ("top_logprobs", 3),
+            ("top_logprobs", 21),
             ("seed", 1 << 70),
             ("stop", ["a", "b", "c", "d", "e"]),
             ("stop", ""),
             ("stop", 5),
-            ("logprobs", True),
+            ("logprobs", 3),
             ("messages", []),
             ("messages", "hello"),
             ("messages", [{"role": "wizard", "content": "x"}]),

@@ -19,6 +19,7 @@ from engine.types import (
     Handoff,
     PrefillStats,
     TokenEvent,
+    TokenLogprobs,
 )
 from kvstore.clock import Clock, MonotonicClock
 from kvstore.nouns import Epoch, NamespaceId, Quality, WeightsDigest
@@ -54,7 +55,15 @@ class Script:
             finish = FinishReason.STOP
         elif index + 1 >= request.sampling.max_tokens:
             finish = FinishReason.LENGTH
-        return TokenEvent(request.request_id, request.attempt, index, token, finish)
+        logprobs = scripted_logprobs(token, request.sampling.logprobs)
+        return TokenEvent(request.request_id, request.attempt, index, token, finish, logprobs=logprobs)
+
+
+def scripted_logprobs(token: int, top: int | None) -> TokenLogprobs | None:
+    """The token itself is the most probable one, then those of the next ids."""
+    if top is None:
+        return None
+    return TokenLogprobs(-0.5, tuple(token + i for i in range(top)), tuple(-0.5 - i for i in range(top)))
 
 
 @dataclass

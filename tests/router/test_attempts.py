@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from engine.types import FinishReason, FirstToken, GenerationRequest, Handoff, PrefillStats, TokenEvent
-from kvstore.errors import OverLimit, Unavailable
+from kvstore.errors import DeadlineExceeded, OverLimit, Unavailable
 from router.attempts import AttemptLimits
-from router.errors import GenerationFailed, NotReady, Overloaded
+from router.errors import DeadlinePassed, GenerationFailed, NotReady, Overloaded
 from router.fleet import Member
 from tests.router.fakes import FakeDecode, FakePrefill, FakeService, Script, facts, fake_service
 from tests.router.test_orchestrator import TEXT, answer, job
@@ -95,6 +95,35 @@ async def test_patience_with_busy_workers_ends_within_the_bound(
     with pytest.raises(told, match=str(refusal)):
         await answer(service, job())
     assert len(service.prefill[0].requests) > limits.attempts_max
+
+
+async def test_priority_and_what_is_left_of_a_deadline_go_to_the_worker(tmp_path: Path) -> None:
+    service = fake_service(tmp_path, TEXT)
+    asked = replace(job(), priority=-3, deadline_s=30.0)
+    assert (await answer(service, asked))[0] == TEXT
+    (request,) = service.prefill[0].requests
+    assert request.priority == -3
+    assert request.deadline_s is not None
+    assert 0 < request.deadline_s < 30.0
+
+
+@pytest.mark.parametrize("refusal", [OverLimit("full"), DeadlineExceeded("waited for its turn")])
+async def test_a_deadline_ends_the_request_and_is_no_workers_fault(
+    tmp_path: Path, refusal: Exception
+) -> None:
+    """Also where the worker is the one to see it."""
+
+    class Late(FakePrefill):
+        async def prefill(self, request: GenerationRequest) -> FirstToken:
+            assert request.deadline_s is not None
+            await asyncio.sleep(request.deadline_s if isinstance(refusal, DeadlineExceeded) else 0)
+            raise refusal
+
+    limits = AttemptLimits(recovery_s=5.0, retry_s=0.001, retry_s_max=0.002)
+    service = fake_service(tmp_path, TEXT, limits=limits)
+    service.prefill[0].prefill = Late.prefill.__get__(service.prefill[0])  # type: ignore[method-assign]
+    with pytest.raises(DeadlinePassed, match=r"deadline_s of 0\.02 s"):
+        await answer(service, replace(job(), deadline_s=0.02))
 
 
 async def test_a_busy_worker_is_gone_around(tmp_path: Path) -> None:

@@ -77,23 +77,33 @@ def test_a_second_turn_finds_the_first_in_the_store(up: Up) -> None:
 @pytest.mark.parametrize("role", ["decode", "prefill"])
 def test_a_worker_killed_while_it_streams_changes_nothing(up: Up, role: str) -> None:
     messages: list[Any] = [{"role": "user", "content": f"Count and explain, for the {role} worker."}]
-    undisturbed = ask(up.url, messages, max_tokens=20, ignore_eos=True)
+    shaped: dict[str, Any] = {
+        "temperature": 0.8,
+        "seed": 5,
+        "presence_penalty": 0.5,
+        "max_tokens": 20,
+        "logprobs": True,
+    }
+    undisturbed = ask(up.url, messages, **shaped, ignore_eos=True)["choices"][0]
     (victim,) = [worker for worker in up.status()["workers"] if worker["role"] == role]
-    pieces = []
+    pieces: list[str] = []
+    tokens: list[Any] = []
     with client(up.url) as openai_client:
         stream = openai_client.chat.completions.create(
             model=MODEL,
             messages=messages,
-            temperature=0,
-            max_tokens=20,
+            **shaped,
             stream=True,
             extra_body={"ignore_eos": True},
         )
         for number, chunk in enumerate(stream):
             if number == 3:
                 os.kill(victim["pid"], signal.SIGKILL)
-            pieces.append(chunk.choices[0].delta.content or "")
-    assert "".join(pieces) == undisturbed["choices"][0]["message"]["content"]
+            (choice,) = chunk.choices
+            pieces.append(choice.delta.content or "")
+            tokens.extend(choice.logprobs.content or [] if choice.logprobs else [])
+    assert "".join(pieces) == undisturbed["message"]["content"]
+    assert [token.model_dump() for token in tokens] == undisturbed["logprobs"]["content"]
 
     def replaced() -> bool:
         (worker,) = [worker for worker in up.status()["workers"] if worker["role"] == role]

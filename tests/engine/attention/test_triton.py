@@ -14,12 +14,12 @@ from tests.engine.attention.cases import ALL, SOME
 from tests.house.sources import REPO
 
 
-def in_interpreter(*what: str, timeout_s: float) -> dict[str, Any]:
-    """A process of its own: triton must be imported with TRITON_INTERPRET set, and another test may have
-    imported it without."""
+def run(what: str, *options: str, interpreted: bool, timeout_s: float) -> dict[str, Any]:
+    """A process of its own: triton must be imported with TRITON_INTERPRET set or without, and another test
+    may have imported it otherwise."""
     pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", f"tests.engine.attention.{what[0]}", *what[1:]]
+    command = [sys.executable, "-W", "ignore", "-m", f"tests.engine.attention.{what}", *options]
+    environment = os.environ | {"TRITON_INTERPRET": str(int(interpreted))}
     done = subprocess.run(
         command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
     )
@@ -28,9 +28,13 @@ def in_interpreter(*what: str, timeout_s: float) -> dict[str, Any]:
     return answer
 
 
+pytestmark = pytest.mark.timeout(300)
+"""Alone they take 15 s each at most; on a busy machine much longer."""
+
+
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    return in_interpreter("in_interpreter", timeout_s=110)
+    return run("in_interpreter", interpreted=True, timeout_s=280)
 
 
 def test_every_case_is_as_close_to_float64_as_it_says(found: dict[str, Any]) -> None:
@@ -43,14 +47,20 @@ def test_in_batch_invariant_mode_no_bit_depends_on_company_or_chunks(found: dict
 
 
 def test_copies_and_codes_have_the_bits_of_torch_and_recorded_decoding_is_right() -> None:
-    found = in_interpreter("copies_in_interpreter", timeout_s=110)
+    found = run("copies_in_interpreter", interpreted=True, timeout_s=280)
     assert found["wrong"] == []
     assert found["seen"] == 12
+
+
+def test_all_kernels_compile_for_hopper_onto_its_tensor_cores() -> None:
+    found = run("compiled", interpreted=False, timeout_s=280)
+    assert found["decode model"] == found["decode fp8"] == ["mma.sync"]
+    assert found["prefill model"] == found["prefill fp8"] == ["wgmma.mma_async"]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3_000)
 def test_the_whole_grid() -> None:
-    found = in_interpreter("in_interpreter", "--all", timeout_s=3_000)
+    found = run("in_interpreter", "--all", interpreted=True, timeout_s=3_000)
     assert found["wrong"] == []
     assert found["seen"] == len(ALL)

@@ -10,9 +10,10 @@ import torch
 
 from engine.device import HostDevice
 from engine.sampling import device_noise, on_device
+from engine.sampling.noise import philox4x32, uniform
 from engine.sampling.on_device import DeviceSampler
 from engine.sampling.rows import NO_TOKEN, Drawn, SamplingRow
-from engine.sampling.sampler import Sampler, philox4x32, uniform
+from engine.sampling.sampler import Sampler
 from engine.types import SamplingParams
 
 HERE = DeviceSampler(HostDevice())
@@ -28,6 +29,7 @@ def mixed_params(rng: np.random.Generator) -> SamplingParams:
         temperature=float(rng.choice([0.0, 0.3, 1.0, 1.7])),
         top_k=int(rng.choice([0, 0, 1, 7, 50, 5000])),
         top_p=float(rng.choice([1.0, 1.0, 0.1, 0.9, 0.999])),
+        min_p=float(rng.choice([0.0, 0.0, 0.02, 0.3])),
         seed=int(rng.integers(-(2**63), 2**63)),
     )
 

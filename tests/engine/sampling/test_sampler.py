@@ -7,17 +7,17 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.sampling.rows import NO_TOKEN, SamplingRow
-from engine.sampling.sampler import Sampler, draw, philox4x32, uniform
+from engine.sampling.sampler import Sampler, draw
 from engine.types import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
-ONES = 0xFFFFFFFF
 
 
 def params(**fields: Any) -> SamplingParams:
@@ -42,46 +42,6 @@ def draws(logits: list[float], count: int, **fields: Any) -> Counter[int]:
     return Counter(sample(rows, [params(**fields)] * count, range(count)))
 
 
-@pytest.mark.parametrize(
-    ("counter", "key", "words"),
-    [
-        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        ((ONES,) * 4, (ONES,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-        (
-            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-            (0xA4093822, 0x299F31D0),
-            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-        ),
-    ],
-)
-def test_philox_gives_the_published_vectors(
-    counter: tuple[int, int, int, int], key: tuple[int, int], words: tuple[int, int, int, int]
-) -> None:
-    assert philox4x32(counter, key) == words
-
-
-def test_the_noise_of_a_token_is_pinned() -> None:
-    """Sequences go on elsewhere by it, perhaps under another version: it never changes."""
-    assert [uniform(0, 0), uniform(7, 1000), uniform(2**63, 2**40)] == [
-        0.3990464708489645,
-        0.08992361249471137,
-        0.37363312735113585,
-    ]
-
-
-@given(st.integers(-(2**70), 2**70), st.integers(0, 2**63))
-def test_noise_is_in_its_range_for_any_seed(seed: int, position: int) -> None:
-    assert 0.0 <= uniform(seed, position) < 1.0
-    assert uniform(seed, position) == uniform(seed % 2**64, position)
-
-
-def test_noise_is_uniform_over_positions_and_over_seeds() -> None:
-    """Chi-square of 20 bins over 20,000 draws: 43.8 is the 99.9 % point of 19 degrees of freedom."""
-    for values in ([uniform(1, p) for p in range(20_000)], [uniform(s, 1) for s in range(20_000)]):
-        bins = Counter(int(value * 20) for value in values)
-        assert sum((bins[b] - 1000) ** 2 / 1000 for b in range(20)) < 43.8
-
-
 def test_greedy_takes_the_highest_and_of_equals_the_lowest_id() -> None:
     logits = torch.full((3, 50_000), -1.0)
     logits[0, [40_000, 123, 7_777]] = 5.0
@@ -94,20 +54,12 @@ def test_top_k_of_one_is_greedy_whatever_the_noise() -> None:
     assert {sample(logits, [params(top_k=1, seed=s)], [s])[0] for s in range(50)} == {1}
 
 
-def test_frequencies_follow_the_probabilities() -> None:
-    """Chi-square with a fixed seed: 18.5 is the 99.9 % point of 4 degrees of freedom."""
-    probabilities = [0.4, 0.3, 0.15, 0.1, 0.05]
-    count = 20_000
-    drawn = draws([math.log(p) for p in probabilities], count, seed=11)
-    statistic = sum((drawn[i] - count * p) ** 2 / (count * p) for i, p in enumerate(probabilities))
-    assert statistic < 18.5
-
-
 def test_temperature_sharpens() -> None:
     logits = [math.log(p) for p in (0.4, 0.6)]
     share = 0.6**2 / (0.6**2 + 0.4**2)
     assert draws(logits, 5_000, temperature=0.5)[1] / 5_000 == pytest.approx(share, abs=0.02)
     assert draws(logits, 200, temperature=1e-6) == Counter({1: 200})
+    assert draws([*logits, -math.inf], 200, temperature=1e-300) == Counter({1: 200})
 
 
 @pytest.mark.parametrize(
@@ -139,14 +91,44 @@ def test_a_nucleus_wider_than_the_first_look_is_whole() -> None:
     assert max(drawn) in range(1_900, 2_000)
 
 
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999])
+@pytest.mark.parametrize("scale", [0.5, 3.0])
+def test_a_nucleus_begins_and_ends_where_its_definition_says(top_p: float, scale: float) -> None:
+    """Narrow and wide: the least and the greatest uniform draw its lowest and its highest id."""
+    logits = scale * random_logits(1, 5_000)[0]
+    weights = logits.double().softmax(0)
+    ranked = weights.argsort(descending=True, stable=True)
+    size = int((weights[ranked].cumsum(0) < top_p).sum()) + 1
+    nucleus = ranked[:size].tolist()
+    ends = [draw(logits.numpy(), params(top_p=top_p), noise) for noise in (0.0, 1.0 - 2.0**-53)]
+    assert ends == [min(nucleus), max(nucleus)]
+
+
 def test_masked_tokens_are_never_drawn() -> None:
     assert set(draws([-math.inf, 0.0, -math.inf, 0.0, -math.inf], 300)) == {1, 3}
 
 
 def test_the_last_uniform_before_one_draws_the_last_token_of_any_weight() -> None:
-    row = torch.tensor([0.0, 0.0, -math.inf], dtype=torch.float64).numpy()
+    row = torch.tensor([0.0, 0.0, -math.inf], dtype=torch.float32).numpy()
     assert draw(row, params(), 1.0 - 2.0**-53) == 1
     assert draw(row, params(), 0.0) == 0
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.sampled_from([0.0, 1e-30, 0.1, 1.0]), min_size=1, max_size=700),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_a_draw_by_blocks_is_a_draw_one_by_one(weights: list[float], noise: float) -> None:
+    """In exact numbers: at the first of a row of equal sums, and never at a weight of nothing."""
+    weights[len(weights) // 2] = 1.0
+    logits = torch.tensor(weights).log().numpy()
+    drawn = draw(logits, params(), noise)
+    kept = np.exp(logits - logits.max()).astype(np.float64)
+    before, target = math.fsum(kept[:drawn]), noise * math.fsum(kept)
+    assert kept[drawn] > 0
+    assert before <= target * (1 + 1e-12)
+    assert target <= (before + kept[drawn]) * (1 + 1e-12)
 
 
 @settings(deadline=None, max_examples=30)
@@ -158,13 +140,13 @@ def test_a_row_does_not_know_its_batch(seed: int, order: list[int], count: int) 
         params(seed=seed),
         params(seed=seed, top_k=40),
         params(seed=seed, top_p=0.9),
-        params(seed=seed, top_k=100, top_p=0.5, temperature=0.7),
-        params(seed=seed + 1),
+        params(seed=seed, top_k=100, top_p=0.5, temperature=0.7, min_p=0.01, logprobs=3),
+        params(temperature=0.0, repetition_penalty=1.4, frequency_penalty=0.2, logit_bias=((7, 5.0),)),
     ]
-    alone = [sample(logits[i : i + 1], [wanted[i]], [10 + i])[0] for i in range(6)]
+    asked = [SamplingRow(one, range(10 + i), 5) for i, one in enumerate(wanted)]
+    alone = [Sampler.sample(logits[i : i + 1], asked[i : i + 1])[0] for i in range(6)]
     rows = order[:count]
-    together = sample(logits[rows], [wanted[i] for i in rows], [10 + i for i in rows])
-    assert together == [alone[i] for i in rows]
+    assert Sampler.sample(logits[rows], [asked[i] for i in rows]) == [alone[i] for i in rows]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -93,3 +93,14 @@ def test_every_slot_is_free_or_held_once(steps: list[tuple[int, int, int]]) -> N
         assert table.n_free == 12 - len(model)
         assert all(table.owner(slot) == model.get(slot) for slot in range(12))
         table.check_integrity()
+
+
+def test_a_free_run_is_found_around_what_others_claim() -> None:
+    table = SlotTable(12)
+    table.allocate(2, "a")
+    assert table.free_run(3, ()) == 2
+    assert table.free_run(3, [range(2, 6)]) == 6
+    assert table.free_run(3, [range(2, 6)], after=7) == 8
+    assert table.free_run(3, [range(2, 6)], after=1) == 6
+    assert table.free_run(7, [range(2, 6)]) is None
+    assert table.n_free == 10, "nothing is taken"

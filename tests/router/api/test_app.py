@@ -13,6 +13,7 @@ import openai
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
+from engine.types import TokenEvent
 from kvstore.errors import OverLimit, Unavailable
 from router.api.app import build_app
 from router.api.gate import Gate
@@ -93,6 +94,57 @@ def test_more_prompts_than_ever_run_at_once_are_the_clients_error(live_with: Mak
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "prompt"
     assert "send fewer prompts" in answer.json()["error"]["message"]
+
+
+def test_more_choices_than_ever_run_at_once_name_n(live_with: Make) -> None:
+    server = live_with(running_max=3)
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=ASK | {"n": 4})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "n"
+    assert httpx.post(f"{server.url}/v1/chat/completions", json=ASK | {"n": 3}).status_code == 200
+
+
+def test_choices_of_a_client_that_leaves_are_all_freed(live_with: Make) -> None:
+    server = live_with()
+    decode = server.service.decode[0]
+    decode.silent_after = 1
+    freed: set[str] = set()
+    all_freed = server.call(asyncio.Event)
+
+    async def abort(request_id: str, attempt: int) -> None:
+        freed.add(request_id)
+        if len(freed) == 3:
+            all_freed.set()
+
+    decode.abort = abort  # type: ignore[method-assign]
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/chat/completions", json=ASK | {"n": 3}, timeout=0.5)
+    asyncio.run_coroutine_threadsafe(asyncio.wait_for(all_freed.wait(), 10), server.loop).result(12)
+    assert server.call(lambda: server.service.backend.orchestrator.running) == 0
+
+
+def test_one_choice_that_must_go_on_elsewhere_does_so_by_itself(live_with: Make) -> None:
+    """The only decode worker says the tokens of one choice's first attempt wrongly, then rightly."""
+    server = live_with()
+    decode, spoiled = server.service.decode[0], set[str]()
+
+    def spoil(log: list[TokenEvent]) -> list[TokenEvent]:
+        spoiled.add(log[0].request_id) if not spoiled else None
+        return [
+            replace(event, index=event.index + 9)
+            if event.request_id in spoiled and event.attempt == 1 and event.index == 3
+            else event
+            for event in log
+        ]
+
+    decode.mangle = spoil
+    asked = ASK | {"n": 3, "logprobs": True, "top_logprobs": 1}
+    choices = httpx.post(f"{server.url}/v1/chat/completions", json=asked, timeout=30).json()["choices"]
+    assert {choice["message"]["content"] for choice in choices} == {"The tide."}
+    tokens = [[token["token"] for token in choice["logprobs"]["content"]] for choice in choices]
+    assert tokens[0] == tokens[1] == tokens[2]
+    attempts = {(handoff.request.request_id, handoff.request.attempt) for handoff in decode.started}
+    assert len(attempts) == 4
 
 
 def test_overload_is_429_with_retry_after(live_with: Make) -> None:
@@ -238,7 +290,8 @@ async def test_a_chat_without_max_tokens_ends_after_the_default(tmp_path: Path) 
     backend = replace(fake_service(tmp_path).backend, max_tokens_default=3)
     for asked, tokens in ({}, 3), ({"max_tokens": 7}, 7):
         body = ChatBody.model_validate(ASK | asked)
-        assert (await backend.chat_job(body)).sampling.max_tokens == tokens
+        (job,) = await backend.chat_jobs(body)
+        assert job.sampling.max_tokens == tokens
 
 
 async def test_an_answer_that_was_overtaken_counts_nothing_twice(tmp_path: Path) -> None:
