@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import multiprocessing
-import multiprocessing.connection
-import statistics
 import time
 from collections.abc import Awaitable, Callable
 
 import numpy as np
 
-from benchmarks.serving import Pipe, cpu_s, serve
+from benchmarks.serving import Pipe, apart, serve
+from cli.bench.figures import Spread, cpu_s
 from kvstore.answers import PublishBlock, VerifiedBlock
 from kvstore.client import StoreClient
 from kvstore.hashing import KeyChain
@@ -114,14 +112,12 @@ async def measure(address: str, pipe: Pipe, nbytes: int, total_nbytes: int, roun
                 row = await shm.timed(work)
                 if i:
                     rows[name].append(row)
-        limit = statistics.median(row[0] for row in rows["memcpy"])
+        limit = Spread.of(gib_s for gib_s, _ in rows["memcpy"]).median
         for name, values in rows.items():
-            speed = [row[0] for row in values]
-            cpu = statistics.median(row[1] for row in values)
-            median = statistics.median(speed)
+            speed, cpu = (Spread.of(column) for column in zip(*values, strict=True))
             print(
-                f"{nbytes:>9} {name:8} {median:6.2f} GiB/s ({min(speed):.2f} to {max(speed):.2f})"
-                f"  {median / limit:5.2f} of memcpy  {cpu:5.2f} cpu-s/GB"
+                f"{nbytes:>9} {name:8} {speed:6.2f} GiB/s  {speed.median / limit:5.2f} of memcpy"
+                f"  {cpu.median:5.2f} cpu-s/GB"
             )
 
 
@@ -134,17 +130,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     keep_freed_buffers()
-    spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe()
-    server = spawn.Process(target=serve, args=(theirs, ARENA_NBYTES, TOKEN), daemon=True)
-    server.start()
-    try:
-        address = ours.recv()
+    with apart(serve, ARENA_NBYTES, TOKEN) as shard:
+        address = shard.recv()
         for nbytes in args.nbytes:
-            asyncio.run(measure(address, ours, nbytes, args.total, args.rounds))
-    finally:
-        server.terminate()
-        server.join()
+            asyncio.run(measure(address, shard, nbytes, args.total, args.rounds))
 
 
 if __name__ == "__main__":

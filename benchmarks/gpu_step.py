@@ -34,6 +34,7 @@ from engine.registry import DEFAULT_MODEL, resolve_model
 from engine.tokenizer import Tokenizer
 from engine.types import GenerationRequest, SamplingParams
 from engine.weights import DTYPES, Weights, expected_shapes, load_weights
+from kvstore.clock import MonotonicClock
 from kvstore.nouns import WeightsDigest
 
 __all__ = ["lines", "measure"]
@@ -109,7 +110,9 @@ def engine_over(model: Model, device: Device | None, dtype: str, batch: int, tok
         pool_blocks=batch * (-(-tokens // 32) + 1),
     )
     # Nothing here has stop strings, which is all an engine needs a tokenizer for.
-    return Engine(settings, model.config, model.weights, cast(Tokenizer, None), device=device)
+    return Engine(
+        settings, model.config, model.weights, cast(Tokenizer, None), MonotonicClock(), device=device
+    )
 
 
 def prompts_of(count: int, length: int, vocabulary: int) -> list[tuple[int, ...]]:

@@ -18,11 +18,13 @@ import asyncio
 import json
 import multiprocessing
 import multiprocessing.connection
-import statistics
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from typing import Any, Final
+
+from cli.bench.figures import Spread
 
 # What imports grpc is imported where it is used: polling has to be asked for, or not, before that.
 
@@ -30,7 +32,6 @@ KEYS: Final = 64
 CONCURRENT: Final = 16
 TIMEOUT_S: Final = 30.0
 REQUEST_NBYTES: Final = 2_140  # of a match of 64 keys, and about what its answer has
-Figures = dict[str, float]
 
 
 def asked_to_poll(polling: bool) -> None:
@@ -118,7 +119,7 @@ async def measure(shard: str, bare: str, rounds: int, calls: int) -> dict[str, l
             figures = {}
             for name, call in rows.items():
                 taken = await timed(call, calls)
-                figures[name] = statistics.median(taken)
+                figures[name] = Spread.of(taken).median
                 if name == "match64_ms":
                     figures["match64_p99_ms"] = sorted(taken)[int(len(taken) * 0.99)]
                 await store.release_all()
@@ -173,17 +174,15 @@ def main() -> None:
     document: dict[str, Any] = {}
     for name, polling in (("event_engine", False), ("polling", True)):
         samples = run(args.rounds, args.calls, polling)
-        document[name] = {
-            row: {"median": statistics.median(v), "min": min(v), "max": max(v)} for row, v in samples.items()
-        }
+        document[name] = {row: Spread.of(values) for row, values in samples.items()}
     document["core_match64_us"] = asyncio.run(core_us(args.calls))
     if args.json:
-        print(json.dumps(document))
+        print(json.dumps(document, default=asdict))
         return
     print(f"{'':24}{'event engine':>26}{'polling':>26}")
     for row in document["polling"]:
-        figures = [document[name][row] for name in ("event_engine", "polling")]
-        print(f"{row:24}" + "".join(f"{_shown(one):>26}" for one in figures))
+        both = [document[name][row] for name in ("event_engine", "polling")]
+        print(f"{row:24}" + "".join(f"{_shown(one):>26}" for one in both))
     print(f"{'core_match64_us':24}{document['core_match64_us']:26.1f}")
 
 
@@ -193,9 +192,8 @@ async def core_us(calls: int) -> float:
     return await core_match_us(KEYS, calls)
 
 
-def _shown(one: Figures) -> str:
-    digits = 3 if one["median"] < 1000 else 0
-    return f"{one['median']:.{digits}f} ({one['min']:.{digits}f}-{one['max']:.{digits}f})"
+def _shown(one: Spread) -> str:
+    return f"{one:.3f}" if one.median < 1000 else f"{one:.0f}"
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from pathlib import Path
 from engine.admission import BlockDemand
 from engine.allotment import Allotment
 from engine.pool import KVPool
+from engine.sampling.rows import Drawn
 from engine.scheduler import Plan, plan_step
 from engine.sequence import Sequence
 from engine.types import GenerationRequest, SamplingParams
@@ -145,7 +146,7 @@ class Paged:
         )
 
     def _draw(self, sequence: Sequence) -> None:
-        sequence.append(0)
+        sequence.append(Drawn(0))
         if len(sequence.tokens) >= self.ends[sequence.request.request_id]:
             self.demand.prediction.ended(sequence.output_count, self.output_max)
             self._leave(sequence)

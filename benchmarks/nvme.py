@@ -18,13 +18,13 @@ import mmap
 import os
 import random
 import shutil
-import statistics
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serving import cpu_s
+from cli.bench.figures import Moved, Spread, cpu_s
 from kvstore.frame import encode_header
 from kvstore.memory import keep_freed_buffers
 from kvstore.nouns import (
@@ -125,30 +125,26 @@ async def throughput(directory: Path, nbytes: int, total: int, rounds: int) -> d
         "read": lambda: read(1),
         "read, 4 at once": lambda: read(4),
     }
-    rows: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
+    rows: dict[str, list[Moved]] = {name: [] for name in work}
     for i in range(rounds + 1):
         for name, one in work.items():
             cpu, started = cpu_s(), time.perf_counter()
             await one()
             wall = time.perf_counter() - started
             if i:
-                rows[name].append((total / wall / 1e9, (cpu_s() - cpu) / (total / 1e9)))
+                rows[name].append(Moved(total, wall, cpu_s() - cpu))
     await tier.close()
     bare.close()
     return {
         name: {
-            "gb_per_s": statistics.median(row[0] for row in values),
-            "least": min(row[0] for row in values),
-            "greatest": max(row[0] for row in values),
-            "cpu_s_per_gb": statistics.median(row[1] for row in values),
-            "of_bare": statistics.median(
-                row[0] / base[0]
-                for row, base in zip(
-                    values, rows["bare write" if "write" in name else "bare read"], strict=True
-                )
-            ),
+            "gb_per_s": Spread.of(one.gb_s for one in values),
+            "cpu_s_per_gb": Spread.of(one.cpu_s_per_gb for one in values).median,
+            "of_bare": Spread.of(
+                one.gb_s / bare.gb_s for one, bare in zip(values, beside, strict=True)
+            ).median,
         }
         for name, values in rows.items()
+        for beside in [rows["bare write" if "write" in name else "bare read"]]
     }
 
 
@@ -162,8 +158,7 @@ async def restart(directory: Path, rounds: int) -> dict[str, Any]:
         await tier.write(Place(key, 1), frame_in(tier, header(key, payload), payload))
     await tier.sync()
     await tier.close()
-    seconds: list[float] = []
-    cpu: list[float] = []
+    seconds, cpu = [], []
     for _ in range(rounds):
         tier = NvmeTier(config)
         started, before = time.perf_counter(), cpu_s()
@@ -174,12 +169,7 @@ async def restart(directory: Path, rounds: int) -> dict[str, Any]:
         cpu.append(cpu_s() - before)
         assert len(found.blocks) == RESTART_BLOCKS
         await tier.close()
-    return {
-        "blocks": RESTART_BLOCKS,
-        "s": statistics.median(seconds),
-        "greatest": max(seconds),
-        "cpu_s": statistics.median(cpu),
-    }
+    return {"blocks": RESTART_BLOCKS, "s": Spread.of(seconds), "cpu_s": Spread.of(cpu).median}
 
 
 async def amplification(directory: Path, live: float, of_disk: bool, lru: bool) -> dict[str, Any]:
@@ -238,14 +228,11 @@ async def measure(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     for name, row in result["throughput"].items():
         print(
-            f"{name:16} {row['gb_per_s']:5.2f} GB/s ({row['least']:.2f} to {row['greatest']:.2f})"
-            f"  {row['of_bare']:4.2f} of bare  {row['cpu_s_per_gb']:5.2f} cpu-s/GB"
+            f"{name:16} {row['gb_per_s']:5.2f} GB/s  {row['of_bare']:4.2f} of bare"
+            f"  {row['cpu_s_per_gb']:5.2f} cpu-s/GB"
         )
     again = result["restart"]
-    print(
-        f"restart of {again['blocks']} blocks: {again['s']:.2f} s (at most {again['greatest']:.2f}), "
-        f"{again['cpu_s']:.2f} cpu-s"
-    )
+    print(f"restart of {again['blocks']} blocks: {again['s']:.2f} s, {again['cpu_s']:.2f} cpu-s")
     for row in result["amplification"]:
         print(
             f"{row['churn']:6} churn, {row['live']:.0%} of the {row['of']} live "
@@ -270,7 +257,7 @@ def main() -> None:
         result = asyncio.run(measure(directory, args))
     finally:
         shutil.rmtree(directory)
-    print(json.dumps(result, indent=2)) if args.json else show(result)
+    print(json.dumps(result, indent=2, default=asdict)) if args.json else show(result)
 
 
 if __name__ == "__main__":

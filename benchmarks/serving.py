@@ -1,4 +1,4 @@
-"""A shard in a process of its own, for benchmarks that read and write it from another.
+"""Processes of their own for benchmarks, a shard above all, which is read and written from another.
 
 Both poll, as the store's own processes and the engines' do.
 """
@@ -6,10 +6,13 @@ Both poll, as the store's own processes and the engines' do.
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import multiprocessing.connection
-import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import kvstore.polling  # noqa: F401 - before anything that imports grpc
+from cli.bench.figures import cpu_s
 from kvstore.driver import ShardDriver
 from kvstore.driver_config import DriverConfig
 from kvstore.memory import keep_freed_buffers
@@ -19,6 +22,21 @@ from kvstore.tiers.arena import ArenaTier
 
 Pipe = multiprocessing.connection.Connection
 SHARD = ShardId("bench")
+
+
+@contextmanager
+def apart(target: Callable[..., None], *args: object) -> Iterator[Pipe]:
+    """`target(pipe, *args)` runs in a fresh process until the block ends; the pipe's other end is ours."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=target, args=(theirs, *args), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield ours
+    finally:
+        process.terminate()
+        process.join()
 
 
 def serve(pipe: Pipe, arena_nbytes: int, token: str | None = None) -> None:
@@ -35,9 +53,3 @@ def serve(pipe: Pipe, arena_nbytes: int, token: str | None = None) -> None:
         await server.stop(0)
 
     asyncio.run(run())
-
-
-def cpu_s() -> float:
-    """Of this process, user and system."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime

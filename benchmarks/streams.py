@@ -14,9 +14,7 @@ import kvstore.polling  # noqa: F401 - before anything that imports grpc
 # isort: split
 import argparse
 import asyncio
-import multiprocessing
 import socket
-import statistics
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -26,7 +24,8 @@ import grpc
 import numpy as np
 
 from benchmarks.blocks import ARENA_NBYTES, EPOCH, TOKEN, Reader, spec_of
-from benchmarks.serving import SHARD, Pipe, cpu_s, serve
+from benchmarks.serving import SHARD, Pipe, apart, serve
+from cli.bench.figures import Moved, Spread, cpu_s
 from kvstore.client import StoreClient
 from kvstore.memory import keep_freed_buffers
 from kvstore.topology import ShardEntry, Topology
@@ -133,7 +132,7 @@ async def measure(bare_pipe: Pipe, store_pipe: Pipe, total_nbytes: int, rounds: 
             pipe.send(True)
         return cpu_s() + float(bare_pipe.recv()) + float(store_pipe.recv())
 
-    samples: dict[str, list[tuple[float, float]]] = {}
+    samples: dict[str, list[Moved]] = {}
     with socket.create_connection(("127.0.0.1", tcp_port)) as connected:
         async with (
             grpc.aio.insecure_channel(f"127.0.0.1:{grpc_port}", options=channel_options("bulk")) as channel,
@@ -152,17 +151,10 @@ async def measure(bare_pipe: Pipe, store_pipe: Pipe, total_nbytes: int, rounds: 
                     used, started = used_s(), time.perf_counter()
                     await work()
                     taken = time.perf_counter() - started
-                    samples.setdefault(name, []).append((total_nbytes / taken / 2**30, used_s() - used))
-    for name, values in samples.items():
-        told(name, values[1:], total_nbytes)
-
-
-def told(name: str, values: list[tuple[float, float]], total_nbytes: int) -> None:
-    speed, cpu = [row[0] for row in values], [row[1] / (total_nbytes / 1e9) for row in values]
-    print(
-        f"{name:20} {statistics.median(speed):5.2f} GiB/s ({min(speed):.2f} to {max(speed):.2f})"
-        f"  {statistics.median(cpu):5.2f} cpu-s/GB ({min(cpu):.2f} to {max(cpu):.2f})"
-    )
+                    samples.setdefault(name, []).append(Moved(total_nbytes, taken, used_s() - used))
+    for name, (_, *rest) in samples.items():  # the first round warms up
+        speed, cpu = Spread.of(one.gib_s for one in rest), Spread.of(one.cpu_s_per_gb for one in rest)
+        print(f"{name:20} {speed:5.2f} GiB/s  {cpu:5.2f} cpu-s/GB")
 
 
 def main() -> None:
@@ -174,21 +166,8 @@ def main() -> None:
     args = parser.parse_args()
     total_nbytes = args.total << 20
     keep_freed_buffers()
-    spawn = multiprocessing.get_context("spawn")
-    bare, theirs = spawn.Pipe()
-    store, its = spawn.Pipe()
-    servers = [
-        spawn.Process(target=serve_bare, args=(theirs, total_nbytes), daemon=True),
-        spawn.Process(target=serve, args=(its, ARENA_NBYTES, TOKEN), daemon=True),
-    ]
-    for server in servers:
-        server.start()
-    try:
+    with apart(serve_bare, total_nbytes) as bare, apart(serve, ARENA_NBYTES, TOKEN) as store:
         asyncio.run(measure(bare, store, total_nbytes, args.rounds))
-    finally:
-        for server in servers:
-            server.terminate()
-            server.join()
 
 
 if __name__ == "__main__":

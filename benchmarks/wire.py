@@ -11,15 +11,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import multiprocessing
-import multiprocessing.connection
-import statistics
 import time
 from collections.abc import Awaitable, Callable
 
 import numpy as np
 
-from benchmarks.serving import Pipe, cpu_s, serve
+from benchmarks.serving import Pipe, apart, serve
+from cli.bench.figures import Spread, cpu_s
 from kvstore.answers import PublishBlock, VerifiedBlock
 from kvstore.client import StoreClient
 from kvstore.hashing import KeyChain
@@ -32,6 +30,7 @@ LAYOUT = KVLayout(30, 0, 3, 64, "float32")  # SmolLM2-135M: 1.47 MB a block
 SPEC = NamespaceSpec("bench", LAYOUT, bytes(16))
 EPOCH = Epoch(1, WeightsDigest(bytes(16)))
 TIMEOUT_S = 60.0
+ARENA_NBYTES = 4 << 30
 
 
 class Bench:
@@ -93,7 +92,7 @@ class Bench:
         return self.gb / (time.perf_counter() - started)
 
 
-async def run(address: str, pipe: Pipe, rounds: int, blocks: int) -> dict[str, float]:
+async def run(address: str, pipe: Pipe, rounds: int, blocks: int) -> dict[str, Spread]:
     topology = Topology(1, (ShardEntry(ShardId("bench"), address),))
     samples: dict[str, list[float]] = {}
     async with await StoreClient.connect(topology, shared_memory=False) as client:
@@ -102,22 +101,19 @@ async def run(address: str, pipe: Pipe, rounds: int, blocks: int) -> dict[str, f
             made = bench.chain(i * 1_000_000)
             write = await bench.timed(lambda made=made: bench.publish(made))  # type: ignore[misc]
             read = await bench.timed(lambda made=made: bench.read(made))  # type: ignore[misc]
-            match = statistics.median([await bench.match_ms(made) for _ in range(20)])
+            match = Spread.of([await bench.match_ms(made) for _ in range(20)])
             row = {
                 "write_gb_s": write[0],
                 "write_cpu_s_per_gb": write[1],
                 "read_gb_s": read[0],
                 "read_cpu_s_per_gb": read[1],
-                "match64_ms_p50": match,
+                "match64_ms_p50": match.median,
                 "memcpy_gb_s": bench.memcpy_gb_s(),
             }
             if i:  # the first round warms up
                 for name, value in row.items():
                     samples.setdefault(name, []).append(value)
-    figures: dict[str, float] = {}
-    for name, values in samples.items():
-        figures |= {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
-    return figures
+    return {name: Spread.of(values) for name, values in samples.items()}
 
 
 def main() -> None:
@@ -129,22 +125,16 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     args = parser.parse_args()
     keep_freed_buffers()
-    spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe()
-    server = spawn.Process(target=serve, args=(theirs, 4 << 30), daemon=True)
-    server.start()
-    try:
-        figures = asyncio.run(run(ours.recv(), ours, args.rounds, args.blocks))
-    finally:
-        server.terminate()
-        server.join()
+    with apart(serve, ARENA_NBYTES) as shard:
+        figures = asyncio.run(run(shard.recv(), shard, args.rounds, args.blocks))
     if args.json:
-        print(json.dumps({name: round(value, 4) for name, value in figures.items()}))
+        flat: dict[str, float] = {}
+        for name, one in figures.items():
+            flat |= {name: one.median, f"{name}_min": one.least, f"{name}_max": one.most}
+        print(json.dumps({name: round(value, 4) for name, value in flat.items()}))
         return
-    for name in (name for name in figures if not name.endswith(("_min", "_max"))):
-        print(
-            f"{name:22} {figures[name]:8.3f}   ({figures[name + '_min']:.3f} to {figures[name + '_max']:.3f})"
-        )
+    for name, one in figures.items():
+        print(f"{name:22} {one:8.3f}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["epoch"]
 
 epoch = typer.Typer(
-    help="Epochs: one number for each set of a model's weights. Of a store that runs.", no_args_is_help=True
+    help="Epochs of a running store: one number for each set of a model's weights.", no_args_is_help=True
 )
 
 Model = Annotated[str, typer.Argument(help="The model's id, as its engines open it.")]

@@ -18,6 +18,7 @@ from cli.replay.command import replay
 from cli.status import status
 from cli.store import store
 from cli.up import up
+from cli.weights import weights
 
 __all__ = ["app", "main"]
 
@@ -54,6 +55,7 @@ app.command()(purge)
 app.command()(replay)
 app.add_typer(epoch, name="epoch")
 app.add_typer(model, name="model")
+app.add_typer(weights, name="weights")
 app.add_typer(bench, name="bench")
 
 

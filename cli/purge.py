@@ -34,7 +34,10 @@ def purge(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     json_out: Json = False,
 ) -> None:
-    """Delete a namespace's or a model's KV for good: no later reader sees it. Pinned blocks follow."""
+    """Delete a namespace's or a model's KV for good: no later reader sees it.
+
+    What readers have pinned stays theirs until they let go of it.
+    """
     at = (store, token_file, tls_ca)
     scope = (namespace, model, epoch, keys)
     raise typer.Exit(reported(lambda: _purge(scope, at, yes, json_out)))
@@ -73,7 +76,7 @@ def _purge(scope: Scope, at: tuple[str, Path | None, Path | None], yes: bool, js
         if not json_out:
             mib = row["nbytes"] / (1 << 20)
             on = ", ".join(row["done"])
-            print(f"{row['namespace']}: {row['versions']} blocks, {mib:.1f} MiB freed on {on}")
+            print(f"{row['namespace']}: {_counted(row['versions'], 'block')}, {mib:.1f} MiB freed on {on}")
         for shard, why in row["failed"].items():
             note(f"error: not on {shard}: {why}; repeat the command when that is mended")
     return 1 if any(row["failed"] for row in rows) else 0
@@ -89,9 +92,13 @@ def _agreed(what: str) -> bool:
 
 def _worded(scope: Scope, namespaces: int, keys: list[BlockKey] | None) -> str:
     namespace, model, epoch, _ = scope
-    what = "everything" if keys is None else f"{len(keys)} blocks"
-    of = f"namespace {namespace}" if namespace else f"model {model} ({namespaces} namespaces)"
+    what = "everything" if keys is None else _counted(len(keys), "block")
+    of = f"namespace {namespace}" if namespace else f"model {model} ({_counted(namespaces, 'namespace')})"
     return f"{what} of {of}" + ("" if epoch is None else f" at epoch {epoch}")
+
+
+def _counted(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def _namespace(text: str) -> NamespaceId:

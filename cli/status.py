@@ -33,7 +33,10 @@ def status(
     tls_ca: TlsCa = None,
     json_out: Json = False,
 ) -> None:
-    """Show workers, shards and counters of a running service, or the shards of a store (--store NAME)."""
+    """Show workers and shards of a running service, or the shards of a store (--store NAME).
+
+    With --json also the shards' counters; exit code 1 while something of it is not ready.
+    """
     if store is not None:
         at = (store, token_file, tls_ca)
         raise typer.Exit(reported(lambda: _of_store(at, json_out)))
@@ -92,7 +95,7 @@ def _draw_store(rows: list[dict[str, Any]], namespaces: list[dict[str, Any]]) ->
         console.print(table)
     for row in rows:
         if "why" in row:
-            note(f"error: {row['shard']}: {row['why']}")
+            note("error: " + (row["why"] if row["shard"] in row["why"] else f"{row['shard']}: {row['why']}"))
         if row.get("ownerless_nbytes"):
             note(f"error: {row['shard']} has {row['ownerless_nbytes']} bytes without owner: a bug, report it")
 
@@ -104,7 +107,7 @@ def _shards(rows: list[dict[str, Any]]) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     below = any(row.get("nvme_capacity_nbytes") for row in rows)
-    columns = ("shard", "state", "address", "blocks", "MiB", *(["on NVMe"] if below else []), "leases")
+    columns = ("shard", "state", "address", "blocks", "MiB", *(["NVMe MiB"] if below else []), "leases")
     for name in (*columns, "oldest pin"):
         table.add_column(name, no_wrap=name != "oldest pin")
     for row in rows:

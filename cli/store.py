@@ -106,6 +106,9 @@ def _store(
         kept = read_private(files[1]).strip() if files[1] else settings.kept_secret()
         secret = kept or folder.secret()
         start = ProcessesStart(settings, secret, token, drain_s, _told_host(settings.host, advertise))
+        used = {f"shard-{i}" for i in range(settings.shards)}
+        for path in settings.nvme.left_out(used) if settings.nvme is not None else ():
+            note(f"{path} is left out: what is purged from now on comes back with it, unless it is deleted")
         return asyncio.run(_serve(start, folder, token_file.absolute(), json_out))
 
 

@@ -13,9 +13,11 @@ from typing import Final
 
 from decode.sequence import Decoding
 from engine.boot import Worker
+from engine.errors import WeightsChanged
 from engine.onboard import Onboarded, misses_of
 from engine.types import Handoff, TailKV
-from kvstore.errors import ConfigError, EpochConflict
+from engine.updating import BEGINNINGS_MAX
+from kvstore.errors import ConfigError, EpochConflict, Unavailable
 from kvstore.frame import payload_checksum
 from kvstore.hashing import KeyChain
 from kvstore.nouns import KVLayout, MissReason, NamespaceId
@@ -29,7 +31,7 @@ _NO_NAMESPACE: Final = NamespaceId(bytes(16))
 def check_handoff(worker: Worker, handoff: Handoff) -> None:
     """Can this worker go on from it at all? Raises EpochConflict or ConfigError; cheap."""
     name, epoch = handoff.request.request_id, worker.store.epoch
-    if handoff.epoch != epoch:
+    if handoff.epoch != epoch and handoff.epoch not in worker.weights.continued:
         raise EpochConflict(
             f"the handoff of request {name} is of epoch {handoff.epoch.number}, this worker has the weights "
             f"of epoch {epoch.number}: pair workers of one epoch, or prefill again"
@@ -43,7 +45,20 @@ def check_handoff(worker: Worker, handoff: Handoff) -> None:
 
 
 async def onboard_and_admit(worker: Worker, run: Decoding) -> None:
-    """From the handoff to a sequence that runs. Raises what WorkerLoop.admit raises."""
+    """From the handoff to a sequence that runs. A handoff of weights that have changed here since is computed
+    from its tokens. Raises what WorkerLoop.admit raises."""
+    for _ in range(BEGINNINGS_MAX):
+        if run.handoff.epoch != worker.store.epoch:
+            worker.role_counters["decode:begun_again"] += 1
+            run.begin_again(worker.store.epoch)
+        try:
+            return await _onboard(worker, run, worker.loop.changes)
+        except WeightsChanged:
+            continue
+    raise Unavailable(f"the weights changed {BEGINNINGS_MAX} times under request {run.request_id}: ask again")
+
+
+async def _onboard(worker: Worker, run: Decoding, as_of: int) -> None:
     run.lineage = run.lineage.absorb(run.lineage.epoch, worker.kv_quality)  # all it reads lies in our pool
     run.session = await worker.store.session(run.handoff.request.tenant)
     chain = KeyChain(run.session.namespace if run.session else _NO_NAMESPACE, worker.info.layout.block_tokens)
@@ -57,6 +72,7 @@ async def onboard_and_admit(worker: Worker, run: Decoding) -> None:
             held, run.lineage = len(run.local.blocks), run.local.over(run.lineage)
         onboarded = await _read(worker, run, held)
         run.chain, run.lineage = chain, onboarded.lineage
+        run.attends_to(onboarded.epochs)
         if run.local is not None:
             run.local.will_keep(run.lineage, onboarded.origins)
         run.publication = worker.publisher.open(
@@ -76,6 +92,7 @@ async def onboard_and_admit(worker: Worker, run: Decoding) -> None:
             blocks=onboarded.payloads,
             tail=tail,
             timeout_s=worker.limits.admit_timeout_s,
+            as_of=as_of,
         )
 
 

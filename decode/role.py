@@ -19,9 +19,9 @@ from decode.onboarding import check_handoff, onboard_and_admit
 from decode.sequence import Decoding
 from engine.aborted import AbortedAttempts
 from engine.boot import Worker
-from engine.types import Handoff, PollResult, TokenEvent, WorkerInfo
-from kvstore.errors import KVStrataError, OverLimit, Unavailable
-from kvstore.nouns import BlockKey
+from engine.types import FinishReason, Handoff, PollResult, TokenEvent, UpdateMode, WorkerInfo
+from kvstore.errors import EpochConflict, KVStrataError, OverLimit, Unavailable
+from kvstore.nouns import BlockKey, Epoch
 from kvstore.topology import ShardEntry, Topology
 
 __all__ = ["DecodeRole"]
@@ -40,7 +40,7 @@ class DecodeRole:
         self._events = EventLog(worker.limits.events_max)
         self._aborted = AbortedAttempts(worker.clock)
         self._draining = False
-        self._gone = asyncio.Event()  # set whenever a sequence leaves
+        self.left = asyncio.Event()  # set whenever a sequence leaves
 
     async def ready(self) -> WorkerInfo:
         return self._worker.info
@@ -93,16 +93,24 @@ class DecodeRole:
         await self._worker.store.set_topology(topology)
 
     async def pull(self, tenant: str, keys: Sequence[BlockKey], source: ShardEntry, timeout_s: float) -> int:
-        """Move blocks of a chain from another worker's pool into this one's; how many of `keys` lie here
-        then. What did not come is in the counters, and costs what it costs to compute."""
-        pulled = await self._worker.pull(tenant, keys, source, timeout_s)
-        for reason, blocks in pulled.misses.items():
-            self._counters[f"edge:not_pulled_{reason}"] += blocks
-        return pulled.held + pulled.blocks
+        return await self._worker.pull(tenant, keys, source, timeout_s)
 
     async def forget_local(self) -> int:
-        """Drop the blocks kept in the engine's pool; how many. What runs goes on with those it was lent."""
-        return 0 if self._worker.edge is None else await self._worker.edge.forget()
+        return await self._worker.forget_local()
+
+    async def prepare_weights(self, path: str, number: int) -> Epoch:
+        """Load other weights beside those that run. See `engine.updating.WeightsUpdate.prepare`."""
+        return await self._worker.weights.prepare(self._worker, path, number)
+
+    async def discard_weights(self) -> None:
+        """They are not needed after all."""
+        self._worker.weights.discard()
+
+    async def update_weights(self, path: str, number: int, mode: UpdateMode, timeout_s: float) -> WorkerInfo:
+        """Change the weights under what runs. See `engine.updating.WeightsUpdate.update`. While it drains,
+        handoffs of the old epoch are taken: they began elsewhere, and end with the old weights."""
+        await self._worker.weights.update(self._worker, self, path, number, mode, timeout_s)
+        return self._worker.info
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no more work; wait for what runs. False: time was up, and what was left ended in an error."""
@@ -111,8 +119,8 @@ class DecodeRole:
         try:
             async with asyncio.timeout(timeout_s):
                 while self._live:
-                    self._gone.clear()
-                    await self._gone.wait()
+                    self.left.clear()
+                    await self.left.wait()
         except TimeoutError:
             finished = False
             log.warning("drain ends what is left", requests=len(self._live))
@@ -127,6 +135,30 @@ class DecodeRole:
         for run in [*self._live.values()]:
             self._end(run)
         await self._worker.close()
+
+    # -- other weights -----------------------------------------------------------------------------
+
+    @property
+    def idle(self) -> bool:
+        return not self._live
+
+    def hold_back(self, on: bool) -> None:
+        """Nothing is: what comes here began before."""
+
+    def weights_changed(self, mode: UpdateMode, epoch: Epoch) -> None:
+        """Who is not in the engine yet is computed from its tokens (abort: ends, as all do)."""
+        loop = self._worker.loop
+        for run in [*self._live.values()]:
+            if mode is UpdateMode.ABORT:
+                why = EpochConflict(f"the weights changed to epoch {epoch.number}: send the request again")
+                run.on_error(why, FinishReason.ABORT)
+            elif not loop.holds(run.request_id, run.attempt):
+                continue
+            elif mode is UpdateMode.KEEP and loop.holds(run.request_id, run.attempt, running=True):
+                run.keep_over(epoch)
+            else:  # also where it has no KV now that it could keep
+                loop.release(run.request_id, run.attempt)
+                run.task = self._worker.background.spawn(self._begin(run), f"begin {run.request_id} again")
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -168,7 +200,7 @@ class DecodeRole:
         if run.local is not None:
             run.local.abandon()
         self._give_back_leases(run)
-        self._gone.set()
+        self.left.set()
 
     def _give_back_leases(self, run: Decoding) -> None:
         leases, run.leases = run.leases, ()

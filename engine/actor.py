@@ -11,8 +11,9 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 
 import kvstore.polling  # noqa: F401 - before anything that imports grpc
 from engine.process import prepare_process
-from engine.types import WorkerInfo
+from engine.types import UpdateMode, WorkerInfo
 from engine.worker_config import WorkerConfig
+from kvstore.nouns import Epoch
 from kvstore.topology import Topology
 
 try:
@@ -38,6 +39,14 @@ class Role(Protocol):
     async def set_topology(self, topology: Topology) -> None: ...
 
     async def forget_local(self) -> int: ...
+
+    async def prepare_weights(self, path: str, number: int) -> Epoch: ...
+
+    async def discard_weights(self) -> None: ...
+
+    async def update_weights(
+        self, path: str, number: int, mode: UpdateMode, timeout_s: float
+    ) -> WorkerInfo: ...
 
     async def drain(self, timeout_s: float) -> bool: ...
 
@@ -73,6 +82,15 @@ class WorkerActor(ABC, Generic[R]):
 
     async def forget_local(self) -> int:
         return await (await self._role()).forget_local()
+
+    async def prepare_weights(self, path: str, number: int) -> Epoch:
+        return await (await self._role()).prepare_weights(path, number)
+
+    async def discard_weights(self) -> None:
+        await (await self._role()).discard_weights()
+
+    async def update_weights(self, path: str, number: int, mode: UpdateMode, timeout_s: float) -> WorkerInfo:
+        return await (await self._role()).update_weights(path, number, mode, timeout_s)
 
     async def drain(self, timeout_s: float) -> bool:
         """Finish what runs, then end the engine and the store's connections: it may be killed after."""

@@ -78,6 +78,11 @@ class BlockCopies:
                 if block is not None and block.request_id == request_id:
                     blocks[index] = None
 
+    def forget_all(self) -> None:
+        """Of other weights than what comes: nobody may take them for those."""
+        self._under_way.clear()
+        self._late = 0
+
 
 def _completed(copied: _UnderWay) -> list[CompletedBlock]:
     return [

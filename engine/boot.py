@@ -22,7 +22,7 @@ import structlog
 from engine.announcing import Announcer
 from engine.background import Background
 from engine.edge import EdgeShard
-from engine.edge_move import Pulled, pull
+from engine.edge_move import pull
 from engine.edge_watch import EdgeWatch
 from engine.engine import Engine
 from engine.engine_thread import EngineThread
@@ -34,6 +34,7 @@ from engine.registry import resolve_model
 from engine.store_link import Connect, StoreLink
 from engine.turns import OrderedTurns, too_late, urgency_of
 from engine.types import GenerationRequest, SamplingParams, WorkerInfo
+from engine.updating import WeightsUpdate
 from engine.worker import WorkerLoop
 from engine.worker_config import RoleLimits, WorkerConfig
 from kvstore.client import StoreClient
@@ -73,6 +74,7 @@ class Worker:
     publisher: Publisher
     loading: OrderedTurns
     reach: Reach
+    weights: WeightsUpdate
     edge: EdgeShard | None = None  # None: the pool keeps nothing when a sequence ends
     edge_watch: EdgeWatch | None = None
     edge_server: ShardServer | None = None
@@ -105,10 +107,9 @@ class Worker:
             return None
         return self.edge.lend(session.namespace, tenant, chain, blocks_max, owner)
 
-    async def pull(
-        self, tenant: str, keys: Sequence[BlockKey], source: ShardEntry, timeout_s: float
-    ) -> Pulled:
-        """`keys`, a chain from its first block on, out of another worker's pool into this one. Raises
+    async def pull(self, tenant: str, keys: Sequence[BlockKey], source: ShardEntry, timeout_s: float) -> int:
+        """Move `keys`, a chain from its first block on, from another worker's pool into this one's; how many
+        lie here then. What did not come is in the counters, and costs what it costs to compute. Raises
         Unavailable without a local cache, or while the store is away."""
         session = await self.store.session(tenant)
         if self.edge is None or session is None:
@@ -118,9 +119,14 @@ class Worker:
             )
         transport = self.reach(source)
         try:
-            return await pull(self.edge, transport, session.namespace, tenant, keys, timeout_s=timeout_s)
+            pulled = await pull(self.edge, transport, session.namespace, tenant, keys, timeout_s=timeout_s)
         finally:
             await transport.close()
+        return pulled.held + pulled.blocks
+
+    async def forget_local(self) -> int:
+        """Drop the blocks kept in this worker's pool; how many. What runs goes on with those it was lent."""
+        return 0 if self.edge is None else await self.edge.forget()
 
     async def serve_edge(self, host: str, token: str | None) -> None:
         """Let other workers read the pool, from here on at `info.edge_address`. Raises ConfigError."""
@@ -262,6 +268,7 @@ def assemble(
         publisher=Publisher(store, background, publish_limits),
         loading=OrderedTurns(limits.loading_max),
         reach=reach or _over_grpc(config),
+        weights=WeightsUpdate(engine, thread),
         edge=edge,
         edge_watch=edge_watch,
         kv_quality=config.engine.kv_quality,
@@ -288,6 +295,7 @@ def _info(config: WorkerConfig, engine: Engine, node_id: str) -> WorkerInfo:
         weights_digest=engine.weights_digest,
         layout=engine.layout,
         max_model_len=engine.max_model_len,
+        epoch_number=config.epoch_number,
         pid=os.getpid(),
         node_id=node_id,
     )

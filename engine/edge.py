@@ -36,6 +36,7 @@ from kvstore.frame import HEADER_NBYTES
 from kvstore.hashing import KeyChain
 from kvstore.nouns import (
     DROP,
+    ISOLATE,
     OFFERS_MAX,
     BlockMeta,
     BlockRef,
@@ -52,7 +53,7 @@ from kvstore.nouns import (
     TxnId,
     allow_stale,
 )
-from kvstore.tiers.base import Place
+from kvstore.tiers.base import Place, place_of
 from kvstore.tiers.device import DeviceTier, PagedPool
 from kvstore.tiers.pool_slots import PoolSlots
 from kvstore.transport.base import Purge
@@ -190,14 +191,25 @@ class EdgeShard:
             core.advance_epoch(model_id, known.current, allow_stale(known.stale_lag_max))
         self.driver.reap()
 
+    def know(self, epoch: Epoch) -> None:
+        """Weights that are to come. Raises EpochConflict, OverLimit."""
+        self.driver.core.register_epoch(self.spec.model_id, epoch)
+
+    def change_epoch(self, epoch: Epoch) -> None:
+        """What is lent and kept from here on is of this epoch. What lies here of others is lent to nobody any
+        more, goes first, and stays while it is in use. Whatever the pool holds, it costs the same."""
+        self.driver.core.advance_epoch(self.spec.model_id, epoch.number, ISOLATE)
+        self.epoch = epoch
+        self.driver.reap()
+
     def keep(self, run: LocalRun, indexes: Sequence[int], slots: Sequence[int], quality: Quality) -> None:
         """Commit full blocks of a running sequence under the slots they lie in. What is here already, as good
         or better, stays as it is, and the sequence's own copy goes with the sequence. It claims no more than
         this pool can hold, whatever it was read as.
 
         Nothing is kept of a sequence that began before something was forgotten here: what it read may have
-        been deleted since."""
-        if run.begun_at != self.forgotten:
+        been deleted since. Nor of one that began under other weights: what it attends to is of both."""
+        if run.begun_at != self.forgotten or run.epoch != self.epoch:
             return
         quality = min(quality, self.kv_quality)
         for first in range(0, len(indexes), OFFERS_MAX):
@@ -301,7 +313,7 @@ class EdgeShard:
         return {"gauge:slots_free": counts.free, "gauge:slots_kept": counts.kept}
 
     def lent_slots(self) -> list[int]:
-        """Each as often as it is lent."""
+        """Each as often as it is lent: what a check of conservation counts the users of slots by."""
         return [slot for run in self._runs for slot in run.slots]
 
     def check_integrity(self) -> None:
@@ -347,7 +359,7 @@ class EdgeShard:
         for i, (meta, slot) in enumerate(blocks):
             version = core.granted(txn, i)
             if version is not None:
-                self.tier.keep(Place(version.ref.slot, version.ref.generation), slot, meta)
+                self.tier.keep(place_of(version.ref), slot, meta)
                 core.written(txn, i, None, now)
         answer = core.commit(txn.id, LEASE_S, now)
         self.counters["edge:kept"] += len(blocks) - len(answer.refused)

@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Final, NamedTuple, cast
+from typing import Final, NamedTuple
 
 import structlog
 
 from engine.edge import LEASE_S, EdgeShard
+from kvstore.closing import closing
 from kvstore.deadline import Deadline
 from kvstore.errors import ConfigError, CorruptBlock, KVStrataError
 from kvstore.frame import HEADER_NBYTES, LOSSLESS_CODEC, Frame, decode_frame, verify_identity
@@ -93,6 +94,8 @@ async def pull(
     if left:
         move.pulled.misses[move.ended_by or MissReason.ABSENT.value] += left
     edge.counters["edge:pulled"] += move.pulled.blocks
+    for reason, blocks in move.pulled.misses.items():
+        edge.counters[f"edge:not_pulled_{reason}"] += blocks
     return move.pulled
 
 
@@ -155,7 +158,7 @@ class _Move:
     async def _read(self, first: int, refs: Sequence[BlockRef]) -> list[_Arrived]:
         arrived: list[_Arrived] = []
         reading = self._source.read(self._snapshot.namespace, refs, timeout_s=self._deadline.left())
-        async with aclosing(cast(AsyncGenerator[ReadItem, None], reading)) as items:
+        async with closing(reading) as items:
             async for item in items:
                 checked = await self._verify(first + item.index, item)
                 if isinstance(checked, MissReason):
@@ -209,7 +212,7 @@ class _Move:
         metas = [block.meta for block in blocks]
         opened = await driver.begin(
             self._snapshot.namespace,
-            self._edge.epoch,
+            self._snapshot.epoch,  # not the pool's of now: the weights may have changed since
             metas[0].quality,
             [BlockOffer(m.key, m.parent, m.chain_index, m.placement, self._edge.frame_nbytes) for m in metas],
             self._owner,

@@ -126,6 +126,7 @@ class Engine:
     def swap_weights(self, loaded: LoadedWeights) -> None:
         """Step with other weights from now on. KV that is there stays: whose it is, is the caller's to know
         (engine/updating.py)."""
+        self._copies.forget_all()
         self._runner.swap(loaded.model)
         for sequence in self._sequences.values():
             sequence.shares = False  # what it has is of other weights than what it will compute

@@ -17,6 +17,7 @@ from typing import Final
 
 from engine.edge import EdgeShard
 from engine.engine_thread import EngineThread, SequenceSink, SyncEngine
+from engine.errors import WeightsChanged
 from engine.local_run import LocalRun
 from engine.turns import OrderedTurns, Urgency, too_late
 from engine.types import GenerationRequest
@@ -39,6 +40,7 @@ class Admitted:
     hold: bool
     local: LocalRun | None
     urgency: Urgency
+    as_of: int | None = None  # the entrance's `changes` that it was read for; None: it was not
     next_block: int = 0  # the first one its sink has not been told of, and that was not onboarded
     running: bool = False  # steps compute it: in the engine, and neither ended nor parked
     again: asyncio.Task[None] | None = None
@@ -61,6 +63,7 @@ class Entrance:
         is_releasing: Callable[[], bool],
     ) -> None:
         self.freed = asyncio.Event()
+        self.changes = 0  # of the weights
         self.entering: LocalRun | None = None  # of whose turn it is: no step takes from it
         self._engine = engine
         self._thread = thread
@@ -112,6 +115,7 @@ class Entrance:
         self.entering = record.local
         try:
             while not self._turns.is_overtaken(record.urgency):
+                self.check_weights(record)
                 if record.urgency.deadline_at <= self._clock.now():
                     raise too_late(request)
                 self.freed.clear()  # before asking: what is freed meanwhile must not be missed
@@ -124,6 +128,11 @@ class Entrance:
             return False
         finally:
             self.entering = None
+
+    def check_weights(self, record: Admitted) -> None:
+        """Raises WeightsChanged. Who comes back after a preemption was let go of when they changed."""
+        if record.again is None and record.as_of not in (None, self.changes):
+            raise WeightsChanged("the weights changed while it waited: what was read for it is of the old")
 
     async def _fits(self, request: GenerationRequest, record: Admitted) -> bool:
         can_admit, lent = self._engine.can_admit, record.lent

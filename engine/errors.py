@@ -10,6 +10,8 @@
         +-- DiskFull           RESOURCE_EXHAUSTED   there is no room for it
         +-- ChatTemplateError  INVALID_ARGUMENT     the template is missing, wrong, or refuses the messages
     +-- RequestAborted         ABORTED              aborted, or superseded by a newer attempt, while it ran
+    +-- Unavailable
+        +-- WeightsChanged     UNAVAILABLE          the weights changed before it was in the engine
 
 Every ModelError says what happened (`problem`) and what to do next (`cure`); str() gives both. Both are plain
 strings in `args`, so that the errors travel between Ray actors unharmed.
@@ -17,7 +19,7 @@ strings in `args`, so that the errors travel between Ray actors unharmed.
 
 from __future__ import annotations
 
-from kvstore.errors import KVStrataError
+from kvstore.errors import KVStrataError, Unavailable
 
 __all__ = [
     "ChatTemplateError",
@@ -29,6 +31,7 @@ __all__ = [
     "ModelNotFound",
     "ModelUnsupported",
     "RequestAborted",
+    "WeightsChanged",
 ]
 
 
@@ -78,3 +81,7 @@ class RequestAborted(KVStrataError):
     """The worker gave the request up because it was told to. All that it held is freed."""
 
     status = "ABORTED"
+
+
+class WeightsChanged(Unavailable):
+    """What was matched and read for the request is of another epoch: it begins again. Told to no client."""

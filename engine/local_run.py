@@ -30,7 +30,7 @@ class LocalRun:
 
     __slots__ = (
         "_chain", "_edge", "_ended", "_in_engine", "_onboarded", "_quality",
-        "begun_at", "blocks", "handed_over", "leases", "namespace", "owner", "recalled", "slots",
+        "begun_at", "blocks", "epoch", "handed_over", "leases", "namespace", "owner", "recalled", "slots",
     )  # fmt: skip
 
     def __init__(self, edge: EdgeShard, namespace: NamespaceId, chain: KeyChain, owner: str) -> None:
@@ -41,6 +41,7 @@ class LocalRun:
         self.leases: list[LeaseId] = []
         self.recalled = False  # what was lent is gone: neither it nor what stands behind it is there
         self.handed_over = False  # to the worker loop, which ends it from here on
+        self.epoch = edge.epoch  # all that it is lent or leaves is of this one
         self.begun_at = edge.forgotten  # how often something had been forgotten by then
         self._edge = edge
         self._chain = chain
@@ -78,10 +79,11 @@ class LocalRun:
         self._in_engine = True
         if self.recalled:
             return  # nothing was onboarded either: all of it is computed
-        own = self._edge.epoch
         first = len(self.slots)
         # A stale block is this sequence's alone: another epoch's name is not ours to give.
-        usable = [(first + i, quality) for i, (epoch, quality) in enumerate(self._onboarded) if epoch == own]
+        usable = [
+            (first + i, quality) for i, (epoch, quality) in enumerate(self._onboarded) if epoch == self.epoch
+        ]
         for quality, group in groupby(usable, key=lambda entry: entry[1]):
             indexes = [index for index, _ in group]
             self._edge.keep(self, indexes, [slots[index] for index in indexes], quality)

@@ -90,12 +90,13 @@ class Publication:
         self._pin_for_s = pin_for_s
         self._pending: deque[CompletedBlock] = deque()
         self._gap = False
+        self._withheld = False
         self._task: asyncio.Task[None] | None = None
 
     def offer(self, block: CompletedBlock) -> None:
         """Take a block that became full, or drop it and say so in the counters. Never waits."""
         publisher, nbytes = self._publisher, block.payload.nbytes
-        if self._session is None or self._quality is None:
+        if self._session is None or self._quality is None or self._withheld:
             publisher.counters["publish:withheld"] += 1
         elif self._gap or publisher.inflight_nbytes + nbytes > publisher.limits.inflight_nbytes_max:
             self._gap = True
@@ -106,6 +107,11 @@ class Publication:
             if self._task is None or self._task.done():
                 draining = self._drain(self._session)
                 self._task = publisher.background.spawn(draining, f"publish {self._owner}")
+
+    def withhold(self) -> None:
+        """The sequence goes on under other weights: what it offers from here on is nobody's. What was offered
+        before is published as it was meant."""
+        self._withheld = True
 
     async def settle(self, timeout_s: float) -> bool:
         """Wait for what was offered. False: the time was up; it goes on in the background."""

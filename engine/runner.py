@@ -7,7 +7,7 @@ engine/device_runner.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, cast
 
 import torch
@@ -41,6 +41,14 @@ class Runner(Protocol):
     def run(self, batch: Batch) -> torch.Tensor:
         """Compute the batch's KV into the pool; float32 [len(logits_rows), vocabulary], on the runner's
         device, valid until the next run. On a GPU it returns before that is computed."""
+        ...
+
+    def model_beside(self, model_config: ModelConfig, weights: Weights) -> LlamaModel:
+        """A model of other weights and the same shape, ready for `swap`; nothing changes. From any thread."""
+        ...
+
+    def swap(self, model: LlamaModel) -> None:
+        """Compute with this one from the next batch on. The pool stays as it is."""
         ...
 
     def begin_draw(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Callable[[], list[Drawn]]:
@@ -80,6 +88,7 @@ class ModelRunner:
         n_slots: int,
         max_model_len: int,
     ) -> None:
+        self._config, self._max_model_len = config, max_model_len
         self._model = LlamaModel(model_config, weights.tensors, max_model_len)
         windows = model_config.windows
         if config.batch_invariant:
@@ -90,6 +99,19 @@ class ModelRunner:
             else SdpaAttention(windows)
         )
         self.pool = make_pool(layout, n_slots, config.hot_pool)
+
+    def model_beside(self, model_config: ModelConfig, weights: Weights) -> LlamaModel:
+        """A model of other weights and the same shape, ready for `swap`; nothing changes. From any thread.
+        Its products are proved to be batch-invariant: how one is computed may depend on the weights. The rest
+        depends on shapes."""
+        model = LlamaModel(model_config, weights.tensors, self._max_model_len)
+        if self._config.batch_invariant:
+            check_row_invariance(_packed(model), ())
+        return model
+
+    def swap(self, model: LlamaModel) -> None:
+        """Compute with this one from the next batch on. The pool stays as it is."""
+        self._model = model
 
     def run(self, batch: Batch) -> torch.Tensor:
         """Compute the batch's KV into the pool; float32 [len(logits_rows), vocabulary]."""
@@ -106,6 +128,11 @@ class ModelRunner:
         return lambda: Sampler.sample(logits, rows)
 
 
+def _packed(model: LlamaModel) -> Iterator[PackedLinear]:
+    """The products of a model for the CPU."""
+    return cast(Iterator[PackedLinear], model.products())
+
+
 def _check_invariance(model: LlamaModel, layout: KVLayout) -> None:
     """Prove it for everything of the forward pass that could break it. Raises ConfigError."""
     dtype, hidden = DTYPES[layout.dtype], model.config.hidden_size
@@ -120,5 +147,5 @@ def _check_invariance(model: LlamaModel, layout: KVLayout) -> None:
     ]
     if model.config.query_key_norm:
         rowwise.append(Rowwise(model.normed_heads, model.projected_width, dtype))
-    check_row_invariance(cast("list[PackedLinear]", model.products()), rowwise)
+    check_row_invariance(_packed(model), rowwise)
     check_attention_invariance(model.config.heads, layout, windowed=any(model.config.windows))

@@ -16,7 +16,7 @@ import structlog
 from engine.background import Background
 from kvstore.client import StoreClient
 from kvstore.clock import Clock
-from kvstore.errors import KVStrataError, Unavailable
+from kvstore.errors import EpochConflict, KVStrataError, Unavailable
 from kvstore.merged_watch import Watch
 from kvstore.nouns import (
     Epoch,
@@ -92,6 +92,29 @@ class StoreLink:
                 return session
             return await self._open(tenant) if self._clock.now() >= self._not_before else None
 
+    async def sessions_of(self, epoch: Epoch) -> dict[str, StoreSession]:
+        """Register an epoch that is to come, and open it for every tenant that has a session now: those of
+        `change_epoch`. Others, and all behind a store that does not answer, are opened when they are needed.
+
+        Raises EpochConflict when the number stands for other weights in the store."""
+        sessions: dict[str, StoreSession] = {}
+        if self._client is None:
+            return sessions
+        try:
+            for tenant in [*self._sessions]:
+                async with asyncio.timeout(self._connect_timeout_s):
+                    sessions[tenant] = await self._opened(self._client, tenant, epoch)
+        except EpochConflict:
+            raise
+        except (KVStrataError, OSError) as error:
+            log.warning("the store does not know the epoch to come yet", error=str(error))
+        return sessions
+
+    def change_epoch(self, epoch: Epoch, sessions: Mapping[str, StoreSession]) -> None:
+        """From here on sessions are of this epoch. Those given out before stay what they are."""
+        self.epoch = epoch
+        self._sessions = OrderedDict(sessions)
+
     async def set_topology(self, topology: Topology) -> None:
         """Move to a newer topology; and try at once again if the store was unreachable."""
         if topology.version > self._topology.version:
@@ -142,13 +165,8 @@ class StoreLink:
             async with asyncio.timeout(self._connect_timeout_s):
                 if self._client is None:
                     self._client = await self._connect(self._topology)
-                session = await self._client.open(
-                    self.spec,
-                    self.epoch,
-                    tenant=tenant,
-                    min_quality=self._min_quality,
-                    stale_lag_max=self._stale_lag_max,
-                )
+                epoch = self.epoch
+                session = await self._opened(self._client, tenant, epoch)
         except (KVStrataError, OSError) as error:  # TimeoutError is an OSError
             self.counters["store:open_failed"] += 1
             self._not_before = self._clock.now() + self._delay_s
@@ -156,7 +174,18 @@ class StoreLink:
             self._delay_s = min(2 * self._delay_s, self._retry_s_max)
             return None
         self._delay_s = self._retry_s
+        if epoch != self.epoch:  # it changed meanwhile: a session for whoever asked, and for nobody else
+            return session
         self._sessions[tenant] = session
         if len(self._sessions) > TENANTS_MAX:
             self._sessions.popitem(last=False)
         return session
+
+    async def _opened(self, client: StoreClient, tenant: str, epoch: Epoch) -> StoreSession:
+        return await client.open(
+            self.spec,
+            epoch,
+            tenant=tenant,
+            min_quality=self._min_quality,
+            stale_lag_max=self._stale_lag_max,
+        )

@@ -73,15 +73,17 @@ class OrderedTurns:
         except asyncio.CancelledError:
             if entry in self._waiting:
                 self._waiting.remove(entry)
-            else:
+            elif not entry[2].cancelled():
                 self._end()  # its turn had come
             raise
 
     def _end(self) -> None:
         self._free += 1
-        if self._waiting:
-            self._free -= 1
-            self._waiting.pop(0)[2].set_result(None)
+        while self._waiting and self._free:
+            turn = self._waiting.pop(0)[2]
+            if not turn.done():  # else it was given up, and its waiter has not heard of it yet
+                self._free -= 1
+                turn.set_result(None)
 
 
 def too_late(request: GenerationRequest) -> DeadlineExceeded:

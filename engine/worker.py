@@ -33,6 +33,7 @@ from engine.edge import EdgeShard
 from engine.engine_thread import EngineThread, Payload, SequenceSink, SyncEngine
 from engine.entrance import Admitted, Entrance
 from engine.local_run import LocalRun
+from engine.step_gate import StepGate
 from engine.turns import urgency_of
 from engine.types import CompletedBlock, FinishReason, GenerationRequest, StepResult, TailKV, TokenEvent
 from kvstore.clock import Clock, MonotonicClock
@@ -70,6 +71,7 @@ class WorkerLoop:
         self._clock = clock or MonotonicClock()
         self._entrance = Entrance(engine, thread, edge, self._clock, lambda: self._releasing > 0)
         self._work = asyncio.Event()
+        self.gate = StepGate()  # held: between two steps, and all that came of the last one is told
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -84,6 +86,22 @@ class WorkerLoop:
     def start(self) -> None:
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name="engine-steps")
+
+    @property
+    def changes(self) -> int:
+        """How often the weights changed under this loop."""
+        return self._entrance.changes
+
+    def weights_changed(self) -> None:
+        """While the gate is held. What was read before this, and is not in the engine yet, comes too late."""
+        self._entrance.changes += 1
+        self._entrance.freed.set()
+
+    def holds(self, request_id: str, attempt: int, *, running: bool = False) -> bool:
+        """Is this attempt the loop's? With `running`: and do steps compute it?"""
+        admitted = self._admitted.get(request_id)
+        ours = admitted if admitted is not None and admitted.attempt == attempt else None
+        return ours is not None and (ours.running or not running)
 
     async def close(self) -> None:
         """Stop stepping and end the engine thread. What is still admitted is dropped with the engine."""
@@ -106,18 +124,21 @@ class WorkerLoop:
         hold: bool = False,
         timeout_s: float,
         arrived_at: float | None = None,
+        as_of: int | None = None,
     ) -> None:
         """Wait for room, then take the request in; from then on `sink` is told what it yields. `local` is the
         loop's from here on, however this ends; if it was recalled meanwhile, `blocks` and `tail`, which stand
         behind it, are not used either. Its deadline counts from `arrived_at`; None: from now.
+        `as_of` are the `changes` that the request was read for.
 
-        Raises OverLimit when too many wait already or there is no room within `timeout_s`, DeadlineExceeded
-        when its own deadline passes before, ConfigError when it would not fit an empty engine either, and
-        what Engine.admit raises. Then, and when cancelled, nothing is held.
+        Raises WeightsChanged when there were more since, OverLimit when too many wait already or there is no
+        room within `timeout_s`, DeadlineExceeded when its own deadline passes before, ConfigError when it
+        would not fit an empty engine either, and what Engine.admit raises. Then, and when cancelled, nothing
+        is held.
         """
         arrived_at = self._clock.now() if arrived_at is None else arrived_at
         urgency = urgency_of(request, arrived_at, next(self._arrivals))
-        record = Admitted(request.attempt, sink, hold, local, urgency)
+        record = Admitted(request.attempt, sink, hold, local, urgency, as_of)
         try:
             if self.waiting >= self._waiting_max:
                 raise OverLimit(
@@ -163,6 +184,18 @@ class WorkerLoop:
         tail: TailKV | None,
     ) -> bool:
         """False: a step has taken the room since; nothing has changed."""
+        await self.gate.opened()
+        self._entrance.check_weights(record)
+        with self.gate.passing():
+            return await self._ask_in(request, record, blocks, tail)
+
+    async def _ask_in(
+        self,
+        request: GenerationRequest,
+        record: Admitted,
+        blocks: Sequence[Payload],
+        tail: TailKV | None,
+    ) -> bool:
         earlier = self._admitted.get(request.request_id)
         if earlier is not None and earlier is not record:
             self.release(request.request_id, earlier.attempt)
@@ -215,15 +248,17 @@ class WorkerLoop:
     async def _run(self) -> None:
         while True:
             self._work.clear()
-            try:
-                result = await self._step()
-            except Exception as error:
-                self._fail_running(error)
-                result = None
+            await self.gate.opened()
+            with self.gate.passing():
+                try:
+                    result = await self._step()
+                except Exception as error:
+                    self._fail_running(error)
+                    result = None
+                if result is not None:
+                    self._dispatch(result)
             if result is None:
                 await self._work.wait()
-            else:
-                self._dispatch(result)
 
     async def _step(self) -> StepResult | None:
         """None: there was nothing to do."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import kvstore.polling  # noqa: F401 - before anything that imports grpc
 from kvstore.config import StoreConfig
 from kvstore.memory import keep_freed_buffers
-from kvstore.nouns import ShardId
+from kvstore.nouns import ISOLATE, Epoch, ShardId
 from kvstore.server import ShardServer
 from kvstore.starting import new_driver
 from kvstore.topology import Topology
@@ -61,6 +61,11 @@ class KVShard:
         """Break one stored block on purpose; its key in hex. Raises ConfigError unless store.faults."""
         key = self._driver.flip_stored_byte()
         return key.hex() if key else None
+
+    async def advance_epoch(self, model_id: str, epoch: Epoch) -> None:
+        """Bind the number, and make it the model's current one (isolate). Raises EpochConflict."""
+        await self._driver.register_epoch(model_id, epoch, timeout_s=STATUS_TIMEOUT_S)
+        await self._driver.advance_epoch(model_id, epoch.number, ISOLATE, timeout_s=STATUS_TIMEOUT_S)
 
     async def drain(self, grace_s: float) -> None:
         """Say NOT_SERVING, let running calls finish, stop listening."""

@@ -53,7 +53,7 @@ from kvstore.nouns import (
 from kvstore.policies import POLICIES
 from kvstore.policies.admission import ADMISSIONS
 from kvstore.recovery import recover
-from kvstore.tiers.base import TierStorage
+from kvstore.tiers.base import TierStorage, place_of
 from kvstore.tiers.copying import beside_the_loop
 from kvstore.tiers.durable import AdvanceNote, DurableTier, EpochNote, NamespaceNote, Note
 from kvstore.tiers.hierarchy import Tiers
@@ -72,7 +72,7 @@ from kvstore.transport.base import (
     TxnOpened,
     WatchBatch,
 )
-from kvstore.upkeep import Upkeep, place_of
+from kvstore.upkeep import Upkeep
 from kvstore.watching import Watchers
 
 log = structlog.get_logger(__name__)

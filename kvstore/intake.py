@@ -17,8 +17,7 @@ from kvstore.core.transactions import Txn
 from kvstore.core.versions import Version
 from kvstore.errors import KVStrataError, Unavailable
 from kvstore.nouns import Refusal, TxnId
-from kvstore.tiers.base import TierStorage
-from kvstore.upkeep import place_of
+from kvstore.tiers.base import TierStorage, place_of
 
 log = structlog.get_logger(__name__)
 

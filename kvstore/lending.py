@@ -14,7 +14,7 @@ from typing import Final
 
 from kvstore.driver import ShardDriver
 from kvstore.nouns import BlockRef, MissReason, NamespaceId, Tier
-from kvstore.tiers.base import Place
+from kvstore.tiers.base import place_of
 
 AHEAD_FRAMES: Final = 8  # enough to keep a disk busy (benchmarks/nvme.py)
 
@@ -43,7 +43,7 @@ class Lent:
         try:
             frame = None if reading is None else await reading
             if frame is None:
-                frame = await driver.tiers.borrow(Place(ref.slot, ref.generation))
+                frame = await driver.tiers.borrow(place_of(ref))
         except OSError as error:
             return driver.failed_to_read(error)
         if frame is None:
@@ -79,5 +79,5 @@ class Lent:
                 and index.serves(self._namespace, ref)
                 and index.versions.tiers[ref.slot] == Tier.NVME
             ):
-                place = Place(ref.slot, ref.generation)
+                place = place_of(ref)
                 self._ahead[ref] = asyncio.ensure_future(durable.borrow(place))

@@ -25,7 +25,7 @@ from kvstore.core.moves import STEPS_A_CALL, Move
 from kvstore.core.shard import ShardCore
 from kvstore.nouns import BlockRef, KVLayout, Tier
 from kvstore.rates import Rate
-from kvstore.tiers.base import Place, TierStorage
+from kvstore.tiers.base import TierStorage, place_of
 from kvstore.tiers.copying import beside_the_loop, fill, to_its_end
 from kvstore.tiers.durable import DurableTier
 from kvstore.tiers.hierarchy import Tiers
@@ -112,15 +112,6 @@ class Mover:
             async with asyncio.timeout(timeout_s), self._moved:
                 await self._moved.wait_for(settled)
 
-    async def drained(self, timeout_s: float) -> None:
-        """Until nothing waits or is under way. Raises TimeoutError."""
-
-        def done() -> bool:
-            return not self._core.moves.any_wanted() and not len(self._core.moves)
-
-        async with asyncio.timeout(timeout_s), self._moved:
-            await self._moved.wait_for(done)
-
     # -- inside ------------------------------------------------------------------------------------
 
     async def _run(self) -> None:
@@ -164,7 +155,7 @@ class Mover:
                 if not self._core.moves.is_wanted(move):
                     self._tiers.host.give_up(room)
                     continue
-                await self._tiers.host.write(_place(move.target.ref), room)
+                await self._tiers.host.write(place_of(move.target.ref), room)
             except OSError as error:
                 self._failed("host", error)
             else:
@@ -184,7 +175,7 @@ class Mover:
             self._not_before = self._clock.now() + RETRY_S
             self._failed("nvme", error)
             for move in queued:
-                self._durable.discard(_place(move.target.ref))
+                self._durable.discard(place_of(move.target.ref))
             if error.errno == errno.ENOSPC:
                 await self._give_up_below(sum(move.target.nbytes for move in moves))
             return
@@ -210,7 +201,7 @@ class Mover:
             return True
         queued.append(move)
         try:
-            await self._durable.write(_place(move.target.ref), frame)
+            await self._durable.write(place_of(move.target.ref), frame)
         except OSError as error:
             if error.errno != errno.EFBIG:
                 raise
@@ -231,7 +222,7 @@ class Mover:
 
     def _end(self, move: Move, open_moves: dict[Move, None]) -> None:
         del open_moves[move]
-        place = _place(move.target.ref)
+        place = place_of(move.target.ref)
         if not self._core.moves.done(move):
             (self._tiers.host if move.to is Tier.HOST else self._durable).discard(place)
         elif move.is_encoded:
@@ -274,7 +265,7 @@ class Mover:
 
     async def _checked(self, move: Move) -> memoryview | None:
         """The source's frame, borrowed, if it is what it says. What is lost or broken is retired."""
-        frame = await self._tiers.borrow(_place(move.source.ref))
+        frame = await self._tiers.borrow(place_of(move.source.ref))
         if frame is not None:
             intact = False
             expected = move.source.meta(self._core.namespace(move.source.namespace).layout.fingerprint)
@@ -290,7 +281,3 @@ class Mover:
             self._core.report(move.source)
             self._settle()
         return None
-
-
-def _place(ref: BlockRef) -> Place:
-    return Place(ref.slot, ref.generation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -76,7 +77,12 @@ class NvmeSection(BaseModel):
     def files(self, shard: ShardId) -> NvmeConfig:
         """Raises ConfigError for sizes that do not go together."""
         folders = tuple(directory / shard for directory in self.directories)
-        return NvmeConfig(folders, self.disk_nbytes, self.segment_nbytes, direct=self.direct)
+        return NvmeConfig(folders, self.disk_nbytes, self.segment_nbytes, direct=self.direct, owner=shard)
+
+    def left_out(self, shards: Collection[str]) -> list[Path]:
+        """Folders on this machine of shards that are none of these: nobody tells them of purges."""
+        folders = (folder for directory in self.directories for folder in directory.glob("shard-*"))
+        return sorted(folder for folder in folders if folder.name not in shards)
 
     def _encoding(self, layout: KVLayout) -> Encoding | None:
         """A layout that the codec cannot do goes down as it is."""

@@ -14,7 +14,7 @@ from kvstore.core.state import Namespace
 from kvstore.errors import KVStrataError
 from kvstore.notes import Notes
 from kvstore.nouns import BlockMeta, NamespaceId
-from kvstore.tiers.base import Place
+from kvstore.tiers.base import place_of
 from kvstore.tiers.durable import AdvanceNote, EpochNote, NamespaceNote, Recovered, RecoveredBlock
 from kvstore.tiers.hierarchy import Tiers
 
@@ -40,11 +40,11 @@ async def recover(core: ShardCore, tiers: Tiers, notes: Notes) -> None:
         ref = core.restore(block.frame.meta, block.nbytes)
         found["restored" if ref is not None else "not_restored"] += 1
         if ref is not None:
-            place = Place(ref.slot, ref.generation)
+            place = place_of(ref)
             tiers.durable.adopt(block.record, place)
             tiers.host.leave(place)
-    core.counters.update({f"recovery:{name}": count for name, count in found.items()})
     if found := +found:  # without what was not found
+        core.counters.update({f"recovery:{name}": count for name, count in found.items()})
         log.info("recovered", shard=core.config.shard, **found)
 
 

@@ -16,6 +16,7 @@ import structlog
 
 from kvstore.answers import BlockMiss, Match, PublishBlock, Published, VerifiedBlock
 from kvstore.by_tokens import ByTokens
+from kvstore.closing import closing
 from kvstore.codecs.frames import decode_payload, why_unreadable
 from kvstore.deadline import Deadline
 from kvstore.errors import (
@@ -323,8 +324,10 @@ class StoreSession(ByTokens):
         timeout_s: float,
     ) -> None:
         try:
-            async for item in self._peers.transport(shard).read(self.namespace, refs, timeout_s=timeout_s):
-                await queue.put(item)
+            reading = self._peers.transport(shard).read(self.namespace, refs, timeout_s=timeout_s)
+            async with closing(reading) as items:
+                async for item in items:
+                    await queue.put(item)
             await queue.put(MissReason.SHARD_UNAVAILABLE)  # only seen if the stream ended too early
         except KVStrataError as error:
             log.warning("read broke off", shard=shard, error=str(error))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import signal
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable
@@ -101,7 +102,8 @@ class ShardProcesses:
             code = await self._processes[i].wait()
             if loop.time() - began > STEADY_S:
                 wait_s = RESTART_S[0]
-            self._told(f"shard-{i} ended with {code}: starting it again; what it held in memory is gone")
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            self._told(f"shard-{i} {how}: starting it again; what it held in memory is gone")
             await asyncio.sleep(wait_s)
             wait_s = min(RESTART_S[1], 2 * wait_s)
             try:

@@ -18,8 +18,8 @@ from kvstore.clock import Clock
 from kvstore.core.shard import ShardCore
 from kvstore.driver_config import DriverConfig
 from kvstore.notes import Notes
-from kvstore.nouns import BlockRef, Revision
-from kvstore.tiers.base import Compactable, Place
+from kvstore.nouns import Revision
+from kvstore.tiers.base import Compactable
 from kvstore.tiers.durable import PurgeNote
 from kvstore.tiers.hierarchy import Tiers
 from kvstore.transport.base import Purge, Purged
@@ -32,10 +32,6 @@ SWEEPS_A_TICK: Final = 2_048
 RESIZE_VERSIONS: Final = 64  # given up below between two turns of the event loop: about 1 ms
 RESIZES_A_TICK: Final = 64
 COMPACT_NBYTES_A_TICK: Final = 64 << 20  # copied by storage to tidy itself up: some 15 ms of one core
-
-
-def place_of(ref: BlockRef) -> Place:
-    return Place(ref.slot, ref.generation)
 
 
 class Upkeep:

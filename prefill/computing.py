@@ -12,10 +12,12 @@ from dataclasses import replace
 from typing import Final
 
 from engine.boot import Worker
+from engine.errors import WeightsChanged
 from engine.onboard import Onboarded, misses_of
 from engine.types import FirstToken, Handoff, PrefillStats, TokenEvent
+from engine.updating import BEGINNINGS_MAX
 from kvstore.answers import Match
-from kvstore.errors import DeadlineExceeded
+from kvstore.errors import DeadlineExceeded, Unavailable
 from kvstore.hashing import KeyChain
 from kvstore.nouns import MissReason, NamespaceId, PinnedBlock, Tier
 from prefill.sequence import Prefilling
@@ -31,24 +33,39 @@ _GONE_THERE: Final = frozenset({MissReason.ABSENT, MissReason.OTHER_EPOCH, MissR
 
 async def compute_first_token(worker: Worker, run: Prefilling) -> FirstToken:
     """Look at home and in the store, onboard, admit, wait for the token. The time in the engine's queue
-    counts as compute."""
+    counts as compute. When the weights change before the token is drawn it begins again, unless it may keep
+    what it has."""
     arrived = worker.clock.now()
+    for _ in range(BEGINNINGS_MAX):
+        try:
+            return await _compute(worker, run, arrived)
+        except WeightsChanged:
+            worker.role_counters["prefill:begun_again"] += 1
+            run.let_go(worker)
+            run.begin_again(worker.store.epoch)
+    raise Unavailable(f"the weights changed {BEGINNINGS_MAX} times under {run.name}: ask again")
+
+
+async def _compute(worker: Worker, run: Prefilling, arrived: float) -> FirstToken:
+    as_of = worker.loop.changes
+    run.lineage = run.lineage.absorb(run.lineage.epoch, worker.kv_quality)  # all it reads lies in our pool
     run.session = await worker.store.session(run.request.tenant)
     chain = KeyChain(run.session.namespace if run.session else _NO_NAMESPACE, worker.info.layout.block_tokens)
     chain.extend(run.tokens)
     if worker.loading.locked():
         worker.announcer.announce(run.session, chain.keys[: _usable_blocks(run, chain)])
     async with worker.turn_to_load(run.request, arrived):
-        stats = await _onboard_and_admit(worker, run, chain, arrived)
+        stats = await _onboard_and_admit(worker, run, chain, arrived, as_of)
     admitted = worker.clock.now()
     event = await _drawn(worker, run)
     computing_s = worker.clock.now() - admitted
     worker.gate.computed(stats.cached_tokens, len(run.tokens), computing_s)
-    return FirstToken(event, replace(stats, compute_s=stats.compute_s + computing_s))
+    stats = replace(stats, epochs=run.epochs, compute_s=stats.compute_s + computing_s)
+    return FirstToken(replace(event, epochs=run.epochs), stats, run.lineage.epoch)
 
 
 async def _onboard_and_admit(
-    worker: Worker, run: Prefilling, chain: KeyChain, arrived: float
+    worker: Worker, run: Prefilling, chain: KeyChain, arrived: float, as_of: int
 ) -> PrefillStats:
     """What lies here -> match -> read the rest -> admit. The stats are whole but for the computing that
     begins now. All is matched, also what lies here: decode may be elsewhere, and goes on from what is
@@ -73,6 +90,7 @@ async def _onboard_and_admit(
     loaded = clock.now()
     worker.gate.loaded(tiers[:worth], len(onboarded.payloads), loaded - matched)
     run.lineage = onboarded.lineage
+    run.attends_to(onboarded.epochs)
     run.publication = worker.publisher.open(
         run.session, chain, run.lineage, owner=_owner(worker, run), pin_for_s=limits.lease_s
     )
@@ -86,6 +104,7 @@ async def _onboard_and_admit(
         hold=True,
         timeout_s=limits.admit_timeout_s,
         arrived_at=arrived,
+        as_of=as_of,
     )
     read = len(onboarded.payloads)
     ended_by = onboarded.miss
@@ -107,7 +126,6 @@ async def _onboard_and_admit(
                 len(tiers) - worth,
             )
         ),
-        epochs=tuple(sorted({worker.store.epoch.number, *onboarded.epochs})),
         lookup_s=matched - started,
         load_s=loaded - matched,
         compute_s=clock.now() - loaded,
@@ -126,7 +144,7 @@ async def _obey(worker: Worker, run: Prefilling, match: Match) -> None:
         return
     if match.miss is MissReason.DROPPED_EPOCH:
         local.give_up()
-        await worker.edge.forget(local.namespace, worker.store.epoch.number)
+        await worker.edge.forget(local.namespace, local.epoch.number)
     elif match.miss in _GONE_THERE and len(match.blocks) < len(local.blocks):
         local.give_up()
 
@@ -158,7 +176,7 @@ async def assemble_handoff(worker: Worker, run: Prefilling, first: FirstToken) -
     return Handoff(
         request=replace(run.request, output_ids=output_ids),
         namespace=run.session.namespace if run.session else _NO_NAMESPACE,
-        epoch=worker.store.epoch,
+        epoch=run.lineage.epoch,
         floor=run.lineage.floor,
         foreign=run.lineage.foreign,
         blocks=blocks,

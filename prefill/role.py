@@ -19,11 +19,11 @@ import structlog
 
 from engine.aborted import AbortedAttempts
 from engine.boot import Worker
-from engine.errors import RequestAborted
-from engine.types import FirstToken, GenerationRequest, Handoff, WorkerInfo
+from engine.errors import RequestAborted, WeightsChanged
+from engine.types import FirstToken, GenerationRequest, Handoff, UpdateMode, WorkerInfo
 from kvstore.errors import NotFound, OverLimit, Unavailable
 from kvstore.lineage import Lineage
-from kvstore.nouns import BlockKey
+from kvstore.nouns import BlockKey, Epoch
 from kvstore.topology import ShardEntry, Topology
 from prefill.computing import assemble_handoff, compute_first_token
 from prefill.sequence import Prefilling
@@ -45,7 +45,10 @@ class PrefillRole:
         self._live: dict[str, Prefilling] = {}  # the newest attempt of each request
         self._aborted = AbortedAttempts(worker.clock)
         self._draining = False
-        self._gone = asyncio.Event()  # set whenever a request leaves
+        self.left = asyncio.Event()  # set whenever a request leaves
+        self._door = asyncio.Event()  # clear while requests are held back for other weights
+        self._door.set()
+        self._at_the_door = 0
         self._sweeper = asyncio.create_task(self._sweep_forever(), name="sweep parked prompts")
 
     async def ready(self) -> WorkerInfo:
@@ -57,6 +60,7 @@ class PrefillRole:
         Raises RequestAborted, OverLimit when the worker is full, Unavailable when it drains, ConfigError for
         a request that never fits, and what the engine raises. Nothing is held then.
         """
+        await self._come_in(request)
         run = self._enlist(request)
         first = await self._guarded(run, compute_first_token(self._worker, run))
         run.first, run.parked_at = first, self._worker.clock.now()
@@ -103,16 +107,24 @@ class PrefillRole:
         await self._worker.store.set_topology(topology)
 
     async def pull(self, tenant: str, keys: Sequence[BlockKey], source: ShardEntry, timeout_s: float) -> int:
-        """Move blocks of a chain from another worker's pool into this one's; how many of `keys` lie here
-        then. What did not come is in the counters, and costs what it costs to compute."""
-        pulled = await self._worker.pull(tenant, keys, source, timeout_s)
-        for reason, blocks in pulled.misses.items():
-            self._counters[f"edge:not_pulled_{reason}"] += blocks
-        return pulled.held + pulled.blocks
+        return await self._worker.pull(tenant, keys, source, timeout_s)
 
     async def forget_local(self) -> int:
-        """Drop the blocks kept in the engine's pool; how many. What runs goes on with those it was lent."""
-        return 0 if self._worker.edge is None else await self._worker.edge.forget()
+        return await self._worker.forget_local()
+
+    async def prepare_weights(self, path: str, number: int) -> Epoch:
+        """Load other weights beside those that run. See `engine.updating.WeightsUpdate.prepare`."""
+        return await self._worker.weights.prepare(self._worker, path, number)
+
+    async def discard_weights(self) -> None:
+        """They are not needed after all."""
+        self._worker.weights.discard()
+
+    async def update_weights(self, path: str, number: int, mode: UpdateMode, timeout_s: float) -> WorkerInfo:
+        """Change the weights under what runs. What was prefilled and not fetched yet stays as it is, a whole
+        handoff of its epoch (abort: it ends). See `engine.updating.WeightsUpdate.update`."""
+        await self._worker.weights.update(self._worker, self, path, number, mode, timeout_s)
+        return self._worker.info
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no more work; wait for what runs or is parked. False: time was up, and the rest was ended."""
@@ -121,8 +133,8 @@ class PrefillRole:
         try:
             async with asyncio.timeout(timeout_s):
                 while self._live:
-                    self._gone.clear()
-                    await self._gone.wait()
+                    self.left.clear()
+                    await self.left.wait()
         except TimeoutError:
             finished = False
             log.warning("drain ends what is left", requests=len(self._live))
@@ -149,7 +161,53 @@ class PrefillRole:
             self._end(run)
         return len(expired)
 
+    # -- other weights -----------------------------------------------------------------------------
+
+    @property
+    def idle(self) -> bool:
+        return not self._live
+
+    def hold_back(self, on: bool) -> None:
+        """New requests wait at the door."""
+        if on:
+            self._door.clear()
+        else:
+            self._door.set()
+
+    def weights_changed(self, mode: UpdateMode, epoch: Epoch) -> None:
+        """Who is not in the engine yet begins again by itself (WeightsChanged, from the loop)."""
+        loop = self._worker.loop
+        for run in [*self._live.values()]:
+            parked = run.drawn.done()
+            if parked and mode is UpdateMode.ABORT:
+                self._end(run)
+            elif parked or not loop.holds(run.request.request_id, run.request.attempt):
+                continue
+            elif mode is UpdateMode.ABORT:
+                run.on_error(Unavailable(f"{run.name} was ended for other weights: send it again"))
+            elif mode is UpdateMode.KEEP and loop.holds(
+                run.request.request_id, run.request.attempt, running=True
+            ):
+                run.keep_over(epoch)
+            else:  # also where it has no KV now that it could keep
+                run.on_error(WeightsChanged("computed under the old weights"))
+
     # -- inside ------------------------------------------------------------------------------------
+
+    async def _come_in(self, request: GenerationRequest) -> None:
+        """Wait while requests are held back: as long as the update may take. Raises OverLimit."""
+        if self._door.is_set():
+            return
+        if self._at_the_door >= self._limits.requests_max:
+            raise OverLimit(
+                f"{self._at_the_door} requests wait here for other weights: ask another, or later"
+            )
+        self._at_the_door += 1
+        try:
+            while not self._door.is_set():
+                await self._door.wait()
+        finally:
+            self._at_the_door -= 1
 
     def _enlist(self, request: GenerationRequest) -> Prefilling:
         """Make it the live attempt of its request. Raises before anything is held."""
@@ -167,7 +225,7 @@ class PrefillRole:
             self._end(earlier)
         if len(self._live) >= self._limits.requests_max:
             raise OverLimit(f"this worker holds {len(self._live)} requests already: ask another, or later")
-        run = Prefilling(request, Lineage(self._worker.store.epoch, self._worker.kv_quality))
+        run = Prefilling(request, Lineage(self._worker.store.epoch))
         self._live[request.request_id] = run
         self._counters["prefill:requests"] += 1
         return run
@@ -196,14 +254,8 @@ class PrefillRole:
         if run.task is not None:
             run.task.cancel()
         run.drawn.cancel()
-        self._worker.loop.release(run.request.request_id, run.request.attempt)
-        if run.local is not None:
-            run.local.abandon()
-        if run.publication is not None:
-            run.publication.close()
-        if run.session is not None:
-            self._worker.store.release(run.session, run.leases)
-        self._gone.set()
+        run.let_go(self._worker)
+        self.left.set()
 
     def _end_all(self) -> None:
         for run in [*self._live.values()]:

@@ -7,8 +7,9 @@ enlisted -> matched (leases, lent slots) -> admitted (slots) -> parked (first to
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -17,8 +18,11 @@ from engine.publisher import Publication
 from engine.store_link import Leases
 from engine.types import CompletedBlock, FirstToken, GenerationRequest, TokenEvent
 from kvstore.lineage import Lineage
-from kvstore.nouns import PinnedBlock
+from kvstore.nouns import Epoch, PinnedBlock
 from kvstore.session import StoreSession
+
+if TYPE_CHECKING:
+    from engine.boot import Worker
 
 __all__ = ["Prefilling"]
 
@@ -39,12 +43,13 @@ class Prefilling:
     onboarded: tuple[PinnedBlock, ...] = ()  # the chain's first blocks, in the engine and pinned in the store
     publication: Publication | None = None
     first: FirstToken | None = None
+    epochs: tuple[int, ...] = field(init=False)  # of all that its KV was computed with
     parked_at: float = 0.0
     fetching: bool = False
     ended: bool = False
 
     def __post_init__(self) -> None:
-        self.drawn = asyncio.get_running_loop().create_future()
+        self.begin_again(self.lineage.epoch)
         logger = structlog.get_logger("prefill")
         self.log = logger.bind(request_id=self.request.request_id, attempt=self.request.attempt)
 
@@ -56,6 +61,34 @@ class Prefilling:
     def tokens(self) -> tuple[int, ...]:
         """All that is computed before the first new token is drawn."""
         return self.request.prompt_ids + self.request.output_ids
+
+    def begin_again(self, epoch: Epoch) -> None:
+        """From nothing, under the weights of `epoch`. It holds nothing."""
+        self.lineage, self.epochs = Lineage(epoch), (epoch.number,)
+        self.drawn = asyncio.get_running_loop().create_future()
+        self.onboarded = ()
+
+    def attends_to(self, epochs: Iterable[int]) -> None:
+        """KV of these, too."""
+        self.epochs = tuple(sorted({*self.epochs, *epochs}))
+
+    def keep_over(self, epoch: Epoch) -> None:
+        """Go on under the weights of `epoch` over what is there: no epoch's own from here on."""
+        self.lineage = Lineage(epoch, self.lineage.floor, foreign=True)
+        self.attends_to((epoch.number,))
+        if self.publication is not None:
+            self.publication.withhold()
+
+    def let_go(self, worker: Worker) -> None:
+        """Give back slots and leases, without waiting. Idempotent."""
+        worker.loop.release(self.request.request_id, self.request.attempt)
+        if self.local is not None:
+            self.local.abandon()
+        if self.publication is not None:
+            self.publication.close()
+        if self.session is not None:
+            worker.store.release(self.session, self.leases)
+        self.leases, self.local, self.publication = (), None, None
 
     def parked_since(self, now: float) -> float:
         """Seconds since it was parked; 0 while it computes or is being fetched."""

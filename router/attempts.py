@@ -4,10 +4,11 @@
     attempt 2   prefill(prompt + 0 1 2 3)  -> token 4                   -> handoff -> decode.start -> 5 6 ...
 
 A later attempt goes on from the tokens already accepted: sampling noise is a function of (seed, position),
-so the client sees one answer. It stays within the epoch of the first token: KV and text of two sets of
-weights in one answer would be neither's. A full worker costs a wait, no attempt: the next try comes a little
-later, elsewhere if there is an elsewhere, until patience ends. Every wait is bounded; at the end, however it
-ends, the workers are told to free what they hold.
+so the client sees one answer. It stays within the epoch of the first token, unless an update says that what
+runs goes on (router/epochs.py): KV and text of two sets of weights in one answer would be neither's. A full
+worker costs a wait, no attempt: the next try comes a little later, elsewhere if there is an elsewhere, until
+patience ends. Every wait is bounded; at the end, however it ends, the workers are told to free what they
+hold.
 """
 
 from __future__ import annotations
@@ -118,7 +119,8 @@ class Attempts:
     async def run(self) -> None:
         """Until the stream has its last token or is closed with the error the client gets."""
         try:
-            await self._try_until_done()
+            async with self._fleet.intake.passing():
+                await self._try_until_done()
         except RequestError as error:
             self._stream.close(error)
         except Exception as error:
@@ -180,11 +182,7 @@ class Attempts:
         if pair is not None:
             return pair
         if self._epoch is not None and self._fleet.epochs():
-            raise GenerationFailed(
-                f"the answer began under epoch {self._epoch.number} and no worker of those weights is left "
-                "to go on with it. Send the request again: it will run under the new weights",
-                code="epoch_gone",
-            )
+            raise _epoch_gone(self._epoch)
         raise NotReady("no pair of prefill and decode workers is ready. Retry in a few seconds")
 
     async def _attempt(self, pair: Pair, attempt: int) -> None:
@@ -235,6 +233,9 @@ class Attempts:
         self._now_at(member, request.attempt)
         with member.carrying(len(request.prompt_ids) + len(request.output_ids)):
             first = await self._bounded("prefill", member.handle.prefill(request), self._limits.prefill_s)
+            epoch = first.epoch or epoch
+            if self._epoch is not None and not self._fleet.transitions.leads(self._epoch, epoch):
+                raise _epoch_gone(self._epoch)
             self._take_first(first)
             self._epoch = epoch
             self.stats = self.stats or first.stats
@@ -289,3 +290,11 @@ class Attempts:
             raise refused(f"{what} on worker {self._at}: {error}", error.status) from error
         except Exception as error:
             raise WorkerFailed(f"{what} on worker {self._at}: {type(error).__name__}: {error}") from error
+
+
+def _epoch_gone(epoch: Epoch) -> GenerationFailed:
+    return GenerationFailed(
+        f"the answer began under epoch {epoch.number} and no worker of those weights is left to go on with "
+        "it. Send the request again: it will run under the new weights",
+        code="epoch_gone",
+    )

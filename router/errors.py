@@ -117,7 +117,8 @@ class WorkerFailed(WorkerError):
 
 def refused(message: str, status: str) -> WorkerError:
     """What an attempt ends with when a worker answered with an error of this gRPC status."""
-    if status in ("RESOURCE_EXHAUSTED", "UNAVAILABLE"):
+    # ALREADY_EXISTS: EpochConflict. The worker has other weights than the attempt, as when they change.
+    if status in ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "ALREADY_EXISTS"):
         return WorkerBusy(message, full=status == "RESOURCE_EXHAUSTED")
     return WorkerFailed(message)
 

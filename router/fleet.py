@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from kvstore.nouns import Epoch
+from router.epochs import Intake, Transitions
 from router.errors import NotReady
 from router.handles import DecodeHandle, PrefillHandle, WorkerFacts, WorkerHandle
 
@@ -61,6 +62,8 @@ class Fleet:
     prefill: dict[str, Member[PrefillHandle]] = field(default_factory=dict)
     decode: dict[str, Member[DecodeHandle]] = field(default_factory=dict)
     noise: random.Random = field(default_factory=random.SystemRandom)
+    transitions: Transitions = field(default_factory=Transitions)
+    intake: Intake = field(default_factory=Intake)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def add_prefill(self, member: Member[PrefillHandle]) -> None:
@@ -69,6 +72,14 @@ class Fleet:
 
     def add_decode(self, member: Member[DecodeHandle]) -> None:
         self.decode[member.facts.worker_id] = member
+        self._changed.set()
+
+    def changed_weights(self, facts: WorkerFacts) -> None:
+        """A worker is of another epoch from now on."""
+        for members in (self.prefill, self.decode):
+            member = members.get(facts.worker_id)
+            if member is not None:
+                member.facts = facts
         self._changed.set()
 
     def remove(self, worker_id: str) -> bool:
@@ -89,8 +100,9 @@ class Fleet:
         return min(member.facts.max_model_len for member in members)
 
     def choose(self, avoid: Collection[str] = (), epoch: Epoch | None = None) -> Pair | None:
-        """The least loaded pair of the newest epoch (or of `epoch`). Workers in `avoid` come last."""
-        possible = self.epochs() if epoch is None else self.epochs() & {epoch}
+        """The least loaded pair of the newest epoch (of those under which an answer that began under `epoch`
+        may go on). Workers in `avoid` come last."""
+        possible = {e for e in self.epochs() if epoch is None or self.transitions.leads(epoch, e)}
         if not possible:
             return None
         newest = max(possible)
@@ -99,10 +111,13 @@ class Fleet:
         )
 
     async def choose_within(self, wait_s: float, avoid: Collection[str], epoch: Epoch | None) -> Pair | None:
-        """As choose(), but wait up to `wait_s` for workers that are being brought back."""
+        """As choose(), but wait up to `wait_s` for workers that are being brought back. Not for weights that
+        are over."""
         try:
             async with asyncio.timeout(wait_s):
                 while (pair := self.choose(avoid, epoch)) is None:
+                    if epoch is not None and self.transitions.is_over(epoch):
+                        return None
                     self._changed.clear()
                     await self._changed.wait()
                 return pair

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvstore.nouns import ShardId
+from engine.types import UpdateMode, WorkerInfo
+from kvstore.nouns import Epoch, ShardId
 from kvstore.topology import Topology
 from kvstore.transport.base import ShardStatus
 from router.handles import DecodeHandle, PrefillHandle, WorkerFacts
@@ -58,11 +59,23 @@ class ShardProcess(Process, Protocol):
 
     async def flip_stored_byte(self) -> str | None: ...
 
+    async def advance_epoch(self, model_id: str, epoch: Epoch) -> None:
+        """Register it, if it is not, and make it the model's current one; older KV is worth nothing to it."""
+        ...
+
 
 class WorkerProcess(Process, Protocol):
     async def counters(self) -> Mapping[str, float]: ...
 
     async def forget_local(self) -> int: ...
+
+    async def prepare_weights(self, path: str, number: int) -> Epoch: ...
+
+    async def discard_weights(self) -> None: ...
+
+    async def update_weights(
+        self, path: str, number: int, mode: UpdateMode, timeout_s: float
+    ) -> WorkerInfo: ...
 
 
 class Launcher(Protocol):
@@ -72,3 +85,7 @@ class Launcher(Protocol):
     async def shard(self, shard: ShardId) -> LaunchedShard: ...
 
     async def worker(self, kind: Kind, worker_id: str) -> LaunchedWorker: ...
+
+    def serve_weights(self, path: str, number: int) -> None:
+        """What workers load from now on, and the number of its epoch."""
+        ...

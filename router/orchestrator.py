@@ -43,6 +43,7 @@ class Piece:
     finish: FinishReason | None
     stats: PrefillStats | None = None  # on the first
     logprobs: TokenLogprobs | None = None  # if asked for, but not of an end token: it is no part of the text
+    epochs: tuple[int, ...] = ()  # of the weights that drew it and of the KV behind it
 
 
 class Orchestrator:
@@ -222,7 +223,8 @@ class _Text:
             text += self._detokenizer.flush()
             # The text held back may complete a stop string when it is let out.
             finish = FinishReason.STOP if self._detokenizer.finished_by_stop else finish
-        return Piece(event.token_id, text, finish, stats, None if ended_by_id else event.logprobs)
+        logprobs = None if ended_by_id else event.logprobs
+        return Piece(event.token_id, text, finish, stats, logprobs, event.epochs)
 
 
 async def _wind_up(driver: asyncio.Task[None], attempts: Attempts) -> None:

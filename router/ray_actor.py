@@ -74,6 +74,7 @@ class RouterActor:
             launcher,
             told=self._tell,
             shards_changed=self._publish,
+            admin_token=start.token,
         )
         url = await service.open()
         port = int(url.rpartition(":")[2])

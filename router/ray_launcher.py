@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from engine.types import FirstToken, GenerationRequest, Handoff, PollResult, WorkerInfo
+from engine.types import FirstToken, GenerationRequest, Handoff, PollResult, UpdateMode, WorkerInfo
 from engine.worker_config import WorkerConfig
 from kvstore.actor import KVShardActor, ShardStart
 from kvstore.errors import KVStrataError
@@ -41,6 +41,10 @@ class RayLauncher:
         self._model = model
         self._cluster_secret = cluster_secret
         self._token = token
+        self._epoch_number = config.epoch
+
+    def serve_weights(self, path: str, number: int) -> None:
+        self._model, self._epoch_number = path, number
 
     async def shard(self, shard: ShardId) -> LaunchedShard:
         actor = KVShardActor.options(max_restarts=0, resources=self._config.store.resources).remote()
@@ -60,7 +64,7 @@ class RayLauncher:
         handle = _RayPrefill(actor) if kind is Kind.PREFILL else _RayDecode(actor)
         try:
             info: WorkerInfo = await _answer(actor.ready.remote())
-            return LaunchedWorker(handle, _facts(info, self._config.epoch), handle)
+            return LaunchedWorker(handle, _facts(info), handle)
         except BaseException:
             handle.kill()
             raise
@@ -74,7 +78,7 @@ class RayLauncher:
             topology=_NO_TOPOLOGY,
             token=self._token,
             store_tls=self._config.store.client_tls(),
-            epoch_number=self._config.epoch,
+            epoch_number=self._epoch_number,
             min_quality=self._config.store.min_quality,
             limits=role.limits,
         )
@@ -101,8 +105,8 @@ def _placement(role: RoleConfig) -> dict[str, Any]:
     }
 
 
-def _facts(info: WorkerInfo, epoch_number: int) -> WorkerFacts:
-    epoch = Epoch(epoch_number, info.weights_digest)
+def _facts(info: WorkerInfo) -> WorkerFacts:
+    epoch = Epoch(info.epoch_number, info.weights_digest)
     return WorkerFacts(info.worker_id, epoch, info.max_model_len, info.pid, info.node_id)
 
 
@@ -133,6 +137,9 @@ class _RayShard(_RayActor):
         key: str | None = await _answer(self._actor.flip_stored_byte.remote())
         return key
 
+    async def advance_epoch(self, model_id: str, epoch: Epoch) -> None:
+        await _answer(self._actor.advance_epoch.remote(model_id, epoch))
+
 
 class _RayWorker(_RayActor):
     async def abort(self, request_id: str, attempt: int) -> None:
@@ -145,6 +152,17 @@ class _RayWorker(_RayActor):
     async def forget_local(self) -> int:
         blocks: int = await _answer(self._actor.forget_local.remote())
         return blocks
+
+    async def prepare_weights(self, path: str, number: int) -> Epoch:
+        epoch: Epoch = await _answer(self._actor.prepare_weights.remote(path, number))
+        return epoch
+
+    async def discard_weights(self) -> None:
+        await _answer(self._actor.discard_weights.remote())
+
+    async def update_weights(self, path: str, number: int, mode: UpdateMode, timeout_s: float) -> WorkerInfo:
+        info: WorkerInfo = await _answer(self._actor.update_weights.remote(path, number, mode, timeout_s))
+        return info
 
 
 class _RayPrefill(_RayWorker):

@@ -30,6 +30,7 @@ from router.metrics import RouterMetrics
 from router.orchestrator import Orchestrator
 from router.status import shard_rows, worker_rows
 from router.supervisor import Supervision, Supervisor
+from router.updating import FleetUpdate, WantedWeights
 
 __all__ = ["RouterService"]
 
@@ -48,7 +49,9 @@ class RouterService:
         told: Callable[[str], None],
         clock: Clock | None = None,
         shards_changed: Callable[[Mapping[str, LaunchedShard]], None] | None = None,
+        admin_token: str | None = None,
     ) -> None:
+        """`admin_token` is asked of who changes the service itself; None: nobody may."""
         check_exposure(config.router)
         self._config = config
         self._clock = clock or MonotonicClock()
@@ -84,6 +87,14 @@ class RouterService:
             config.router.max_tokens_default,
             config.router.send_timeout_s,
         )
+        self._admin_token = admin_token
+        self._update = FleetUpdate(
+            self._supervisor,
+            self._orchestrator.fleet,
+            served_name(config),
+            config.router.start_timeout_s,
+            self._clock,
+        )
         self._server: uvicorn.Server | None = None
         self._serving: asyncio.Task[None] | None = None
         self._supervising: asyncio.Task[None] | None = None
@@ -96,7 +107,9 @@ class RouterService:
         listener = listen(router.host, router.port)
         end_unread(listener, router.send_timeout_s)
         key = router.api_key.get_secret_value() if router.api_key else None
-        app = build_app(self._backend, api_key=key, body_nbytes_max=router.body_nbytes_max)
+        app = build_app(
+            self._backend, api_key=key, body_nbytes_max=router.body_nbytes_max, admin_token=self._admin_token
+        )
         settings = uvicorn.Config(
             app,
             log_level="warning",
@@ -174,6 +187,9 @@ class RouterService:
             "shards": shard_rows(self._supervisor, totals),
             "counters": dict(totals.workers),
         }
+
+    async def update_weights(self, wanted: WantedWeights) -> dict[str, Any]:
+        return await self._update.run(wanted)
 
     async def flip_stored_byte(self) -> str | None:
         """Break one stored block, on the first shard that has one; its key. Needs store.faults.

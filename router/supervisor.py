@@ -21,7 +21,7 @@ import structlog
 
 from kvstore.clock import Clock, MonotonicClock
 from kvstore.errors import KVStrataError
-from kvstore.nouns import ShardId
+from kvstore.nouns import Epoch, ShardId
 from kvstore.topology import ShardEntry, Topology
 from router.errors import StartFailed, WorkerError, WorkerFailed, WorkerGone, WorkerSlow
 from router.fleet import Member
@@ -29,7 +29,7 @@ from router.launcher import Kind, LaunchedShard, LaunchedWorker, Launcher
 from router.metrics import RouterMetrics
 from router.orchestrator import Orchestrator
 
-__all__ = ["Place", "Supervision", "Supervisor"]
+__all__ = ["Place", "Supervision", "Supervisor", "within"]
 
 T = TypeVar("T")
 _SETTLED_S: Final = 60.0
@@ -105,6 +105,7 @@ class Supervisor:
         self._metrics = metrics
         self._told = told
         self._clock = clock or MonotonicClock()
+        self._weights: Epoch | None = None  # None: those it was configured with
         self._wake = asyncio.Event()
 
     # -- starting and ending -----------------------------------------------------------------------
@@ -148,12 +149,23 @@ class Supervisor:
                 place.missed = self._plan.pings_missed_max
         self._wake.set()
 
+    def serve_weights(self, path: str, epoch: Epoch) -> None:
+        """Who is launched from now on has these. One that comes up with others is launched again."""
+        self._weights = epoch
+        self._launcher.serve_weights(path, epoch.number)
+
+    async def replace(self, place: Place, running: LaunchedWorker, why: str) -> None:
+        """Take it down, if it still runs there; it comes back by itself."""
+        if place.running is running:
+            await self._take_down(place, why)
+            self._wake.set()
+
     async def stop(self, drain_s: float) -> None:
         """Let running requests finish within `drain_s`, then end every process."""
         await _cancelled([place.launching for place in self.places if place.launching is not None])
         if drain_s > 0:
             drains = [p.running.process.drain(drain_s) for p in self._workers() if p.running is not None]
-            await asyncio.gather(*(_within(d, drain_s + 1) for d in drains), return_exceptions=True)
+            await asyncio.gather(*(within(d, drain_s + 1) for d in drains), return_exceptions=True)
         self._kill_all()
 
     # -- reconciling -------------------------------------------------------------------------------
@@ -191,11 +203,11 @@ class Supervisor:
         running, limit_s = place.running, timeout_s or self._plan.ping_s
         try:
             if isinstance(running, LaunchedShard):
-                status = await _within(running.process.status(), limit_s)
+                status = await within(running.process.status(), limit_s)
                 if place.running is running:
                     self._metrics.totals.saw_shard(status)
             elif isinstance(running, LaunchedWorker):
-                counters = await _within(running.process.counters(), limit_s)
+                counters = await within(running.process.counters(), limit_s)
                 if place.running is running:  # else it has been forgotten, and would count twice
                     self._metrics.totals.fold(running.facts.worker_id, counters)
         except WorkerError as error:
@@ -213,7 +225,7 @@ class Supervisor:
         if running is None or place.topology_version >= topology.version:
             return
         try:
-            await _within(running.process.set_topology(topology), self._plan.ping_s)
+            await within(running.process.set_topology(topology), self._plan.ping_s)
         except Exception as error:
             log.warning("could not tell the topology", place=place.name, error=str(error))
             return
@@ -268,7 +280,7 @@ class Supervisor:
 
     async def _launch_shard(self, place: Place) -> None:
         shard = ShardId(place.name)
-        launched = await _within(self._launcher.shard(shard), self._plan.start_s)
+        launched = await within(self._launcher.shard(shard), self._plan.start_s)
         place.running, place.topology_version = launched, 0
         others = tuple(entry for entry in self.topology.shards if entry.shard != shard)
         entries = sorted((*others, ShardEntry(shard, launched.address)), key=lambda entry: entry.shard)
@@ -279,11 +291,13 @@ class Supervisor:
         await asyncio.gather(*(self._tell_topology(place) for place in self.places))
 
     async def _launch_worker(self, place: Place) -> None:
-        launched = await _within(self._launcher.worker(place.kind, place.worker_id), self._plan.start_s)
+        launched = await within(self._launcher.worker(place.kind, place.worker_id), self._plan.start_s)
         try:
             await asyncio.gather(*(p.launching for p in self._of(Kind.SHARD) if p.launching is not None))
             topology = self.topology  # a shard may come back while the worker is told: see _visit
-            await _within(launched.process.set_topology(topology), self._plan.ping_s)
+            await within(launched.process.set_topology(topology), self._plan.ping_s)
+            if self._weights not in (None, launched.facts.epoch):
+                raise WorkerFailed("the weights changed while it loaded the old ones")
         except BaseException:
             launched.process.kill()
             raise
@@ -313,7 +327,7 @@ def _title(kind: Kind) -> str:
     return "shard" if kind is Kind.SHARD else f"{kind.value} worker"
 
 
-async def _within(call: Awaitable[T], limit_s: float) -> T:
+async def within(call: Awaitable[T], limit_s: float) -> T:
     """The call's answer, or WorkerSlow."""
     try:
         async with asyncio.timeout(limit_s):

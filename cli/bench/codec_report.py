@@ -24,7 +24,7 @@ def document(result: Result) -> dict[str, Any]:
 
 
 def speed_document(speeds: dict[str, Speed], memcpy: Spread) -> dict[str, Any]:
-    """The JSON of `kvstrata bench codec --speed-only`; its shape is a contract."""
+    """The JSON of `kvstrata bench codec --speed-only --json`; its shape is a contract."""
     rows = [{"name": name, **_speed(speed, memcpy)} for name, speed in speeds.items()]
     return {"codecs": rows, "memcpy_gb_s": round(memcpy.median, 4)}
 
@@ -51,6 +51,19 @@ def _codec(result: Result, name: str) -> dict[str, Any]:
         "kept_lossless": seen.kept_lossless,
         **_speed(speed, result.memcpy),
     }
+
+
+def draw_speed(speeds: dict[str, Speed], memcpy: Spread, console: Console) -> None:
+    from rich.table import Table
+
+    table = Table("codec", title="GB/s of lossless bytes, one thread each: medians, least and greatest")
+    for name in ("encode", "decode", "of memcpy"):
+        table.add_column(name, justify="right")
+    for name, speed in speeds.items():
+        ratio = f"{speed.decode.median / memcpy.median:.2f}"
+        table.add_row(name, f"{speed.encode:.2f}", f"{speed.decode:.2f}", ratio)
+    table.add_row("memcpy", "", f"{memcpy:.2f}", "1.00")
+    console.print(table)
 
 
 def draw(result: Result, console: Console) -> None:

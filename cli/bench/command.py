@@ -80,7 +80,7 @@ def codec(
         bool, typer.Option("--quick", help="Prove that it runs, in seconds. The figures mean nothing.")
     ] = False,
     speed: Annotated[
-        bool, typer.Option("--speed-only", help="Only how fast: needs no model. Prints one JSON document.")
+        bool, typer.Option("--speed-only", help="Only how fast: needs no model, and takes seconds.")
     ] = False,
     json_out: Annotated[bool, typer.Option("--json", help="One JSON document; on an error none.")] = False,
 ) -> None:
@@ -91,8 +91,10 @@ def codec(
     from engine.process import prepare_process
 
     prepare_process()
+    from rich.console import Console
+
     from cli.bench.codec import QUICK, Plan, pydoc_topics, run, speed_only
-    from cli.bench.codec_report import document, draw, speed_document
+    from cli.bench.codec_report import document, draw, draw_speed, speed_document
     from engine.registry import DEFAULT_MODEL, resolve_model
     from kvstore.errors import KVStrataError
 
@@ -100,7 +102,10 @@ def codec(
     if speed:
         with _progress() as progress:
             measured = speed_only(plan, progress)
-        one_json(speed_document(*measured))
+        if json_out:
+            one_json(speed_document(*measured))
+        else:
+            draw_speed(*measured, console=Console())
         return
     try:
         read = pydoc_topics() if text is None else text.read_text(encoding="utf-8")
@@ -112,8 +117,6 @@ def codec(
     if json_out:
         one_json(document(result))
     else:
-        from rich.console import Console
-
         draw(result, Console())
 
 

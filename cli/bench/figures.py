@@ -30,6 +30,11 @@ class Spread:
         listed = sorted(values)
         return cls(statistics.median(listed), listed[0], listed[-1])
 
+    def __format__(self, spec: str) -> str:
+        """ "1.25 (1.10 to 1.31)": each number by `spec`, of which a width is the median's alone."""
+        least, most = (format(value, spec).strip() for value in (self.least, self.most))
+        return f"{self.median:{spec}} ({least} to {most})"
+
 
 @dataclass(frozen=True, slots=True)
 class Moved:
@@ -42,6 +47,10 @@ class Moved:
     @property
     def gib_s(self) -> float:
         return self.nbytes / GIB / self.wall_s
+
+    @property
+    def gb_s(self) -> float:
+        return self.nbytes / GB / self.wall_s
 
     @property
     def cpu_s_per_gb(self) -> float:

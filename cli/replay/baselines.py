@@ -11,41 +11,23 @@ import heapq
 from collections.abc import Callable
 from typing import Final
 
-from kvstore.core.links import SlotList
 from kvstore.core.seams import MakePolicy, MakeQueue, Seen
 from kvstore.core.uses import Use
+from kvstore.policies.lru import LRU
 
 _QUEUED: Final = 1
 
 
-class FIFO:
+class FIFO(LRU):
     """In the order in which blocks came in; uses move nothing."""
 
-    def __init__(self, seen: Seen) -> None:
-        self._order = SlotList(seen.links)
-        self._places = seen.places
+    __slots__ = ()
 
     def use(self, use: Use) -> None:
         for slot in reversed(use.slots):
             if not self._places[slot]:
                 self._places[slot] = _QUEUED
                 self._order.append(slot)
-
-    def lift(self, slot: int) -> None:
-        self._order.remove(slot)
-
-    def put_back(self, slot: int) -> None:
-        self._order.prepend(slot)
-
-    def remove(self, slot: int, evicted: bool) -> None:
-        self._order.remove(slot)
-        self._places[slot] = 0
-
-    def victim(self, now: float) -> int | None:
-        return self._order.first()
-
-    def __len__(self) -> int:
-        return len(self._order)
 
 
 class Ranked:

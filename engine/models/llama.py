@@ -10,7 +10,7 @@ against transformers in tests/engine/models/.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -89,10 +89,11 @@ class LlamaModel:
         """One layer's norms of heads as `forward` computes them: what of its rows attention sees."""
         return torch.cat(self._heads_of(projected, self._layers[0]), 1)
 
-    def products(self) -> list[Linear]:
-        """One of each that the forward pass computes."""
-        first = self._layers[0]
-        return [first.query_key_value, first.output, first.gate_up, first.down, self._head]
+    def products(self) -> Iterator[Linear]:
+        """All that the forward pass computes."""
+        for layer in self._layers:
+            yield from (layer.query_key_value, layer.output, layer.gate_up, layer.down)
+        yield self._head
 
     def forward(self, step: StepInput, pool: KVPool, plan: AttentionPlan) -> torch.Tensor:
         """Compute the rows, write their K and V into the pool. The last hidden states."""

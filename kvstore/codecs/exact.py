@@ -3,7 +3,7 @@
 Scales are *short floats*: the upper 16 bits of a float32 (8 significant bits), always rounded up, so that
 nothing clips. A code has at most 16 significant bits, hence code times scale is exact in float32. A scale is
 undone by multiplying with its correctly rounded reciprocal, never by dividing. Triton's kernels
-(`triton_kernels.py`) do the same in the same order; tests hold the two against each other bit for bit.
+(`triton_exact.py`) do the same in the same order; tests hold the two against each other bit for bit.
 
 torch is imported when something is encoded or decoded, not before.
 """

@@ -11,6 +11,7 @@ Cost: O(1) a use; a tick looks at TAILS_A_TICK sessions and walks the chains it 
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Final
 
 from kvstore.core.foreseen import Foreseen, Why
@@ -54,7 +55,7 @@ class Continuations:
         if not self._budget_nbytes or len(self._moves) or self._moves.any_wanted() or self.is_wasteful:
             return 0
         likely: list[tuple[float, int]] = []
-        for slot in [slot for slot, _ in zip(self._tails, range(TAILS_A_TICK), strict=False)]:
+        for slot in list(islice(self._tails, TAILS_A_TICK)):
             if not self._index.versions.is_current(slot, generation := self._tails.pop(slot)):
                 continue
             self._tails[slot] = generation  # whoever was looked at comes last next time

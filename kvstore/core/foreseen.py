@@ -14,6 +14,7 @@ from __future__ import annotations
 import enum
 from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 from typing import Final, NamedTuple
 
 from kvstore.core.index import Index
@@ -106,7 +107,7 @@ class Foreseen:
         for slot in self._index.kept.past(now, looked_at_max):
             for room in self._index.rooms:
                 room.evictables.may_go_again(slot)
-        for slot in [slot for slot, _ in zip(self._expected, range(looked_at_max), strict=False)]:
+        for slot in list(islice(self._expected, looked_at_max)):
             expected = self._expected[slot]
             here = table.generations[slot] == expected.generation and (
                 table.residences[slot] & ON_HOST or self._moves.is_coming(slot)

@@ -11,6 +11,7 @@ and lose nothing: it is given up last too, its queue being bounded. O(1) a versi
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator
+from itertools import islice
 from typing import NamedTuple
 
 from kvstore.core.versions import Versions
@@ -59,7 +60,7 @@ class Kept:
 
     def past(self, now: float, looked_at_max: int) -> Iterator[int]:
         """Those whose time is over, of the first so many; whoever was looked at comes last next time."""
-        for slot in [slot for slot, _ in zip(self._entries, range(looked_at_max), strict=False)]:
+        for slot in list(islice(self._entries, looked_at_max)):
             entry = self._entries.pop(slot)
             if entry.until > now:
                 self._entries[slot] = entry

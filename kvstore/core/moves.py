@@ -101,9 +101,6 @@ class Moves:
         """Slots of encoded versions that are not there yet."""
         return {target.slot for target, move in self._under_way.items() if move.is_encoded}
 
-    def under_way_nbytes(self, to: Tier) -> int:
-        return self._arriving[to]
-
     @property
     def is_cut_short(self) -> bool:
         """Did the last `start` end only because it had done enough for one turn of the event loop?"""
@@ -203,10 +200,9 @@ class Moves:
         return self._index.host if tier is Tier.HOST else self._index.nvme
 
     def _may_start(self, to: Tier, nbytes_max: int) -> bool:
-        waits = (
-            to is Tier.NVME and self._index.nvme.is_over
-        )  # it has to shrink first, a bounded part at a time
-        return not waits and not self.is_cut_short and self._arriving[to] < nbytes_max
+        if to is Tier.NVME and self._index.nvme.is_over:
+            return False  # it has to shrink first, a bounded part at a time
+        return not self.is_cut_short and self._arriving[to] < nbytes_max
 
     def _give_way(self, room: Room, slot: int) -> None:
         self._steps_left -= 1

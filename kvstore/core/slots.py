@@ -54,9 +54,6 @@ class SlotTable:
         """Who holds the slot; None when it is free."""
         return self._owners.get(slot)
 
-    def owned_by(self, owner: str) -> list[int]:
-        return sorted(slot for slot, held_by in self._owners.items() if held_by == owner)
-
     def is_current(self, slot: int, generation: int) -> bool:
         """Is a reference of this generation still to what it was taken of?"""
         return slot in self._owners and self._generations[slot] == generation

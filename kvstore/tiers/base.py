@@ -9,12 +9,17 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from kvstore.nouns import Tier
+from kvstore.nouns import BlockRef, Tier
 
 
 class Place(NamedTuple):
     slot: int
     generation: int
+
+
+def place_of(ref: BlockRef) -> Place:
+    """Where a shard's own reference points."""
+    return Place(ref.slot, ref.generation)
 
 
 class TierStorage(Protocol):

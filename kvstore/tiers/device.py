@@ -87,7 +87,8 @@ class DeviceTier:
             self._slots.drop(self._aside.pop())
 
     def kept_slots(self) -> set[int]:
-        """Those with a block, and those set aside for one."""
+        """Those with a block, and those set aside for one: what a check of conservation holds the pool's own
+        count against."""
         return {*(slot for _, slot, _ in self._blocks.values()), *self._aside}
 
     # -- TierStorage -------------------------------------------------------------------------------

@@ -26,11 +26,10 @@ PAGE_NBYTES: Final = 4096
 
 
 class Extents:
-    """Page numbers [0, n_pages). Conservation: taken + free == n_pages."""
+    """Page numbers [0, n_pages): each is taken, or in one free run."""
 
     def __init__(self, n_pages: int) -> None:
         self.n_pages = n_pages
-        self.n_taken = 0
         self._waiting: dict[int, list[int]] = {}  # pages -> first pages of free extents of that size
         self._runs: dict[int, int] = {}  # first -> pages; no run touches another
         self._first_of: dict[int, int] = {}  # the page after a run -> its first
@@ -49,14 +48,11 @@ class Extents:
         if first is None and self._waiting:
             self._merge()
             first = self._best_fit(pages)
-        if first is not None:
-            self.n_taken += pages
         return first
 
     def give(self, first: int, pages: int) -> None:
         """Take an extent back. It must be one that `take` answered, of the same size."""
         self._waiting.setdefault(pages, []).append(first)
-        self.n_taken -= pages
 
     def free_runs(self) -> list[tuple[int, int]]:
         """Every free run, (first, pages) in ascending order, merged."""
@@ -77,9 +73,7 @@ class Extents:
         before = self._first_of.get(first_pages[0])
         if before is not None:
             first_pages[0] = before
-        gaps = [(first, self._remove_run(first)) for first in first_pages if first in self._runs]
-        self.n_taken += sum(pages for _, pages in gaps)
-        return gaps
+        return [(first, self._remove_run(first)) for first in first_pages if first in self._runs]
 
     def _reuse(self, pages: int) -> int | None:
         waiting = self._waiting.get(pages)

@@ -15,7 +15,7 @@ from kvstore.core.rooms import Freed
 from kvstore.core.versions import WRITTEN, State
 from kvstore.frame import HEADER_NBYTES
 from kvstore.nouns import BlockKey, Tier
-from kvstore.tiers.base import Breakable, Place, TierStorage
+from kvstore.tiers.base import Breakable, Place, TierStorage, place_of
 from kvstore.tiers.durable import DurableTier
 
 LOOKS_MAX: Final = 8
@@ -42,7 +42,7 @@ class Tiers:
 
     def free(self, freed: Freed) -> None:
         """What the core does not need any more, where it does not."""
-        place = Place(freed.ref.slot, freed.ref.generation)
+        place = place_of(freed.ref)
         self._departures += freed.lives_on
         if freed.tier is Tier.NVME and self.durable is not None:
             self.durable.discard(place)
@@ -70,7 +70,7 @@ class Tiers:
         victim = next(heads, None)
         if victim is None or not isinstance(self.host, Breakable):
             return None
-        place = Place(victim.ref.slot, victim.ref.generation)
+        place = place_of(victim.ref)
         return victim.key if self.host.flip_byte(place, (HEADER_NBYTES + victim.nbytes) // 2) else None
 
     def check_integrity(self, index: Index) -> None:

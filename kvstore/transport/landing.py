@@ -15,6 +15,7 @@ from typing import Final
 import numpy as np
 import xxhash
 
+from kvstore.closing import closing
 from kvstore.errors import Unavailable
 from kvstore.frame import HEADER_NBYTES
 from kvstore.nouns import BlockRef, MissReason, NamespaceId
@@ -118,14 +119,15 @@ async def read_into(
     if isinstance(transport, LandingTransport):
         await transport.read_into(namespace, refs, landing, rows, timeout_s=timeout_s)
         return
-    async for item in transport.read(namespace, refs, timeout_s=timeout_s):
-        row = rows[item.index]
-        if item.frame is None:
-            landing.void(row, item.miss or MissReason.ABSENT)
-        elif item.frame.nbytes < HEADER_NBYTES:
-            landing.void(row, MissReason.BAD_HEADER)
-        else:
-            landing.land(row, item.frame)
+    async with closing(transport.read(namespace, refs, timeout_s=timeout_s)) as items:
+        async for item in items:
+            row = rows[item.index]
+            if item.frame is None:
+                landing.void(row, item.miss or MissReason.ABSENT)
+            elif item.frame.nbytes < HEADER_NBYTES:
+                landing.void(row, MissReason.BAD_HEADER)
+            else:
+                landing.land(row, item.frame)
 
 
 def row_in(rows: Sequence[int], index: int) -> int:

@@ -2,6 +2,7 @@
 
 /v1/chat/completions /v1/completions /v1/models /tokenize /detokenize     clients
 /health /metrics /kvstrata/status                                         operators
+/kvstrata/weights                                                         the user who runs the service
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from router.api import errors
+from router.api.admin import add_admin
 from router.api.answers import answer
 from router.api.backend import Backend
 from router.api.forms import ChatForm, CompletionForm
@@ -27,14 +29,18 @@ __all__ = ["build_app"]
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def build_app(backend: Backend, *, api_key: str | None, body_nbytes_max: int) -> FastAPI:
-    """Routes over `backend`. With an API key, all but /health and /metrics ask for it."""
+def build_app(
+    backend: Backend, *, api_key: str | None, body_nbytes_max: int, admin_token: str | None = None
+) -> FastAPI:
+    """Routes over `backend`. With an API key, all but /health and /metrics ask for it. What changes the
+    service asks for `admin_token` besides."""
     # No interactive pages: they fetch scripts from elsewhere.
     app = FastAPI(title="kvstrata", docs_url=None, redoc_url=None)
     errors.install(app)
     _generation(app, backend)
     _model(app, backend)
     _operation(app, backend)
+    add_admin(app, backend, admin_token)
     app.add_middleware(Gate, api_key=api_key, body_nbytes_max=body_nbytes_max)
     return app
 

@@ -21,6 +21,7 @@ from router.attempts import Job
 from router.errors import BadRequest, ModelUnknown
 from router.metrics import RouterMetrics
 from router.orchestrator import Orchestrator
+from router.updating import WantedWeights
 
 __all__ = ["Backend", "Operations"]
 
@@ -44,6 +45,11 @@ class Operations(Protocol):
 
     async def status(self) -> dict[str, Any]:
         """For `kvstrata status`: plain JSON."""
+        ...
+
+    async def update_weights(self, wanted: WantedWeights) -> dict[str, Any]:
+        """For `kvstrata weights update`: what happened, as plain JSON. Raises errors of KVStrataError's tree;
+        then nothing has changed."""
         ...
 
 

@@ -55,6 +55,7 @@ class Tally:
         choice.finish = piece.finish
         if piece.logprobs is not None:
             choice.scored.append((piece.token_id, piece.logprobs))
+        self._epochs.update(piece.epochs)
         if piece.stats is not None:
             self._epochs.update(piece.stats.epochs)
         if piece.stats is not None and index % self._n == 0:

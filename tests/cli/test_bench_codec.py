@@ -96,8 +96,15 @@ def test_a_text_that_is_too_short_is_one_line(folder: Path, tmp_path: Path) -> N
 
 
 def test_speed_alone_needs_no_model() -> None:
-    ran = CliRunner().invoke(app, ["bench", "codec", "--quick", "--speed-only"])
+    ran = CliRunner().invoke(app, ["bench", "codec", "--quick", "--speed-only", "--json"])
     assert ran.exit_code == 0, ran.output
     said = json.loads(ran.stdout)
     assert [row["name"] for row in said["codecs"]] == [name for name in CODECS if name != "lossless"]
     assert all(row["encode_gb_s"] > 0 and row["decode_of_memcpy"] > 0 for row in said["codecs"])
+
+
+def test_speed_alone_is_a_table_for_people() -> None:
+    ran = CliRunner().invoke(app, ["bench", "codec", "--quick", "--speed-only"])
+    assert ran.exit_code == 0, ran.output
+    rows = [line.split("│")[1].strip() for line in ran.stdout.splitlines() if "│" in line]
+    assert rows == [*(name for name in CODECS if name != "lossless"), "memcpy"]

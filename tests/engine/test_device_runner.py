@@ -12,10 +12,12 @@ import torch
 from engine.decode_graphs import graph_sizes
 from engine.device import Device, HostDevice
 from engine.engine import Engine
+from engine.prediction import OutputPrediction
 from engine.types import CompletedBlock, GenerationRequest, StepResult
+from engine.updating import LoadedWeights
 from engine.weights import load_weights
 from kvstore.errors import ConfigError
-from tests.engine.attention.test_triton import in_interpreter
+from tests.engine.attention.test_triton import run as run_apart
 from tests.engine.conftest import EngineFactory, prompt, request, run, tokens_of
 from tests.engine.late_device import LateDevice, RecordingDevice
 from tests.tiny_model import make_tiny_model
@@ -106,9 +108,10 @@ def test_what_others_left_in_the_pool_does_not_matter(make_device_engine: Any) -
 
 def test_rows_that_pad_a_batch_write_to_nobodys_slot(make_device_engine: Any) -> None:
     engine = make_device_engine(RecordingDevice())
-    slots = [engine.admit(request(name, prompt(20, seed), 30)) for seed, name in enumerate("abcde")]
-    used = {slot for taken in slots for slot in taken}
+    for seed, name in enumerate("abcde"):
+        engine.admit(request(name, prompt(20, seed), 12), keep=True)
     run(engine)
+    used = {slot for sequence in engine._sequences.values() for slot in sequence.slots}
     size = engine.config.block_tokens
     rows = engine.pool.keys(0).view(-1, size, 2, 16)
     touched = {slot for slot in range(len(rows)) if rows[slot].any()}
@@ -170,8 +173,41 @@ def test_other_weights_are_computed_with_from_the_next_step_on(
     other = make_device_engine(RecordingDevice(), folder=other_folder)
     assert told(serve(engine, workload())) != told(serve(other, workload()))
     weights = load_weights(other_folder, engine.model_config, torch.float32)
-    engine._runner.swap(engine._runner.model_beside(engine.model_config, weights))
+    model = engine.model_beside(engine.model_config, weights)
+    engine.swap_weights(LoadedWeights(engine.model_config, model, weights.digest))
     assert told(serve(engine, workload())) == told(serve(other, workload()))
+
+
+def test_no_block_of_the_old_weights_is_told_under_the_new(make_device_engine: Any) -> None:
+    engine = make_device_engine(LateDevice())
+    engine.admit(request("a", prompt(70), 20))
+    assert not engine.step().blocks, "both are under way"
+    model = engine._runner._model
+    engine.swap_weights(LoadedWeights(engine.model_config, model, engine.weights_digest))
+    assert [b.chain_index for b in blocks_of(run(engine), "a")] == []
+
+
+def test_who_must_leave_has_its_blocks_told_before(
+    make_device_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The edge shard may keep a block only while somebody has its slot."""
+    monkeypatch.setattr(OutputPrediction, "tokens", lambda _, known, longest: min(known + 1, longest))
+    engine = make_device_engine(LateDevice(), pool_blocks=8)
+    for index in range(3):
+        engine.admit(request(f"r{index}", prompt(60, index), 60))
+    had: dict[str, set[int]] = {}
+    preempted = 0
+    while engine.has_work():
+        slots = {name: set(sequence.slots) for name, sequence in engine._sequences.items()}
+        result = engine.step()
+        for block in result.blocks:
+            assert block.slot in slots[block.request_id]
+            had.setdefault(block.request_id, set()).add(block.chain_index)
+        for gone in result.preempted:
+            preempted += 1
+            full = (len(gone.prompt_ids) + len(gone.output_ids) - 1) // 32
+            assert had[gone.request_id] >= set(range(full))
+    assert preempted
 
 
 def test_more_sequences_than_any_recorded_batch_are_not_admitted(make_device_engine: Any) -> None:
@@ -181,8 +217,9 @@ def test_more_sequences_than_any_recorded_batch_are_not_admitted(make_device_eng
     assert not engine.can_admit(request("one more", prompt(4), 4))
 
 
+@pytest.mark.timeout(300)
 def test_over_tritons_attention_it_says_the_same() -> None:
-    said = in_interpreter("engine_in_interpreter", timeout_s=110)
+    said = run_apart("engine_in_interpreter", interpreted=True, timeout_s=280)
     assert said["triton"] == said["torch"]
     assert [len(answer) for answer in said["triton"]] == [4, 5, 6]
     assert said["same_blocks"], "gathered by Triton's kernel and by torch"

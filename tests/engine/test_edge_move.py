@@ -126,6 +126,32 @@ async def test_a_source_that_lies_about_weights_is_not_believed() -> None:
     assert target.counters["edge:rejected_other_weights"] == 1
 
 
+async def test_what_was_on_its_way_when_the_weights_changed_is_of_the_old_ones() -> None:
+    source, from_pool = edge_of("a", 40)
+    target, to_pool = edge_of("b", 40)
+    chain = fill(source, from_pool, BLOCKS)
+    new, read = Epoch(EPOCH.number + 1, WeightsDigest(b"other weights...")), source.driver.read
+
+    async def slowly(*args: Any, **kwargs: Any) -> Any:
+        async for item in read(*args, **kwargs):
+            if target.epoch != new:
+                target.know(new)
+                target.change_epoch(new)
+            yield item
+
+    source.driver.read = slowly  # type: ignore[method-assign]
+    await moved(target, source.driver, chain.keys)
+    assert target.epoch == new
+    rows = [*target.driver.core.index.rows()]
+    assert rows
+    assert {row.epoch for row in rows} == {EPOCH}
+    assert payload_at(target, to_pool, chain.keys[0]) == payload_at(source, from_pool, chain.keys[0])
+    run = target.lend(NAMESPACE, "default", chain, BLOCKS, "later")
+    assert run.blocks == (), "lent to nobody under the new ones"
+    run.end()
+    check(target)
+
+
 async def test_a_block_that_breaks_on_the_way_does_not_enter() -> None:
     source, from_pool = edge_of("a", 40)
     target, _ = edge_of("b", 40)

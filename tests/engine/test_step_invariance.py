@@ -14,6 +14,7 @@ from engine.runner import Runner
 from engine.step_invariance import check_step_invariance
 from engine.tokenizer import Tokenizer
 from engine.weights import load_weights
+from kvstore.clock import MonotonicClock
 from kvstore.errors import ConfigError
 from tests.engine.conftest import EngineFactory
 
@@ -40,4 +41,6 @@ def test_a_device_is_asked_when_its_engine_is_made(tiny_folder: Path, make_engin
     weights = load_weights(tiny_folder, here.model_config, here.pool.dtype)
     model_config = ModelConfig.from_folder(tiny_folder)
     with pytest.raises(ConfigError, match="batch_invariant cannot be promised here"):
-        Engine(here.config, model_config, weights, cast(Tokenizer, None), device=HostDevice())
+        Engine(
+            here.config, model_config, weights, cast(Tokenizer, None), MonotonicClock(), device=HostDevice()
+        )

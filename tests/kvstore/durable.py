@@ -25,7 +25,7 @@ from kvstore.nouns import (
     Snapshot,
     Tier,
 )
-from kvstore.tiers.base import Place
+from kvstore.tiers.base import Place, place_of
 from kvstore.tiers.host import HostTier
 from tests.kvstore.oracle import FRAME_NBYTES, SECRET, SPEC, TIMEOUT, chain, epoch, get, payload, put, refs_in
 from tests.kvstore.tiers.durable_memory import Disk, DurableMemory
@@ -134,8 +134,7 @@ class Tiered:
         return next(r for r in self.driver.core.index.rows() if r.key == key and r.quality is quality)
 
     def place(self, i: int, quality: Quality = Quality.LOSSLESS) -> Place:
-        ref = self.row(i, quality).ref
-        return Place(ref.slot, ref.generation)
+        return place_of(self.row(i, quality).ref)
 
     def on(self) -> dict[int, Tier]:
         """Of each version of epoch 1 and full quality, by its number in the chain."""

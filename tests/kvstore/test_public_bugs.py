@@ -15,7 +15,7 @@ from kvstore.driver_config import DriverConfig
 from kvstore.errors import EpochConflict, LeaseExpired, NotFound
 from kvstore.lineage import Lineage
 from kvstore.nouns import BlockRef, Incarnation, MissReason, Quality, Refusal, Snapshot, WeightsDigest
-from kvstore.tiers.base import Place
+from kvstore.tiers.base import place_of
 from kvstore.tiers.host import HostTier
 from tests.kvstore.oracle import (
     FRAME_NBYTES,
@@ -191,7 +191,7 @@ async def test_what_exists_is_never_null(shard: Shard) -> None:
     """exists() said true and get() gave null, for ever."""
     made = chain(shard.namespace, 1)
     (ref,) = refs_of(await put(shard.driver, made, [0], E1))
-    shard.driver.storage.discard(Place(ref.slot, ref.generation))
+    shard.driver.storage.discard(place_of(ref))
     assert await get(shard.driver, shard.namespace, [ref]) == [MissReason.ABSENT]
     assert len(await shard.match(made.keys)) == 0  # and it says so from here on
     await put(shard.driver, made, [0], E1, request_id=b"again")

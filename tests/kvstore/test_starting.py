@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -55,7 +56,9 @@ async def life(store: StoreConfig, **opened: Any) -> AsyncIterator[tuple[StoreSe
 
 
 async def all_moved(driver: Any) -> None:
-    await driver.mover.drained(10)
+    moves, moved = driver.core.moves, driver.mover._moved
+    async with asyncio.timeout(10), moved:
+        await moved.wait_for(lambda: not moves.any_wanted() and not len(moves))
 
 
 async def test_what_was_kept_is_read_by_the_next_life_and_comes_up(tmp_path: Path) -> None:
@@ -114,3 +117,28 @@ def test_sizes_that_do_not_go_together_are_refused_before_anything_starts(tmp_pa
         settings(tmp_path, disk_nbytes=4 << 20)
     with pytest.raises(ConfigError, match="unknown"):
         settings(tmp_path, codec="zip")
+
+
+async def test_what_another_shard_kept_is_refused_by_name(tmp_path: Path) -> None:
+    async with life(settings(tmp_path)) as (session, _, driver):
+        await session.put(TOKENS[:64], KV[:, :, :64])
+        await all_moved(driver)
+    (tmp_path / "shard-0").rename(tmp_path / "shard-1")
+    other = new_driver(settings(tmp_path), ShardId("shard-1"), SECRET)
+    with pytest.raises(ConfigError, match="holds the blocks of shard-0, this is shard-1"):
+        await other.start()
+    await other.close()
+    (tmp_path / "shard-1").rename(tmp_path / "shard-0")
+    async with life(settings(tmp_path)) as (session, _, _):
+        assert (await session.get(TOKENS[:64])).n_tokens == 64
+
+
+def test_folders_of_shards_that_a_run_leaves_out_are_named(tmp_path: Path) -> None:
+    disks = [tmp_path / "a", tmp_path / "b", tmp_path / "not made yet"]
+    for disk in disks[:2]:
+        for shard in ("shard-0", "shard-1", "shard-2", "other"):
+            (disk / shard).mkdir(parents=True)
+    section = settings(tmp_path, directories=disks, disk_nbytes=192 << 20).nvme
+    assert section is not None
+    assert section.left_out({"shard-0", "shard-1"}) == [disks[0] / "shard-2", disks[1] / "shard-2"]
+    assert section.left_out({"shard-0", "shard-1", "shard-2"}) == []

@@ -13,7 +13,7 @@ from kvstore.core.uses import Use
 from kvstore.errors import Unavailable
 from kvstore.lending import Lent
 from kvstore.nouns import MissReason
-from kvstore.tiers.base import Place
+from kvstore.tiers.base import place_of
 from kvstore.transport.base import Purge
 from tests.kvstore.core.conftest import E1 as E1_CORE
 from tests.kvstore.core.conftest import LOSSLESS, NAMESPACE, key
@@ -64,7 +64,7 @@ async def test_bytes_that_were_lost_are_found_out_by_whoever_sends_them() -> Non
     shard = await Shard().open()
     made = chain(shard.namespace, 1)
     (ref,) = refs_of(await put(shard.driver, made, [0], E1))
-    shard.driver.storage.discard(Place(ref.slot, ref.generation))
+    shard.driver.storage.discard(place_of(ref))
     assert await Lent(shard.driver, shard.namespace, ()).borrow(ref) is MissReason.ABSENT
     assert len(await shard.match(made.keys)) == 0
     await put(shard.driver, made, [0], E1, request_id=b"again")

@@ -37,14 +37,18 @@ async def _async(function: Callable[[], Any]) -> Any:
     return function()
 
 
-def serve(folder: Path, api_key: str | None = None, **options: Any) -> Iterator[LiveServer]:
+def serve(
+    folder: Path, api_key: str | None = None, admin_token: str | None = None, **options: Any
+) -> Iterator[LiveServer]:
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     started: Future[tuple[uvicorn.Server, FakeService, asyncio.AbstractEventLoop]] = Future()
 
     async def main() -> None:
         service = fake_service(folder, **options)
-        app = build_app(service.backend, api_key=api_key, body_nbytes_max=BODY_NBYTES_MAX)
+        app = build_app(
+            service.backend, api_key=api_key, body_nbytes_max=BODY_NBYTES_MAX, admin_token=admin_token
+        )
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
         started.set_result((server, service, asyncio.get_running_loop()))
         await server.serve(sockets=[listener])

@@ -30,6 +30,7 @@ from router.fleet import Member
 from router.handles import WorkerFacts
 from router.metrics import RouterMetrics
 from router.orchestrator import Orchestrator
+from router.updating import WantedWeights
 from tests.tiny_model import make_tiny_model
 
 MODEL = "tiny"
@@ -169,6 +170,8 @@ class FakeOperations:
     backend_metrics: RouterMetrics
     workers: dict[str, Any]
     reason: str | None = None
+    updates: list[WantedWeights] = field(default_factory=list)
+    update_fails: Exception | None = None
 
     def not_ready(self) -> str | None:
         return self.reason
@@ -179,6 +182,20 @@ class FakeOperations:
 
     async def status(self) -> dict[str, Any]:
         return {"ready": self.reason is None}
+
+    async def update_weights(self, wanted: WantedWeights) -> dict[str, Any]:
+        if self.update_fails is not None:
+            raise self.update_fails
+        self.updates.append(wanted)
+        return {
+            "epoch": wanted.number,
+            "weights_digest": "00",
+            "mode": wanted.mode.value,
+            "changed": ["d0"],
+            "replaced": [],
+            "not_advanced": {},
+            "seconds": 0.1,
+        }
 
 
 @dataclass

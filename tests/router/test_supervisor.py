@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from engine.errors import ModelNotFound
+from engine.types import UpdateMode, WorkerInfo
 from kvstore.clock import ManualClock
-from kvstore.nouns import Incarnation, ShardId
+from kvstore.nouns import Epoch, Incarnation, ShardId
 from kvstore.topology import Topology
 from kvstore.transport.base import ShardStatus
 from router.config import ServiceConfig
@@ -71,6 +72,18 @@ class FakeProcess:
     async def flip_stored_byte(self) -> str | None:
         return None
 
+    async def advance_epoch(self, model_id: str, epoch: Epoch) -> None:
+        raise AssertionError("nobody changes weights here")
+
+    async def prepare_weights(self, path: str, number: int) -> Epoch:
+        raise AssertionError("nobody changes weights here")
+
+    async def discard_weights(self) -> None:
+        raise AssertionError("nobody changes weights here")
+
+    async def update_weights(self, path: str, number: int, mode: UpdateMode, timeout_s: float) -> WorkerInfo:
+        raise AssertionError("nobody changes weights here")
+
 
 @dataclass
 class FakeLauncher:
@@ -89,6 +102,9 @@ class FakeLauncher:
         process = self._make(worker_id)
         handle = FakePrefill(self.script) if kind is Kind.PREFILL else FakeDecode(self.script)
         return LaunchedWorker(process, facts(worker_id), handle)
+
+    def serve_weights(self, path: str, number: int) -> None:
+        raise AssertionError("nobody changes weights here")
 
     def _make(self, name: str) -> FakeProcess:
         if self.refuse is not None:

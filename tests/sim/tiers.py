@@ -19,7 +19,7 @@ from kvstore.driver import ShardDriver
 from kvstore.errors import CorruptBlock
 from kvstore.frame import decode_frame
 from kvstore.nouns import BlockKey, KVLayout, NamespaceId, Quality, Tier
-from kvstore.tiers.base import Place
+from kvstore.tiers.base import Place, place_of
 from kvstore.tiers.host import HostTier
 from kvstore.transport.sim_host import SimHost
 from tests.kvstore.oracle import FRAME_NBYTES
@@ -178,7 +178,7 @@ async def comes_back(world: World, host: SimHost, disk: SimDisk) -> None:
     for row in rows:
         if row.tier is not Tier.NVME:
             raise Broken(f"{row} lies where nothing survives")
-        frame = await driver.tiers.durable.read(Place(row.ref.slot, row.ref.generation))  # type: ignore[union-attr]
+        frame = await driver.tiers.durable.read(place_of(row.ref))  # type: ignore[union-attr]
         if frame is None or world.storage_broken:
             continue
         found, payload = decode_frame(frame)

@@ -25,6 +25,7 @@ class NvmeConfig:
     io_threads: int = 8
     write_wait_s: float = 10.0  # for room, before a write fails with ENOSPC
     direct: bool = True  # O_DIRECT where the file system takes it
+    owner: str = ""  # the shard; directories of another one are refused. Empty: whoever opens them
 
     def __post_init__(self) -> None:
         if not self.directories:
@@ -38,8 +39,8 @@ class NvmeConfig:
             )
         if self.directory_nbytes < SEGMENTS_MIN * self.segment_nbytes:
             raise ConfigError(
-                f"disk_nbytes leaves {self.directory_nbytes} a directory, {SEGMENTS_MIN} segments of "
-                f"{self.segment_nbytes} are needed: raise it or make segments smaller"
+                f"disk_nbytes leaves {self.directory_nbytes} bytes a directory, and {SEGMENTS_MIN} segments "
+                f"of {self.segment_nbytes} have to fit: raise it, or lower segment_nbytes"
             )
         if not 0.1 <= self.utilisation <= 0.9:
             raise ConfigError(f"utilisation must be 0.1 to 0.9, not {self.utilisation}")

@@ -45,6 +45,14 @@ class Disk:
         self._making = 0
         self._freed = asyncio.Event()
 
+    def settle_names(self) -> None:
+        """What a start finds here, and what it does not, stays so: the process before may have been killed
+        between an unlink and the sync of the directory. Synchronous, for a thread."""
+        try:
+            self.files.files.sync_directory(self.directory)
+        except OSError:
+            self.unsure = True
+
     def add(self, segment_id: int, path: Path, nbytes: int) -> Segment:
         segment = self._every.add(segment_id, path, nbytes)
         self.segments[segment.number] = segment

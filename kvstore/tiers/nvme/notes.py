@@ -1,6 +1,6 @@
 """Notes as msgpack, and what of them still matters: the state that a journal is a history of.
 
-    ["life", count]                          a start of the store that wrote something
+    ["life", count, owner]                   a start of the store that wrote something, and whose it is
     ["namespace", id, model, tenant, layout] layout: layers, head begin, head end, head dim, dtype, tokens
     ["epoch", model, number, digest]
     ["advance", model, number, lag, drop]
@@ -109,6 +109,7 @@ class NoteState:
 
     def __init__(self) -> None:
         self.lives = 0
+        self.owner = ""  # the shard whose blocks these are; empty: nobody said
         self.purges = Purges()
         self._kept: dict[tuple[object, ...], StateNote] = {}  # in the order in which they were taken
 
@@ -153,7 +154,7 @@ class NoteState:
 
     def documents(self) -> list[object]:
         """The whole state, as the first entry of a journal."""
-        documents: list[object] = [["life", self.lives]]
+        documents: list[object] = [["life", self.lives, self.owner]]
         documents += [encode_note(note, 0) for note in self.notes()]
         documents += [encode_note(note, before) for note, before in self.purges.notes()]
         return documents
@@ -165,6 +166,7 @@ class NoteState:
                 kind, *fields = document
                 if kind == "life":
                     self.lives = int(fields[0])
+                    self.owner = str(fields[1]) if len(fields) > 1 else ""
                 else:
                     self.add(*_decode(kind, fields))
             except (TypeError, ValueError, LookupError, OverflowError) as error:

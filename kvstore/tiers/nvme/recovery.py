@@ -129,7 +129,9 @@ async def _open(
     else:
         store, state, number = await threads.run(lambda: load_journal(home / JOURNAL, files))
         journal = Journal(home, files, threads, store)
+        _check_owner(home, state.owner, config.owner)
         journal.inherit(state, number)
+    journal.state.owner = config.owner or journal.state.owner
     of_segments = SegmentFiles(files, store, Seal(store), config.direct)
     every = Segments()
     disks = [Disk(at, config, of_segments, threads, counters, every, draw) for at in config.directories]
@@ -141,6 +143,7 @@ async def _open(
     for one in (one for of_disk in scanned for one in of_disk):
         counters.update(one.counters)
         _check_journal(one, journal)
+    counters["directory_sync_error"] += sum(disk.unsure for disk in disks)
     found = await threads.run(lambda: _index(disks, scanned, journal.state.purges, counters))
     return Opened(disks, every, journal, found, locks)
 
@@ -200,6 +203,7 @@ def _journals_home(names: dict[Path, list[str]]) -> Path | None:
 
 
 def _scan_directory(disk: Disk, names: Sequence[str]) -> list[Scanned]:
+    disk.settle_names()
     found: list[Scanned] = []
     for name in names:
         if UNFINISHED_NAME.fullmatch(name):
@@ -208,6 +212,15 @@ def _scan_directory(disk: Disk, names: Sequence[str]) -> list[Scanned]:
         elif match := SEGMENT_NAME.fullmatch(name):
             found.append(scan(disk.files, disk.directory / name, int(match[1], 16)))
     return found
+
+
+def _check_owner(home: Path, found: str, wanted: str) -> None:
+    """Raises ConfigError for what another shard kept: clients look for none of its blocks here."""
+    if found and wanted and found != wanted:
+        raise ConfigError(
+            f"{home} holds the blocks of {found}, this is {wanted}: give each shard the directory it had, or "
+            "empty this one"
+        )
 
 
 def _check_journal(one: Scanned, journal: Journal) -> None:

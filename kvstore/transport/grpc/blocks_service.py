@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator, Sequence
 
+from kvstore.closing import closing
 from kvstore.driver import ShardDriver
 from kvstore.errors import ConfigError, DeadlineExceeded, OverLimit
 from kvstore.frame import HEADER_NBYTES
@@ -31,8 +32,8 @@ class BlocksService:
         self._streams = 0
 
     async def read(self, asked: blocks.ReadRequest, context: Context) -> None:
-        async with self._stream(context):
-            async for chunk in self._chunks(asked, context):
+        async with self._stream(context), closing(self._chunks(asked, context)) as chunks:
+            async for chunk in chunks:
                 await context.write(chunk)
 
     async def _chunks(self, asked: blocks.ReadRequest, context: Context) -> AsyncIterator[bytes]:
@@ -40,12 +41,15 @@ class BlocksService:
         refs = refs_in(self._shard.shard, asked)
         if isinstance(self._shard, ShardDriver):
             self._shard.check_count(len(refs))
-            async for chunk in _lent_chunks(Lent(self._shard, namespace, refs), refs, asked.takes_runs):
-                yield chunk
+            lent = Lent(self._shard, namespace, refs)
+            async with closing(_lent_chunks(lent, refs, asked.takes_runs)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
             return
-        async for item in self._shard.read(namespace, refs, timeout_s=left(context)):
-            for chunk in _packed(item.index, item.frame or item.miss or MissReason.ABSENT):
-                yield chunk
+        async with closing(self._shard.read(namespace, refs, timeout_s=left(context))) as items:
+            async for item in items:
+                for chunk in _packed(item.index, item.frame or item.miss or MissReason.ABSENT):
+                    yield chunk
 
     async def write(self, chunks: AsyncIterator[bulk.WriteChunk], context: Context) -> blocks.WriteResponse:
         async with self._stream(context):

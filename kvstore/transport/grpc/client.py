@@ -18,6 +18,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from kvstore import failpoints, trace
+from kvstore.closing import closing
 from kvstore.deadline import Deadline
 from kvstore.errors import ConfigError, DeadlineExceeded, OverLimit, Unavailable, WireVersionMismatch
 from kvstore.nouns import (
@@ -167,9 +168,10 @@ class GrpcTransport(LandingTransport):
         deadline = await self._introduced(timeout_s)
         for run_start, run in runs_of_one_incarnation(refs):
             with self._named_errors():
-                async for item in self._blocks.read(namespace, run, deadline.left()):
-                    await failpoints.hit("transport.read")
-                    yield ReadItem(run_start + item.index, item.frame, item.miss)
+                async with closing(self._blocks.read(namespace, run, deadline.left())) as items:
+                    async for item in items:
+                        await failpoints.hit("transport.read")
+                        yield ReadItem(run_start + item.index, item.frame, item.miss)
 
     async def read_into(
         self,

@@ -8,11 +8,11 @@ stream ends as Compacted.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
 from typing import Final
 
 from google.protobuf.message import DecodeError
 
+from kvstore.closing import closing
 from kvstore.errors import ConfigError, OverLimit, Unavailable
 from kvstore.transport.base import ShardTransport
 from kvstore.transport.grpc import wire_history
@@ -57,9 +57,9 @@ class Watches:
         if len(self._ends) >= self._watches_max:
             raise OverLimit(f"{len(self._ends)} watches are open on this shard", retry_after_s=RETRY_AFTER_S)
         timeout_s = watch_s(call.timeout_s)
-        batches = self._shard.watch(namespaces, wire_history.after_in(asked), timeout_s=timeout_s)
+        watch = self._shard.watch(namespaces, wire_history.after_in(asked), timeout_s=timeout_s)
         try:
-            async with asyncio.timeout(call.timeout_s) as end:
+            async with closing(watch) as batches, asyncio.timeout(call.timeout_s) as end:
                 self._ends.add(end)
                 async for batch in batches:
                     for message in wire_history.batches_out(batch):
@@ -69,8 +69,6 @@ class Watches:
                 raise
         finally:
             self._ends.discard(end)
-            if isinstance(batches, AsyncGenerator):
-                await batches.aclose()
 
 
 def watch_s(timeout_s: float) -> float:

@@ -96,6 +96,7 @@ class ShmServer:
 
     @property
     def connections(self) -> int:
+        """Clients that are attached: none is left once they have gone."""
         return len(self._connections)
 
     def _accept(self) -> None:

@@ -17,6 +17,7 @@ import grpc
 import structlog
 
 from kvstore import failpoints
+from kvstore.closing import closing
 from kvstore.deadline import Deadline
 from kvstore.errors import Unavailable
 from kvstore.frame import HEADER_NBYTES
@@ -98,16 +99,17 @@ class SameHostTransport(GrpcTransport):
         for i, ref in enumerate(refs):
             reader = self._reader
             if reader is None:
-                rest = super().read(namespace, refs[i:], timeout_s=deadline.left())
-                async for item in rest:
-                    yield ReadItem(i + item.index, item.frame, item.miss)
+                async with closing(super().read(namespace, refs[i:], timeout_s=deadline.left())) as rest:
+                    async for item in rest:
+                        yield ReadItem(i + item.index, item.frame, item.miss)
                 return
             await failpoints.hit("transport.read")
             got = await beside_the_loop(self._frame_nbytes, lambda r=reader, ref=ref: r.read(ref))  # type: ignore[misc]
             if got is None:
                 self._counters["shm:asked_shard"] += 1
-                async for item in super().read(namespace, [ref], timeout_s=deadline.left()):
-                    yield ReadItem(i, item.frame, item.miss)
+                async with closing(super().read(namespace, [ref], timeout_s=deadline.left())) as asked:
+                    async for item in asked:
+                        yield ReadItem(i, item.frame, item.miss)
             elif isinstance(got, MissReason):
                 yield ReadItem(i, None, got)
             else:

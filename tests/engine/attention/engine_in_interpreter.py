@@ -25,6 +25,7 @@ from engine.models.config import ModelConfig
 from engine.tokenizer import Tokenizer
 from engine.types import GenerationRequest, SamplingParams
 from engine.weights import load_weights
+from kvstore.clock import MonotonicClock
 from tests.engine.attention import interpreter  # noqa: F401 - mends it
 from tests.tiny_model import make_tiny_model
 
@@ -39,7 +40,9 @@ def said(folder: Path, attention: PagedDecode) -> tuple[list[list[int]], list[by
         batch_invariant=False, running_max=3, max_model_len=96, pool_blocks=16, block_tokens=16
     )
     with patch("engine.device_runner._attention_on", lambda *_: attention):
-        engine = Engine(settings, config, weights, cast(Tokenizer, None), device=HostDevice())
+        engine = Engine(
+            settings, config, weights, cast(Tokenizer, None), MonotonicClock(), device=HostDevice()
+        )
     answers: dict[str, list[int]] = {}
     blocks: list[bytes] = []
     for index, length in enumerate((5, 33, 16)):

@@ -59,6 +59,7 @@ def sequence(constraint: OneOf, output: tuple[int, ...] = (), **sampling: float)
         GenerationRequest("r", 0, (1, 4), wanted, output),
         slots=(0,),
         lent=0,
+        arrival=0,
         hold=False,
         keep=False,
         tokens_max=11,

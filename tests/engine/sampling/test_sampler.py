@@ -104,6 +104,12 @@ def test_a_nucleus_begins_and_ends_where_its_definition_says(top_p: float, scale
     assert ends == [min(nucleus), max(nucleus)]
 
 
+def test_equal_tokens_share_the_noise_evenly_over_all_blocks() -> None:
+    logits = np.zeros(1_024, np.float32)
+    for token in (0, 1, 255, 256, 257, 700, 768, 1_023):
+        assert draw(logits, params(), (token + 0.5) / 1_024) == token
+
+
 def test_masked_tokens_are_never_drawn() -> None:
     assert set(draws([-math.inf, 0.0, -math.inf, 0.0, -math.inf], 300)) == {1, 3}
 

@@ -19,6 +19,7 @@ from kvstore.tiers.arena import ArenaTier
 from kvstore.tiers.base import Place
 from kvstore.tiers.copying import INLINE_NBYTES_MAX, fill
 from kvstore.tiers.extents import PAGE_NBYTES
+from tests.kvstore.tiers.pages import pages_taken
 
 SIZE = 3 * PAGE_NBYTES
 REFUSED = "not permitted|denied|Bad file descriptor|Invalid argument"
@@ -93,7 +94,7 @@ async def test_a_frame_is_read_under_its_own_generation_only() -> None:
     await put(arena, Place(3, 1), 1)  # late: the slot is somebody else's
     assert bytes(await arena.read(Place(3, 2)) or b"") == b"\x02" * SIZE
     arena.discard(Place(3, 2))
-    assert (arena.nbytes(), arena._free.n_taken) == (0, 0)
+    assert (arena.nbytes(), pages_taken(arena._free)) == (0, 0)
     arena.check_integrity()
 
 
@@ -133,12 +134,12 @@ async def test_a_write_that_fails_keeps_nothing(action: failpoints.Action) -> No
             await put(arena, Place(0, 1), 1)
         except OSError:
             assert isinstance(action, failpoints.Fail)
-    assert (arena.nbytes(), arena._free.n_taken) == (0, 0)
+    assert (arena.nbytes(), pages_taken(arena._free)) == (0, 0)
     await arena.write(Place(0, 1), memoryview(bytearray(b"\x04" * SIZE)))  # of the caller's own memory
-    assert arena._free.n_taken == 3, "it was moved in"
+    assert pages_taken(arena._free) == 3, "it was moved in"
     lent = frame_in(arena, 5)
     arena.give_up(lent)
-    assert arena._free.n_taken == 3
+    assert pages_taken(arena._free) == 3
     arena.check_integrity()
 
 
@@ -162,7 +163,7 @@ async def test_a_late_write_that_is_moved_in_slowly_leaves_the_new_owners_bytes(
     go_on.set()
     await late
     assert bytes(await arena.read(Place(0, 2)) or b"") == b"\x02" * nbytes
-    assert arena._free.n_taken == -(-nbytes // PAGE_NBYTES), "the room of the late write was not given up"
+    assert pages_taken(arena._free) == -(-nbytes // PAGE_NBYTES), "the late write's room was not given up"
     arena.check_integrity()
 
 

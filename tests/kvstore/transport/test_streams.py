@@ -12,6 +12,7 @@ from kvstore.errors import ConfigError, DeadlineExceeded, OverLimit
 from kvstore.frame import HEADER_NBYTES
 from kvstore.nouns import Refusal, ShardId, TxnId
 from kvstore.server import ServerConfig, ShardServer
+from kvstore.tiers.arena import ArenaTier
 from kvstore.transport.base import CHUNK_NBYTES
 from kvstore.transport.grpc import methods
 from kvstore.transport.grpc.blocks_service import BlocksService
@@ -19,7 +20,7 @@ from kvstore.transport.grpc.bulk import WriteChunk, pack_read
 from kvstore.transport.grpc.client import GrpcTransport
 from kvstore.v1 import blocks_pb2 as blocks
 from tests.kvstore.conftest import Served
-from tests.kvstore.oracle import TIMEOUT, new_driver
+from tests.kvstore.oracle import SPEC, TIMEOUT, chain, epoch, new_driver, put, refs_of
 
 
 async def test_writes_beyond_the_budget_in_flight_are_refused() -> None:
@@ -121,3 +122,25 @@ async def test_streams_leave_room_for_calls_without_bytes(monkeypatch: pytest.Mo
     await asyncio.gather(*writing, return_exceptions=True)
     await transport.close()
     await server.stop(0)
+
+
+class _Deaf(_NoDeadline):
+    """A peer that breaks off at the first message."""
+
+    async def write(self, _: bytes) -> None:
+        raise ConnectionResetError
+
+
+async def test_what_was_lent_to_a_stream_is_given_back_before_its_place(served: Served) -> None:
+    driver = served.driver
+    assert isinstance(driver.storage, ArenaTier)
+    namespace = await driver.open_namespace(SPEC, "", timeout_s=TIMEOUT)
+    await driver.register_epoch(SPEC.model_id, epoch(1), timeout_s=TIMEOUT)
+    (ref,) = refs_of(await put(driver, chain(namespace, 1), [0], epoch(1)))
+    service = BlocksService(driver, inflight_nbytes_max=700, streams_max=1)
+    asked = blocks.ReadRequest(
+        incarnation=ref.incarnation, slots=[ref.slot], generations=[ref.generation], namespace_id=namespace
+    )
+    with pytest.raises(ConnectionResetError):
+        await service.read(asked, _Deaf())
+    assert not any(extent.borrowers for extent in driver.storage._extents.values())

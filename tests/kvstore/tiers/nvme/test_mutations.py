@@ -19,6 +19,7 @@ import pytest
 from kvstore.tiers.base import Place
 from kvstore.tiers.nvme import journal, recovery, scan
 from kvstore.tiers.nvme.appender import Appender, Pending
+from kvstore.tiers.nvme.disk import Disk
 from kvstore.tiers.nvme.files import Files
 from kvstore.tiers.nvme.index import Index
 from kvstore.tiers.nvme.journal import Journal
@@ -243,6 +244,11 @@ def old_journal(patch: Patch) -> None:
     patch.setattr(recovery, "_check_journal", lambda *_: None)
 
 
+def names_unsettled(patch: Patch) -> None:
+    """A start does not sync the directories it finds."""
+    patch.setattr(Disk, "settle_names", lambda _: None)
+
+
 def generation(patch: Patch) -> None:
     """A discard is of whatever the slot holds now."""
     discard = Index.discard
@@ -279,6 +285,7 @@ MUTATIONS: dict[Callable[[Patch], None], Proof] = {
     torn_believed: _CRASH,
     synced_too_far: _CRASH,
     old_journal: test_purges.test_a_journal_that_knows_less_than_a_record_did_is_refused,
+    names_unsettled: test_purges.test_a_file_that_a_killed_process_unlinked_stays_gone,
     generation: test_tier.test_generations_keep_slots_apart,
     readers: test_reclaiming.test_a_file_stays_until_its_last_reader_is_done,
 }

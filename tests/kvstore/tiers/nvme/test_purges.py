@@ -248,3 +248,49 @@ async def test_a_journal_that_knows_less_than_a_record_did_is_refused() -> None:
     with pytest.raises(ConfigError, match="damaged"):
         await found_after(world)
     await tier.close()
+
+
+async def killed_at_an_unlink() -> World:
+    """Before its directory was synced; all that the file held had been purged."""
+    tier = await started()
+    await write(tier, *map(Block, range(6)))  # just fill a segment
+    await tier.sync()
+    await tier.note(ALL)
+    for key in range(6):
+        tier.discard(Place(key, 1))
+    await write(tier, *(Block(key, namespace=1) for key in range(100, 110)))
+    await tier.sync()
+    await tier.close()
+    world, log = World(), files_of(tier).log
+    for operation in log[: 1 + [operation.kind for operation in log].index("unlink")]:
+        world.apply(operation)
+    return world
+
+
+async def test_a_file_that_a_killed_process_unlinked_stays_gone() -> None:
+    """The next life does not find it and forgets the purge; then power fails."""
+    world = await killed_at_an_unlink()
+    files = CrashFiles(world.as_it_is())
+    again = tier_over(files)
+    await again.recover()
+    await again.note(AdvanceNote("model", 1, ISOLATE))
+    assert purges_in_journal(files) == 0
+    for operation in [*files.log, None]:
+        for seed in range(10):
+            found = await found_after(world.survivor(random.Random(seed)))
+            assert {block.namespace for block in found} <= {1}
+        if operation is not None:
+            world.apply(operation)
+    await again.close()
+
+
+async def test_a_purge_is_kept_where_a_start_cannot_sync_a_directory() -> None:
+    files = CrashFiles((await killed_at_an_unlink()).as_it_is())
+    again = tier_over(files)
+    files.fails = lambda o: OSError(errno.EIO, "lost") if o.kind == "names" else None
+    await again.recover()
+    files.fails = lambda _: None
+    await again.note(AdvanceNote("model", 1, ISOLATE))
+    assert again.counters["directory_sync_error"] == 1
+    assert purges_in_journal(files) == 1
+    await again.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -188,3 +189,16 @@ async def test_what_no_segment_can_hold_is_refused(tmp_path: Path) -> None:
     await tier.close()
     with pytest.raises(OSError, match="closed"):
         await write(tier, Block(1))
+
+
+async def test_directories_become_the_first_named_shards_own(tmp_path: Path) -> None:
+    for key, owner in enumerate(["", "shard-0", "", "shard-0"]):
+        tier = NvmeTier(replace(config(tmp_path), owner=owner))
+        assert len((await tier.recover()).blocks) == key, "nobody's blocks are taken over"
+        for record in range(key):
+            tier.adopt(record, Place(record, 1))
+        await write(tier, Block(key))
+        await tier.sync()
+        await tier.close()
+    with pytest.raises(ConfigError, match="holds the blocks of shard-0, this is shard-1"):
+        await NvmeTier(replace(config(tmp_path), owner="shard-1")).recover()

@@ -13,7 +13,7 @@ from kvstore.frame import HEADER_NBYTES
 from kvstore.nouns import BlockRef, Incarnation, MissReason
 from kvstore.tiers import slot_table
 from kvstore.tiers.arena import Geometry
-from kvstore.tiers.base import Place
+from kvstore.tiers.base import place_of
 from kvstore.transport import landing
 from kvstore.transport.landing import Landing
 from kvstore.transport.shm import reader as reader_module
@@ -38,7 +38,7 @@ async def test_blocks_are_read_without_asking_the_shard(near: Near, monkeypatch:
 async def test_a_past_generation_is_a_stale_reference(near: Near) -> None:
     ref = near.blocks[1].ref
     near.blocks[1] = near.blocks[1]._replace(ref=ref._replace(generation=ref.generation + 1))
-    near.arena.discard(Place(near.blocks[2].ref.slot, near.blocks[2].ref.generation))
+    near.arena.discard(place_of(near.blocks[2].ref))
     got = await near.session.read_into(near.blocks, near.buffers(), timeout_s=TIMEOUT)
     assert [item.reason if isinstance(item, BlockMiss) else None for item in got] == [
         None,
@@ -83,7 +83,7 @@ async def test_a_slot_reused_during_a_copy_is_never_other_data(
 @pytest.mark.parametrize("how", ["into", "stream"])
 async def test_a_corrupt_byte_is_refused_and_reported(near: Near, how: str) -> None:
     ref = near.blocks[2].ref
-    assert near.arena.flip_byte(Place(ref.slot, ref.generation), HEADER_NBYTES + 5)
+    assert near.arena.flip_byte(place_of(ref), HEADER_NBYTES + 5)
     if how == "into":
         got = await near.session.read_into(near.blocks, near.buffers(), timeout_s=TIMEOUT)
     else:
