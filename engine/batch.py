@@ -34,8 +34,8 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step's rows. `logits_rows` are those that need logits, in the order of their chunks: of one that
-    draws the last of its tokens, and its drafts."""
+    """One step's rows, on the host. `logits_rows` are those that need logits, in the order of their chunks:
+    of one that draws the last of its tokens, and its drafts."""
 
     token_ids: torch.Tensor  # int64 [rows]
     positions: torch.Tensor  # int64 [rows]
@@ -45,24 +45,26 @@ class Batch:
 
 
 def make_batch(chunks: Seq[Chunk], block_tokens: int) -> Batch:
-    """Some 20 us a chunk."""
-    rows = sum(chunk.rows + len(chunk.drafts) for chunk in chunks)
-    token_ids, positions = torch.empty(2, rows, dtype=torch.int64)
-    pool_rows = torch.empty(rows, dtype=torch.int64)
-    segments: list[Segment] = []
+    """Some 2 us a decoding sequence, 20 us a piece of a prompt."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    pool_rows: list[int] = []
+    segments = []
     logits_rows: list[int] = []
-    row = 0
     for chunk in chunks:
-        sequence, count = chunk.sequence, chunk.rows + len(chunk.drafts)
-        begin, end, taken = sequence.computed, sequence.computed + count, slice(row, row + count)
-        token_ids[taken] = torch.tensor([*sequence.tokens[begin : begin + chunk.rows], *chunk.drafts])
-        at = torch.arange(begin, end)
-        positions[taken] = at
-        pool_rows[taken] = torch.tensor(sequence.slots)[at // block_tokens] * block_tokens + at % block_tokens
-        segments.append(Segment(row, count, begin, sequence.slots))
+        sequence, row, count = chunk.sequence, len(token_ids), chunk.rows + len(chunk.drafts)
+        begin, end, slots = sequence.computed, sequence.computed + count, sequence.slots
+        segments.append(Segment(row, count, begin, slots))
+        token_ids += sequence.tokens[begin : begin + chunk.rows]
+        token_ids += chunk.drafts
+        positions += range(begin, end)
+        pool_rows += [
+            slots[at // block_tokens] * block_tokens + at % block_tokens for at in range(begin, end)
+        ]
         if chunk.draws:
             logits_rows += range(row + chunk.rows - 1, row + count)
-        row += count
-    return Batch(
-        token_ids, positions, pool_rows, tuple(segments), torch.tensor(logits_rows, dtype=torch.int64)
-    )
+    return Batch(_ids(token_ids), _ids(positions), _ids(pool_rows), tuple(segments), _ids(logits_rows))
+
+
+def _ids(column: list[int]) -> torch.Tensor:
+    return torch.tensor(column, dtype=torch.int64)

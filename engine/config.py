@@ -28,6 +28,12 @@ class EngineConfig(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Dtype of activations and KV. Products are accumulated in float32 either way"
     )
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda|cuda:\d+)$",
+        description="Where to compute: cpu, cuda, cuda:N. auto: a GPU if there is one and batch_invariant, "
+        "which is proved for CPUs, is false",
+    )
     threads: int | None = Field(
         None,
         ge=1,

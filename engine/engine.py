@@ -30,24 +30,23 @@ import torch
 from engine.admission import BlockDemand, check_onboarded, check_request, fitting_model_len
 from engine.allotment import Allotment
 from engine.batch import Chunk, make_batch
+from engine.block_copies import BlockCopies, FullBlock
 from engine.config import EngineConfig
 from engine.detokenizer import IncrementalDetokenizer
+from engine.device import Device
 from engine.models.config import ModelConfig
 from engine.models.llama import LlamaModel
 from engine.pacing import StepPacing
 from engine.pool import KVPool
 from engine.quantised_pool import held_nbytes
-from engine.runner import ModelRunner
+from engine.runner import make_runner
 from engine.sampling.rows import Drawn
-from engine.sampling.sampler import Sampler
 from engine.scheduler import Plan, plan_step
 from engine.sequence import Sequence
 from engine.speculation.base import DrafterFactory
-from engine.speculation.ngram import NGramDrafter
-from engine.speculation.speculator import Speculator
+from engine.speculation.speculator import make_speculator
 from engine.tokenizer import Tokenizer
 from engine.types import (
-    CompletedBlock,
     FinishReason,
     GenerationRequest,
     StepResult,
@@ -58,7 +57,7 @@ from engine.weights import DTYPES, Weights, load_weights
 from kvstore.clock import Clock, MonotonicClock
 from kvstore.errors import CorruptBlock, OverLimit
 from kvstore.frame import payload_checksum
-from kvstore.nouns import KVLayout, MissReason
+from kvstore.nouns import MissReason
 from kvstore.tiers.pool_slots import PoolSlots
 
 __all__ = ["Engine"]
@@ -82,23 +81,20 @@ class Engine:
         clock: Clock,
         *,
         make_drafter: DrafterFactory | None = None,
+        device: Device | None = None,
     ) -> None:
+        """`device` is where it computes, None: where `config` says."""
         self.config = config
         self.model_config = model_config
         self.tokenizer = tokenizer
         self.weights_digest = weights.digest
-        self.layout = KVLayout(
-            layers=model_config.layers,
-            head_begin=0,
-            head_end=model_config.kv_heads,
-            head_dim=model_config.head_dim,
-            dtype=config.dtype,
-            block_tokens=config.block_tokens,
-        )
+        self.layout = model_config.kv_layout(config.dtype, config.block_tokens)
         n_slots = config.pool_blocks or config.pool_nbytes // held_nbytes(self.layout, config.hot_pool)
         made_for = model_config.max_position_embeddings
         self.max_model_len = fitting_model_len(config.max_model_len, made_for, n_slots, config.block_tokens)
-        self._runner = ModelRunner(config, model_config, weights, self.layout, n_slots, self.max_model_len)
+        self._runner = make_runner(
+            config, model_config, weights, self.layout, n_slots, self.max_model_len, device
+        )
         self.slots = PoolSlots(n_slots)
         self._sequences: dict[str, Sequence] = {}
         self._allotment = Allotment(self.pool, self.slots, config.block_tokens)
@@ -109,10 +105,8 @@ class Engine:
         target_s = config.step_s_target
         self._pacing = StepPacing(target_s, config.block_tokens) if target_s is not None else None
         self._planned: Plan | None = None  # while nothing has changed since
-        self._taken_over: list[CompletedBlock] = []  # to be told by the next step
-        if make_drafter is None and config.speculation == "ngram":
-            make_drafter = NGramDrafter
-        self._speculator = None if make_drafter is None else Speculator(make_drafter, config, model_config)
+        self._copies = BlockCopies(self.pool)
+        self._speculator = make_speculator(config, model_config, make_drafter)
 
     @classmethod
     def load(cls, folder: Path, config: EngineConfig, clock: Clock | None = None) -> Self:
@@ -131,6 +125,7 @@ class Engine:
     def swap_weights(self, loaded: LoadedWeights) -> None:
         """Step with other weights from now on. KV that is there stays: whose it is, is the caller's to know
         (engine/updating.py)."""
+        self._copies.forget_all()
         self._runner.swap(loaded.model)
         for sequence in self._sequences.values():
             sequence.shares = False  # what it has is of other weights than what it will compute
@@ -222,9 +217,13 @@ class Engine:
 
     def step(self) -> StepResult:
         """Compute one batch. Empty if there is no work. A sequence that ended has left the engine when its
-        last event is returned, unless it was admitted with `hold` or `keep`."""
+        last event is returned, unless it was admitted with `hold` or `keep`. On a GPU a block may come with a
+        later step than it became full in, but before its sequence leaves or with its last event."""
         plan = self._planned or self._plan()
         preempted: tuple[GenerationRequest, ...] = ()
+        if plan.left_out and self._copies.late:
+            # Who must leave has its blocks told while it has their slots.
+            return StepResult(blocks=tuple(self._copies.take(lambda _: False)))
         if plan.left_out:
             victims = self._allotment.victims(self._sequences.values(), plan)
             preempted = tuple(victim.so_far() for victim in victims)
@@ -232,28 +231,22 @@ class Engine:
                 self.release(request.request_id)
             plan = self._plan()
         self._planned = None
-        taken, self._taken_over = self._taken_over, []
         chunks = [chunk for chunk in plan.chunks if self._allotment.take(chunk)]
         if not chunks:
-            return StepResult(blocks=tuple(taken), preempted=preempted)
+            return StepResult(blocks=tuple(self._copies.take(self._goes_on)), preempted=preempted)
         if self._speculator is not None:
             chunks = self._speculator.draft(chunks)
         began = self._clock.now()
         logits = self._runner.run(make_batch(chunks, self.config.block_tokens))
         rows = [row for chunk in chunks if chunk.draws for row in chunk.sequence.sampling_rows(chunk.drafts)]
-        drawn = iter(Sampler.sample(logits, rows))
+        drawn = iter(self._runner.begin_draw(logits, rows)())
         self._learn(chunks, self._clock.now() - began)
         drawing = sum(chunk.draws for chunk in chunks)  # before they have taken what was drawn
-        events: list[TokenEvent] = []
-        blocks = taken
-        for chunk in chunks:
-            told, full = self._take(chunk, drawn)
-            events += told
-            blocks += full
+        events = [event for chunk in chunks for event in self._take(chunk, drawn)]
         self._changed()
         return StepResult(
             tuple(events),
-            tuple(blocks),
+            tuple(self._copies.take(self._goes_on)),
             tokens_computed=sum(chunk.rows for chunk in chunks) + len(events) - drawing,
             preempted=preempted,
             drafts_proposed=sum(len(chunk.drafts) for chunk in chunks),
@@ -271,11 +264,14 @@ class Engine:
 
     def release(self, request_id: str) -> None:
         """Forget a sequence and give back its own slots, wherever it stands: free, unless they are kept by
-        the edge shard. Does nothing if it is not there."""
+        the edge shard. What of its blocks was not told yet never is. Does nothing if it is not there."""
+        self._copies.forget(request_id)
+        self._leave(request_id)
+
+    def _leave(self, request_id: str) -> None:
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
             self._allotment.leave(sequence)
-            self._taken_over = [block for block in self._taken_over if block.request_id != request_id]
             self._changed()
 
     def check_integrity(self, lent: Seq[int] = (), kept: Collection[int] = ()) -> None:
@@ -344,7 +340,7 @@ class Engine:
 
     def _plan(self) -> Plan:
         for sequence, index in self._allotment.take_over(self._sequences.values()):
-            self._taken_over.append(self._completed(sequence, index))
+            self._copy_out(sequence, [index])
         return plan_step(
             self._sequences.values(),
             self._prompt_rows,
@@ -364,22 +360,31 @@ class Engine:
         if self._pacing is not None:
             self._pacing.took(sum(chunk.rows + len(chunk.drafts) for chunk in chunks), seconds)
 
-    def _take(self, chunk: Chunk, drawn: Iterator[Drawn]) -> tuple[list[TokenEvent], list[CompletedBlock]]:
-        """What was drawn for its rows, as far as its drafts hold; and the blocks that became full: of the
-        tokens before each of those it took, and of none behind."""
+    def _take(self, chunk: Chunk, drawn: Iterator[Drawn]) -> list[TokenEvent]:
+        """What was drawn for its rows, as far as its drafts hold. Blocks that became full are copied out: of
+        the tokens before each of those it took, and of none behind."""
         sequence, draws = chunk.sequence, chunk.draws
         events = sequence.accept(list(islice(drawn, draws + len(chunk.drafts))), chunk.drafts)
         if chunk.drafts and self._speculator is not None:
             self._speculator.verified(chunk, [event.token_id for event in events])
         full = sequence.advance(chunk.rows + len(events) - draws, self.config.block_tokens)
-        blocks = [self._completed(sequence, index) for index in full]
+        self._copy_out(sequence, full)  # while its slots are held
         self._park_or_release(sequence, events)
-        return events, blocks
+        return events
 
-    def _completed(self, sequence: Sequence, index: int) -> CompletedBlock:
-        request, slot = sequence.request, sequence.slots[index]
-        payload = self.pool.read_block(slot)
-        return CompletedBlock(request.request_id, request.attempt, index, payload, slot)
+    def _copy_out(self, sequence: Sequence, indexes: Collection[int]) -> None:
+        request = sequence.request
+        self._copies.begin(
+            [
+                FullBlock(request.request_id, request.attempt, index, sequence.slots[index])
+                for index in indexes
+            ]
+        )
+
+    def _goes_on(self, request_id: str) -> bool:
+        """Will steps to come compute it?"""
+        sequence = self._sequences.get(request_id)
+        return sequence is not None and not sequence.parked
 
     def _park_or_release(self, sequence: Sequence, events: Seq[TokenEvent]) -> None:
         if not events:
@@ -392,4 +397,4 @@ class Engine:
         if sequence.hold or (sequence.keep and finished):
             sequence.parked = True
         elif finished:
-            self.release(sequence.request.request_id)
+            self._leave(sequence.request.request_id)

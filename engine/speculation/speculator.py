@@ -20,9 +20,10 @@ from engine.models.config import ModelConfig
 from engine.sequence import Sequence
 from engine.speculation.base import Draft, DrafterFactory
 from engine.speculation.drafting import Drafting, Experience
+from engine.speculation.ngram import NGramDrafter
 from engine.speculation.payoff import StepCost, allot
 
-__all__ = ["Speculator"]
+__all__ = ["Speculator", "make_speculator"]
 
 RETRY_AFTER: Final = 32
 
@@ -88,6 +89,15 @@ class Speculator:
         if not wanted and state.passed_over < RETRY_AFTER:
             return Draft()
         return state.propose(sequence.tokens, wanted or 1, self._vocab_size)
+
+
+def make_speculator(
+    config: EngineConfig, model_config: ModelConfig, make_drafter: DrafterFactory | None
+) -> Speculator | None:
+    """With this drafter, or the one that the configuration names, if any."""
+    if make_drafter is None and config.speculation == "ngram":
+        make_drafter = NGramDrafter
+    return None if make_drafter is None else Speculator(make_drafter, config, model_config)
 
 
 class _Offer(NamedTuple):
