@@ -89,11 +89,11 @@ class EngineConfig(BaseModel):
         None, ge=2, description="Longest prompt and output together. None: what the model was made for"
     )
 
-    speculation: Literal["off", "ngram"] = Field(
-        "ngram",
+    speculation: Literal["auto", "off", "ngram"] = Field(
+        "auto",
         description="Guess tokens and verify them in one step: output stays the same. ngram: what followed "
         "the last few tokens where they occurred before; fast where text is copied, held back where it does "
-        "not pay",
+        "not pay. auto: ngram on a CPU, off on a GPU, whose recorded steps have no room for guesses",
     )
     draft_tokens_max: int = Field(
         16, ge=1, le=256, description="Guesses that one step may verify for one sequence"

@@ -106,7 +106,7 @@ class Engine:
         self._pacing = StepPacing(target_s, config.block_tokens) if target_s is not None else None
         self._planned: Plan | None = None  # while nothing has changed since
         self._copies = BlockCopies(self.pool)
-        self._speculator = make_speculator(config, model_config, make_drafter)
+        self._speculator = make_speculator(config, model_config, make_drafter, self.pool.device)
 
     @classmethod
     def load(cls, folder: Path, config: EngineConfig, clock: Clock | None = None) -> Self:

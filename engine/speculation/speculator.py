@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from typing import Final, NamedTuple
 
+import torch
+
 from engine.batch import Chunk
 from engine.config import EngineConfig
 from engine.models.config import ModelConfig
@@ -92,10 +94,11 @@ class Speculator:
 
 
 def make_speculator(
-    config: EngineConfig, model_config: ModelConfig, make_drafter: DrafterFactory | None
+    config: EngineConfig, model_config: ModelConfig, make_drafter: DrafterFactory | None, device: torch.device
 ) -> Speculator | None:
-    """With this drafter, or the one that the configuration names, if any."""
-    if make_drafter is None and config.speculation == "ngram":
+    """With this drafter, or the one that the configuration means on this device, if any."""
+    by_itself = config.speculation == "auto" and device.type == "cpu"
+    if make_drafter is None and (by_itself or config.speculation == "ngram"):
         make_drafter = NGramDrafter
     return None if make_drafter is None else Speculator(make_drafter, config, model_config)
 

@@ -22,7 +22,7 @@ from tests.engine.conftest import EngineFactory, prompt, request, run, tokens_of
 from tests.engine.late_device import LateDevice, RecordingDevice
 from tests.tiny_model import make_tiny_model
 
-PLAIN = {"batch_invariant": False, "running_max": 6, "max_model_len": 256}
+PLAIN = {"batch_invariant": False, "running_max": 6, "max_model_len": 256, "speculation": "off"}
 
 
 @pytest.fixture
