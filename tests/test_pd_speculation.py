@@ -43,7 +43,7 @@ async def test_drafts_change_no_token_and_no_block(
     longer = [text + output for text, output in zip(texts, first, strict=True)]
     second = generate_all(plain, requests("b", longer, temperature))
     known = [text + output for text, output in zip(longer, second, strict=True)]
-    monkeypatch.setattr("engine.engine.NGramDrafter", oracle(*known))
+    monkeypatch.setattr("engine.speculation.speculator.NGramDrafter", oracle(*known))
     engine = CACHING if caching else ENGINE
     async with pair_over(folder, [shard("s0"), shard("s1")], engine=engine) as pair:
         outputs, _ = await answers(pair, requests("a", texts, temperature))
