@@ -1,0 +1,80 @@
+"""Weights that change in the very turn in which something begins: promise 3 between two turns of a loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import pytest
+
+from engine.boot import Worker
+from engine.types import FirstToken, UpdateMode
+from engine.updating import LoadedWeights
+from kvstore.nouns import Epoch
+from tests.role_parts import WAIT_S, prompt, request
+from tests.tiny_model import make_tiny_model
+from tests.weights_parts import (
+    Oracle,
+    assert_drawn_by_fresh_engines,
+    inspect,
+    prepare_both,
+    settled,
+    stores_of,
+    under_load,
+)
+
+T = TypeVar("T")
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    root = tmp_path_factory.mktemp("epochs")
+    return Oracle([make_tiny_model(root / str(seed), seed) for seed in range(3)])
+
+
+def begun_at_the_swap(
+    worker: Worker, begin: Callable[[], Coroutine[Any, Any, T]], delay: int
+) -> asyncio.Future[asyncio.Task[T]]:
+    """What is begun `delay` turns of the event loop after the engine thread has swapped its weights."""
+    loop = asyncio.get_running_loop()
+    begun: asyncio.Future[asyncio.Task[T]] = loop.create_future()
+
+    def later(turns: int) -> None:
+        if turns:
+            loop.call_soon(later, turns - 1)
+        else:
+            begun.set_result(loop.create_task(begin()))
+
+    engine = worker.weights._engine
+    swap = engine.swap_weights
+
+    def swap_and_begin(loaded: LoadedWeights) -> None:
+        swap(loaded)
+        loop.call_soon_threadsafe(later, delay)
+
+    engine.swap_weights = swap_and_begin  # type: ignore[method-assign]
+    return begun
+
+
+@pytest.mark.parametrize("delay", range(6))
+async def test_a_prompt_enlisted_before_the_change_is_computed_as_one_of_the_new_epoch(
+    oracle: Oracle, delay: int
+) -> None:
+    async with under_load(oracle) as load:
+        await prepare_both(load, oracle, 2)
+        prefill, worker = load.pair.prefill, load.pair.workers[0]
+        asked = request(prompt(21), name="r", max_tokens=24)
+        beginning = begun_at_the_swap(worker, lambda: prefill.prefill(asked), delay)
+        await prefill.update_weights(oracle.path(2), 2, UpdateMode.RECOMPUTE, WAIT_S)
+        first: FirstToken = await (await beginning)
+        assert first.epoch == Epoch(2, oracle.engine(2).weights_digest)
+        assert_drawn_by_fresh_engines(oracle, asked, [first.event])
+        handoff = await prefill.handoff("r", 1)
+        assert handoff is not None
+        assert (handoff.epoch, handoff.foreign) == (first.epoch, False)
+        worker.store.release_for("default", handoff.leases)
+        await settled(load.pair)
+        seen = await inspect(oracle, stores_of(load.pair), [(*asked.prompt_ids, first.event.token_id)])
+        assert set(seen) == {2}
+        await load.pair.assert_nothing_held()
