@@ -11,6 +11,7 @@ import pytest
 from engine.boot import Worker
 from engine.types import FirstToken, UpdateMode
 from engine.updating import LoadedWeights
+from kvstore.errors import EpochConflict, OverLimit
 from kvstore.nouns import Epoch
 from tests.role_parts import WAIT_S, prompt, request
 from tests.tiny_model import make_tiny_model
@@ -77,4 +78,46 @@ async def test_a_prompt_enlisted_before_the_change_is_computed_as_one_of_the_new
         await settled(load.pair)
         seen = await inspect(oracle, stores_of(load.pair), [(*asked.prompt_ids, first.event.token_id)])
         assert set(seen) == {2}
+        await load.pair.assert_nothing_held()
+
+
+@pytest.mark.parametrize("delay", range(4))
+async def test_drain_never_mixes(oracle: Oracle, delay: int) -> None:
+    """A handoff that comes while decode's engine swaps: it is of weights that have ended, and is refused. Its
+    leases are given back."""
+    async with under_load(oracle) as load:
+        await prepare_both(load, oracle, 2)
+        asked = request(prompt(19), name="r", max_tokens=12)
+        await load.pair.prefill.prefill(asked)
+        handoff = await load.pair.prefill.handoff("r", 1)
+        assert handoff is not None
+        decode, worker = load.pair.decode, load.pair.workers[1]
+        beginning = begun_at_the_swap(worker, lambda: decode.start(handoff), delay)
+        await decode.update_weights(oracle.path(2), 2, UpdateMode.DRAIN, WAIT_S)
+        with pytest.raises(EpochConflict, match="of epoch 1, this worker"):
+            await (await beginning)
+        await settled(load.pair)
+        await load.pair.assert_nothing_held()
+
+
+async def test_starts_that_wait_for_a_change_are_bounded_and_may_be_cancelled(oracle: Oracle) -> None:
+    async with under_load(oracle) as load:
+        decode, worker = load.pair.decode, load.pair.workers[1]
+        handoffs = []
+        for name in ("a", "b"):
+            await load.pair.prefill.prefill(request(prompt(19), name=name, max_tokens=12))
+            handoff = await load.pair.prefill.handoff(name, 1)
+            assert handoff is not None
+            handoffs.append(handoff)
+        decode._limits = decode._limits.model_copy(update={"requests_max": 1})
+        async with worker.loop.gate.held():
+            waiting = asyncio.create_task(decode.start(handoffs[0]))
+            await asyncio.sleep(0)
+            with pytest.raises(OverLimit, match="wait here for other weights"):
+                await decode.start(handoffs[1])
+            assert not waiting.done()
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+        await settled(load.pair)
         await load.pair.assert_nothing_held()
