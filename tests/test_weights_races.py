@@ -11,8 +11,8 @@ import pytest
 from engine.boot import Worker
 from engine.types import FirstToken, UpdateMode
 from engine.updating import LoadedWeights
-from kvstore.errors import EpochConflict, OverLimit
-from kvstore.nouns import Epoch
+from kvstore.errors import EpochConflict, OverLimit, Unavailable
+from kvstore.nouns import Epoch, EpochsOfModel, WeightsDigest
 from tests.role_parts import WAIT_S, prompt, request
 from tests.tiny_model import make_tiny_model
 from tests.weights_parts import (
@@ -121,3 +121,47 @@ async def test_starts_that_wait_for_a_change_are_bounded_and_may_be_cancelled(or
                 await waiting
         await settled(load.pair)
         await load.pair.assert_nothing_held()
+
+
+async def test_a_failed_prepare_leaves_the_number_free(oracle: Oracle) -> None:
+    """This worker could, another could not: what remains is nothing, here or in the store."""
+    async with under_load(oracle) as load:
+        prefill, worker = load.pair.prefill, load.pair.workers[0]
+        await prefill.prefill(request(prompt(9), name="warm", max_tokens=2))
+        await prefill.abort("warm", 1)
+        await prefill.prepare_weights(oracle.path(2), 2)
+        assert worker.edge is not None
+        for driver in (*load.pair.shards, worker.edge.driver):
+            known = await driver.epochs("tiny", timeout_s=WAIT_S)
+            assert [epoch.number for epoch in known.registered] == [1]
+        await prefill.discard_weights()
+        other = Epoch(2, oracle.engine(3).weights_digest)
+        assert await prefill.prepare_weights(oracle.path(3), 2) == other
+        assert (await prefill.update_weights(oracle.path(3), 2, UpdateMode.DRAIN, WAIT_S)).epoch_number == 2
+        for driver in (*load.pair.shards, worker.edge.driver):
+            assert (await driver.epochs("tiny", timeout_s=WAIT_S)).registered[1] == other
+        await settled(load.pair)
+        await load.pair.assert_nothing_held()
+
+
+async def test_prepare_refuses_a_number_that_a_shard_knows_as_other_weights(oracle: Oracle) -> None:
+    """Also where another shard is away: no worker changes then. A pool that knows it refuses as well."""
+    async with under_load(oracle) as load:
+        prefill, worker = load.pair.prefill, load.pair.workers[0]
+        await prefill.prefill(request(prompt(9), name="warm", max_tokens=2))
+        await prefill.abort("warm", 1)
+        other = Epoch(5, WeightsDigest(b"other weights..."))
+        await load.pair.shards[1].register_epoch("tiny", other, timeout_s=WAIT_S)
+        load.pair.shards[0].epochs = _away  # type: ignore[method-assign]
+        with pytest.raises(EpochConflict, match="on shard s1"):
+            await prefill.prepare_weights(oracle.path(2), 5)
+        assert worker.edge is not None
+        worker.edge.know(Epoch(6, other.weights_digest))
+        with pytest.raises(EpochConflict, match="is bound to weights"):
+            await prefill.prepare_weights(oracle.path(2), 6)
+        await settled(load.pair)
+        await load.pair.assert_nothing_held()
+
+
+async def _away(model_id: str, *, timeout_s: float) -> EpochsOfModel:
+    raise Unavailable(f"no answer within {timeout_s} s of what is known of {model_id}")
