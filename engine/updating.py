@@ -140,6 +140,7 @@ class WeightsUpdate:
         self._thread = thread
         self._busy = False
         self._prepared: _Prepared | None = None
+        self._discarded = 0  # how often
 
     async def prepare(self, worker: Worker, path: str, number: int) -> Epoch:
         """Load beside, so that `update` with the same arguments only binds and changes. Idempotent; binds
@@ -147,14 +148,17 @@ class WeightsUpdate:
 
         Raises ModelError's kinds and ConfigError as `load_beside`, ConfigError for an epoch of the past,
         EpochConflict for a number that stands for other weights here or on a shard that answers, OverLimit
-        where the pool knows no more epochs, Unavailable while an update is under way.
+        where the pool knows no more epochs, Unavailable while an update is under way. Discarded while it
+        loads, it ends as ever and holds nothing.
         """
         with self._alone():
-            return await self._prepare(worker, path, number)
+            return (await self._prepare(worker, path, number)).epoch
 
     def discard(self) -> None:
-        """Forget what was prepared, and free its memory."""
+        """Forget what was prepared, and free its memory; also what is being prepared now, when it is loaded.
+        An update under way has what it needs, and goes on."""
         self._prepared = None
+        self._discarded += 1
 
     async def update(
         self,
@@ -185,11 +189,12 @@ class WeightsUpdate:
         finally:
             self._busy = False
 
-    async def _prepare(self, worker: Worker, path: str, number: int) -> Epoch:
+    async def _prepare(self, worker: Worker, path: str, number: int) -> _Prepared:
+        """It stands in `_prepared`, too, unless it was discarded meanwhile or is what runs."""
         now, ready = worker.store.epoch, self._prepared
         if ready is not None and (ready.path, ready.epoch.number) == (path, number):
-            return ready.epoch
-        self._prepared = None
+            return ready
+        self._prepared, discarded = None, self._discarded
         if number < now.number:
             raise ConfigError(
                 f"this worker is at epoch {now.number}, and epochs never go back: give the weights a number "
@@ -198,18 +203,20 @@ class WeightsUpdate:
         folder = await asyncio.to_thread(resolve_model, path)
         loaded = await asyncio.to_thread(load_beside, self._engine, folder)
         epoch = Epoch(number, loaded.digest)
+        prepared = _Prepared(path, epoch, loaded)
         if number == now.number:
             if epoch != now:
                 raise EpochConflict(
                     f"epoch {number} stands for weights {now.weights_digest.hex()}, {path} has "
                     f"{loaded.digest.hex()}: take the next number for new weights"
                 )
-            return epoch
+            return prepared
         if worker.edge is not None:
             worker.edge.check_epoch(epoch)
         await worker.store.check_epoch(epoch)
-        self._prepared = _Prepared(path, epoch, loaded)
-        return epoch
+        if discarded == self._discarded:
+            self._prepared = prepared
+        return prepared
 
     async def _bind(self, worker: Worker, epoch: Epoch) -> dict[str, StoreSession]:
         """The number to its weights, for ever: nothing but waiting lies between this and the change."""
@@ -228,7 +235,8 @@ class WeightsUpdate:
         timeout_s: float,
     ) -> Epoch:
         with self._alone():
-            epoch = await self._prepare(worker, path, number)
+            prepared = await self._prepare(worker, path, number)
+            epoch = prepared.epoch
             if epoch == worker.store.epoch:
                 return epoch
             sessions = await self._bind(worker, epoch)
@@ -236,7 +244,7 @@ class WeightsUpdate:
             role.hold_back(drains)
             try:
                 async with await _between_steps(worker, role, drains, timeout_s):
-                    await self._switch(worker, role, mode, sessions)
+                    await self._switch(worker, role, mode, prepared, sessions)
             finally:
                 role.hold_back(False)
             return epoch
@@ -246,11 +254,11 @@ class WeightsUpdate:
         worker: Worker,
         role: ChangingRole,
         mode: UpdateMode,
+        prepared: _Prepared,
         sessions: dict[str, StoreSession],
     ) -> None:
         """No step and no admission runs. Behind the engine's own change there is no wait: one turn."""
-        prepared, old = self._prepared, worker.store.epoch
-        assert prepared is not None, "prepared by `update`, and nobody else may meanwhile"
+        old = worker.store.epoch
         await self._thread.submit(self._engine.swap_weights, prepared.loaded)
         epoch, self._prepared = prepared.epoch, None
         worker.store.change_epoch(epoch, sessions)

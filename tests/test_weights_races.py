@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 
+from engine import updating
 from engine.boot import Worker
+from engine.engine import Engine
 from engine.types import FirstToken, UpdateMode
 from engine.updating import LoadedWeights
 from kvstore.errors import EpochConflict, OverLimit, Unavailable
@@ -161,6 +165,52 @@ async def test_prepare_refuses_a_number_that_a_shard_knows_as_other_weights(orac
             await prefill.prepare_weights(oracle.path(2), 6)
         await settled(load.pair)
         await load.pair.assert_nothing_held()
+
+
+async def test_discard_while_preparing(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asked gave up: nothing is held when it is loaded."""
+    async with under_load(oracle) as load:
+        prefill, worker = load.pair.prefill, load.pair.workers[0]
+        loading, go_on = threading.Event(), threading.Event()
+        monkeypatch.setattr(updating, "load_beside", _when_told(updating.load_beside, loading, go_on))
+        preparing = asyncio.create_task(prefill.prepare_weights(oracle.path(2), 2))
+        assert await asyncio.to_thread(loading.wait, WAIT_S)
+        await prefill.discard_weights()
+        go_on.set()
+        assert (await preparing).number == 2
+        assert worker.weights._prepared is None
+        await prefill.prepare_weights(oracle.path(2), 2)
+        assert worker.weights._prepared is not None, "an earlier discard is not a later one"
+
+
+@pytest.mark.parametrize("mode", [UpdateMode.DRAIN, UpdateMode.RECOMPUTE])
+async def test_discard_does_not_stop_an_update_under_way(oracle: Oracle, mode: UpdateMode) -> None:
+    async with under_load(oracle) as load:
+        prefill, worker = load.pair.prefill, load.pair.workers[0]
+        await prefill.prepare_weights(oracle.path(2), 2)
+        with worker.loop.gate.passing():  # a step that takes its time
+            update = prefill.update_weights(oracle.path(2), 2, mode, WAIT_S)
+            updating_now = asyncio.create_task(update)
+            while worker.loop.gate.is_open:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            await prefill.discard_weights()
+        assert (await updating_now).epoch_number == 2
+        first = await prefill.prefill(request(prompt(20)))
+        assert_drawn_by_fresh_engines(oracle, request(prompt(20)), [first.event])
+        await prefill.abort("r", 1)
+        await settled(load.pair)
+        await load.pair.assert_nothing_held()
+
+
+def _when_told(
+    load: Callable[[Engine, Path], LoadedWeights], loading: threading.Event, go_on: threading.Event
+) -> Callable[[Engine, Path], LoadedWeights]:
+    def load_when_told(engine: Engine, folder: Path) -> LoadedWeights:
+        loading.set()
+        assert go_on.wait(WAIT_S)
+        return load(engine, folder)
+
+    return load_when_told
 
 
 async def _away(model_id: str, *, timeout_s: float) -> EpochsOfModel:
