@@ -20,7 +20,7 @@ from decode.sequence import Decoding
 from engine.aborted import AbortedAttempts
 from engine.boot import Worker
 from engine.types import FinishReason, Handoff, PollResult, TokenEvent, UpdateMode, WorkerInfo
-from kvstore.errors import EpochConflict, KVStrataError, OverLimit, Unavailable
+from kvstore.errors import EpochConflict, OverLimit, Unavailable
 from kvstore.nouns import BlockKey, Epoch
 from kvstore.topology import ShardEntry, Topology
 
@@ -40,6 +40,7 @@ class DecodeRole:
         self._events = EventLog(worker.limits.events_max)
         self._aborted = AbortedAttempts(worker.clock)
         self._draining = False
+        self._at_the_gate = 0  # starts that wait for a change of the weights to be over
         self.left = asyncio.Event()  # set whenever a sequence leaves
 
     async def ready(self) -> WorkerInfo:
@@ -49,17 +50,21 @@ class DecodeRole:
         """Take the handoff over; its tokens come by `poll`. Returns when it is accepted.
 
         A start of a superseded or aborted attempt, or a repeated one, is accepted and does nothing. Raises
-        OverLimit when the worker is full, Unavailable when it drains, EpochConflict for other weights.
+        OverLimit when the worker is full, Unavailable when it drains, EpochConflict for other weights. Waits
+        while the weights are being changed: a step's rest and the change.
         """
         run = Decoding(handoff, self._told)
-        live = self._live.get(run.request_id)
-        if live is not None and live.attempt == run.attempt:
+        if self._is_here(run):
             return  # told once more: its leases are in use
         try:
+            await self._come_in()
+            if self._is_here(run):
+                return
             self._check_can_take(handoff)
-        except KVStrataError:
+        except BaseException:
             self._give_back_leases(run)
             raise
+        live = self._live.get(run.request_id)
         superseded = live is not None and live.attempt > run.attempt
         if superseded or self._aborted.covers(run.request_id, run.attempt):
             self._give_back_leases(run)
@@ -143,7 +148,7 @@ class DecodeRole:
         return not self._live
 
     def hold_back(self, on: bool) -> None:
-        """Nothing is: what comes here began before."""
+        """Nothing is, until they are being changed (`_come_in`): what comes here began before."""
 
     def weights_changed(self, mode: UpdateMode, epoch: Epoch) -> None:
         """Who is not in the engine yet is computed from its tokens (abort: ends, as all do)."""
@@ -161,6 +166,26 @@ class DecodeRole:
                 run.task = self._worker.background.spawn(self._begin(run), f"begin {run.request_id} again")
 
     # -- inside ------------------------------------------------------------------------------------
+
+    def _is_here(self, run: Decoding) -> bool:
+        live = self._live.get(run.request_id)
+        return live is not None and live.attempt == run.attempt
+
+    async def _come_in(self) -> None:
+        """While the engine is held for a change nobody comes in: what did would begin under the old weights
+        and be computed under the new ones, which only keep and recompute allow. Raises OverLimit."""
+        gate = self._worker.loop.gate
+        if gate.is_open:
+            return
+        if self._at_the_gate >= self._limits.requests_max:
+            raise OverLimit(
+                f"{self._at_the_gate} handoffs wait here for other weights: ask another, or later"
+            )
+        self._at_the_gate += 1
+        try:
+            await gate.opened()
+        finally:
+            self._at_the_gate -= 1
 
     def _check_can_take(self, handoff: Handoff) -> None:
         if self._draining:

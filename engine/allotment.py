@@ -92,7 +92,7 @@ class Allotment:
         if sequence.writes_to_shared(size, self._slots.is_shared):
             index, tokens = divmod(sequence.computed, size)
             shared, (own,) = sequence.slots[index], self._slots.allocate(1, name)
-            self._pool.write_tail(own, self._pool.read_tail(shared, tokens), tokens)
+            self._pool.copy_block(shared, own, tokens)
             sequence.slots = (*sequence.slots[:index], own, *sequence.slots[index + 1 :])
             self._slots.give_back((shared,))
         wanted = sequence.slots_for(rows, size)

@@ -90,6 +90,10 @@ class DeviceStorage:
             self._ring[turn] = pinned, mark
             self._written += 1
 
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        with torch.inference_mode():
+            self.data[:, :, target, :tokens].copy_(self.data[:, :, source, :tokens])
+
     def begin_read(self, slots: Sequence[int]) -> BlockRead:
         shape = (len(slots), *self.data.shape[:2], *self.data.shape[3:])
         with torch.inference_mode():

@@ -191,8 +191,12 @@ class EdgeShard:
             core.advance_epoch(model_id, known.current, allow_stale(known.stale_lag_max))
         self.driver.reap()
 
+    def check_epoch(self, epoch: Epoch) -> None:
+        """Could weights that are to come be known here under this number? Binds nothing. Raises as `know`."""
+        self.driver.core.epochs.check(self.spec.model_id, epoch)
+
     def know(self, epoch: Epoch) -> None:
-        """Weights that are to come. Raises EpochConflict, OverLimit."""
+        """Weights that are to come: the number is theirs from here on. Raises EpochConflict, OverLimit."""
         self.driver.core.register_epoch(self.spec.model_id, epoch)
 
     def change_epoch(self, epoch: Epoch) -> None:

@@ -53,6 +53,11 @@ class PoolStorage(Protocol):
 
     def write(self, slot: int, tokens: int, source: Bytes) -> None: ...
 
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """A slot's first `tokens` tokens into another slot, behind the work issued so far. The engine's
+        thread alone."""
+        ...
+
     def begin_read(self, slots: Sequence[int]) -> BlockRead:
         """Whole blocks, as they are behind the work issued so far."""
         ...
@@ -151,6 +156,11 @@ class KVPool:
     def write_tail(self, slot: int, payload: memoryview | Bytes, tokens: int) -> None:
         self._storage.write(slot, tokens, self._checked(payload, tokens))
 
+    def copy_block(self, source: int, target: int, tokens: int) -> None:
+        """A slot's first `tokens` tokens into another slot, to the bit of what is held. From the engine's
+        thread."""
+        self._storage.copy(source, target, tokens)
+
     def _checked(self, payload: memoryview | Bytes, tokens: int) -> Bytes:
         nbytes = tokens * self.layout.token_nbytes
         source: Bytes = np.frombuffer(payload, dtype=np.uint8)
@@ -193,6 +203,9 @@ class HostStorage:
     def write(self, slot: int, tokens: int, source: Bytes) -> None:
         target = self._bytes[:, :, slot, :tokens]
         target[...] = source.reshape(target.shape)
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        self._bytes[:, :, target, :tokens] = self._bytes[:, :, source, :tokens]
 
     def begin_read(self, slots: Sequence[int]) -> BlockRead:
         return CopiedBlocks([self._bytes[:, :, slot].reshape(-1).copy() for slot in slots])

@@ -112,6 +112,13 @@ class QuantisedPool(KVPool):
         self.codes[:, :, slot, :tokens] = codes
         self.scales[:, :, slot, :, :tokens] = scale.to(torch.bfloat16).transpose(2, 3)
 
+    def copy_block(self, source: int, target: int, tokens: int) -> None:
+        """Codes and scales: through `read_tail` and `write_tail` it would be quantised once more, which does
+        not give the same codes."""
+        with torch.inference_mode():
+            self.codes[:, :, target, :tokens].copy_(self.codes[:, :, source, :tokens])
+            self.scales[:, :, target, :, :tokens].copy_(self.scales[:, :, source, :, :tokens])
+
     def _layer(self, layer: int, which: int) -> torch.Tensor:
         scale = self.scales[layer, which].transpose(1, 2)
         return dequantised(self.codes[layer, which], scale, self._hot, self._dtype).flatten(0, 1)

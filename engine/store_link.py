@@ -16,7 +16,7 @@ import structlog
 from engine.background import Background
 from kvstore.client import StoreClient
 from kvstore.clock import Clock
-from kvstore.errors import EpochConflict, KVStrataError, Unavailable
+from kvstore.errors import EpochConflict, Incomplete, KVStrataError, Unavailable
 from kvstore.merged_watch import Watch
 from kvstore.nouns import (
     Epoch,
@@ -91,6 +91,29 @@ class StoreLink:
             if (session := self._sessions.get(tenant)) is not None:
                 return session
             return await self._open(tenant) if self._clock.now() >= self._not_before else None
+
+    async def check_epoch(self, epoch: Epoch) -> None:
+        """Raises EpochConflict when the number of an epoch to come stands for other weights on a shard that
+        answers within `connect_timeout_s`. Binds nothing; what does not answer now is found by
+        `sessions_of`."""
+        if self._client is None:
+            return
+        model_id, timeout_s = self.spec.model_id, self._connect_timeout_s
+        known: Mapping[ShardId, object] = {}
+        try:
+            known = await self._client.epochs(model_id, timeout_s=timeout_s)
+        except KVStrataError as error:
+            known = error.done if isinstance(error, Incomplete) else {}
+            log.warning("not every shard could be asked for the epoch to come", error=str(error))
+        for shard, of_model in known.items():
+            bound = of_model.registered if isinstance(of_model, EpochsOfModel) else ()
+            for other in bound:
+                if other.number == epoch.number and other != epoch:
+                    raise EpochConflict(
+                        f"epoch {epoch.number} of {model_id} is bound to weights {other.weights_digest.hex()}"
+                        f" on shard {shard}, not to {epoch.weights_digest.hex()}: take the next number for "
+                        "new weights"
+                    )
 
     async def sessions_of(self, epoch: Epoch) -> dict[str, StoreSession]:
         """Register an epoch that is to come, and open it for every tenant that has a session now: those of

@@ -1,12 +1,18 @@
 """Other weights for a running worker: loaded beside the old ones, then changed between two steps.
 
-    prepare   load, check, pack (beside, in a thread) -> register the epoch -> open its sessions
+    prepare   load, check, pack (beside, in a thread) -> is the number free, in the pool and in the store?
+    bind      the number to these weights, in the pool and in the store -> open sessions of it
     change    [no step, no admission runs] engine's model | store's epoch | pool's epoch | what runs: one turn
 
-Whatever fails before the change leaves everything as it was. What runs obeys the mode; requests that are not
-in the engine yet begin again under the new weights, whatever the mode. Nothing that was computed, or read,
-under one epoch can be kept or published under another: publications and sessions have the epoch of their
-making, and the pool's cache takes nothing from a sequence that began under another (engine/local_run.py).
+What `prepare` does leaves no trace but memory: a number that was prepared, then discarded or refused, may be
+given to other weights. Binding is for ever, and `update` does it last. If it fails behind that (what runs
+does not end in time; one shard of several conflicts), the old weights stay, and the number stays bound where
+it was by then: the same weights may be asked for under it again, others may not.
+
+What runs obeys the mode; requests that are not in the engine yet begin again under the new weights, whatever
+the mode. Nothing that was computed, or read, under one epoch can be kept or published under another:
+publications and sessions have the epoch of their making, and the pool's cache takes nothing from a sequence
+that began under another (engine/local_run.py).
 
 Memory: from `prepare` until the change both models' matrices are held (and until `discard` if it never
 comes); the pool is held once. The change itself takes a step's rest and some microseconds.
@@ -122,7 +128,6 @@ class _Prepared:
     path: str
     epoch: Epoch
     loaded: LoadedWeights
-    sessions: dict[str, StoreSession]
 
 
 class WeightsUpdate:
@@ -135,19 +140,25 @@ class WeightsUpdate:
         self._thread = thread
         self._busy = False
         self._prepared: _Prepared | None = None
+        self._discarded = 0  # how often
 
     async def prepare(self, worker: Worker, path: str, number: int) -> Epoch:
-        """Load beside, so that `update` with the same arguments only changes. Idempotent.
+        """Load beside, so that `update` with the same arguments only binds and changes. Idempotent; binds
+        nothing.
 
         Raises ModelError's kinds and ConfigError as `load_beside`, ConfigError for an epoch of the past,
-        EpochConflict for a number that stands for other weights, Unavailable while an update is under way.
+        EpochConflict for a number that stands for other weights here or on a shard that answers, OverLimit
+        where the pool knows no more epochs, Unavailable while an update is under way. Discarded while it
+        loads, it ends as ever and holds nothing.
         """
         with self._alone():
-            return await self._prepare(worker, path, number)
+            return (await self._prepare(worker, path, number)).epoch
 
     def discard(self) -> None:
-        """Forget what was prepared, and free its memory."""
+        """Forget what was prepared, and free its memory; also what is being prepared now, when it is loaded.
+        An update under way has what it needs, and goes on."""
         self._prepared = None
+        self._discarded += 1
 
     async def update(
         self,
@@ -159,8 +170,8 @@ class WeightsUpdate:
         timeout_s: float,
     ) -> Epoch:
         """Prepare, if that was not done, then change. Raises what `prepare` raises, DeadlineExceeded when
-        what runs does not end in time (drain); then the old weights stay. Nothing to do, if this worker has
-        this epoch already."""
+        what runs does not end in time (drain); then the old weights stay, and the number may be bound to the
+        new ones. Nothing to do, if this worker has this epoch already."""
         updating = _outcome(self._update(worker, role, path, number, mode, timeout_s))
         # Not to end halfway with its caller: the worker would be of two epochs.
         outcome = await asyncio.shield(worker.background.spawn(updating, "update weights"))
@@ -178,11 +189,12 @@ class WeightsUpdate:
         finally:
             self._busy = False
 
-    async def _prepare(self, worker: Worker, path: str, number: int) -> Epoch:
+    async def _prepare(self, worker: Worker, path: str, number: int) -> _Prepared:
+        """It stands in `_prepared`, too, unless it was discarded meanwhile or is what runs."""
         now, ready = worker.store.epoch, self._prepared
         if ready is not None and (ready.path, ready.epoch.number) == (path, number):
-            return ready.epoch
-        self._prepared = None
+            return ready
+        self._prepared, discarded = None, self._discarded
         if number < now.number:
             raise ConfigError(
                 f"this worker is at epoch {now.number}, and epochs never go back: give the weights a number "
@@ -191,17 +203,27 @@ class WeightsUpdate:
         folder = await asyncio.to_thread(resolve_model, path)
         loaded = await asyncio.to_thread(load_beside, self._engine, folder)
         epoch = Epoch(number, loaded.digest)
+        prepared = _Prepared(path, epoch, loaded)
         if number == now.number:
             if epoch != now:
                 raise EpochConflict(
                     f"epoch {number} stands for weights {now.weights_digest.hex()}, {path} has "
                     f"{loaded.digest.hex()}: take the next number for new weights"
                 )
-            return epoch
+            return prepared
+        if worker.edge is not None:
+            worker.edge.check_epoch(epoch)
+        await worker.store.check_epoch(epoch)
+        if discarded == self._discarded:
+            self._prepared = prepared
+        return prepared
+
+    async def _bind(self, worker: Worker, epoch: Epoch) -> dict[str, StoreSession]:
+        """The number to its weights, for ever: nothing but waiting lies between this and the change."""
+        sessions = await worker.store.sessions_of(epoch)
         if worker.edge is not None:
             worker.edge.know(epoch)
-        self._prepared = _Prepared(path, epoch, loaded, await worker.store.sessions_of(epoch))
-        return epoch
+        return sessions
 
     async def _update(
         self,
@@ -213,25 +235,33 @@ class WeightsUpdate:
         timeout_s: float,
     ) -> Epoch:
         with self._alone():
-            epoch = await self._prepare(worker, path, number)
+            prepared = await self._prepare(worker, path, number)
+            epoch = prepared.epoch
             if epoch == worker.store.epoch:
                 return epoch
+            sessions = await self._bind(worker, epoch)
             drains = mode is UpdateMode.DRAIN
             role.hold_back(drains)
             try:
                 async with await _between_steps(worker, role, drains, timeout_s):
-                    await self._switch(worker, role, mode)
+                    await self._switch(worker, role, mode, prepared, sessions)
             finally:
                 role.hold_back(False)
             return epoch
 
-    async def _switch(self, worker: Worker, role: ChangingRole, mode: UpdateMode) -> None:
+    async def _switch(
+        self,
+        worker: Worker,
+        role: ChangingRole,
+        mode: UpdateMode,
+        prepared: _Prepared,
+        sessions: dict[str, StoreSession],
+    ) -> None:
         """No step and no admission runs. Behind the engine's own change there is no wait: one turn."""
-        prepared, old = self._prepared, worker.store.epoch
-        assert prepared is not None, "prepared by `update`, and nobody else may meanwhile"
+        old = worker.store.epoch
         await self._thread.submit(self._engine.swap_weights, prepared.loaded)
         epoch, self._prepared = prepared.epoch, None
-        worker.store.change_epoch(epoch, prepared.sessions)
+        worker.store.change_epoch(epoch, sessions)
         if worker.edge is not None:
             worker.edge.change_epoch(epoch)
         worker.info = replace(worker.info, weights_digest=epoch.weights_digest, epoch_number=epoch.number)

@@ -48,6 +48,8 @@ async def compute_first_token(worker: Worker, run: Prefilling) -> FirstToken:
 
 async def _compute(worker: Worker, run: Prefilling, arrived: float) -> FirstToken:
     as_of = worker.loop.changes
+    if run.lineage.epoch != worker.store.epoch:  # they changed between its enlisting and this turn
+        run.begin_again(worker.store.epoch)
     run.lineage = run.lineage.absorb(run.lineage.epoch, worker.kv_quality)  # all it reads lies in our pool
     run.session = await worker.store.session(run.request.tenant)
     chain = KeyChain(run.session.namespace if run.session else _NO_NAMESPACE, worker.info.layout.block_tokens)

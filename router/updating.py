@@ -1,6 +1,6 @@
 """One call changes the weights of the whole service: every worker, then the store's epoch.
 
-    prepare   every worker loads them beside the old ones     one that cannot: nothing has changed, anywhere
+    prepare   every worker loads them beside the old ones     one that cannot: nothing is changed or bound
     drain     (that mode) nobody new begins, what runs ends   time is up: nothing has changed, anywhere
     change    every worker, between two of its steps          one that cannot is replaced by a new one
     advance   every shard of the store                        one that cannot is named in the answer

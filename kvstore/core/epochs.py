@@ -42,10 +42,23 @@ class EpochTable:
         self._epochs_max = epochs_max
 
     def register(self, model_id: str, epoch: Epoch) -> None:
-        """Bind a number to weights. Idempotent. Raises EpochConflict when it is bound to others."""
+        """Bind a number to weights. Idempotent. Raises as `check`."""
+        self.check(model_id, epoch)
         model = self._models.get(model_id)
         if model is None:
-            model = self._new_model(model_id, epoch.number)
+            model = self._models[model_id] = ModelEpochs(current=epoch.number)
+        if epoch.number not in model.bound:
+            model.bound[epoch.number] = len(self.bound)
+            self.bound.append(Bound(model_id, epoch))
+
+    def check(self, model_id: str, epoch: Epoch) -> None:
+        """Could it be registered? Binds nothing. Raises EpochConflict when the number is bound to other
+        weights, OverLimit when there is no room for another."""
+        model = self._models.get(model_id)
+        if model is None:
+            if len(self._models) >= self._models_max:
+                raise OverLimit(f"{len(self._models)} models have epochs on this shard: raise models_max")
+            return
         found = model.bound.get(epoch.number)
         if found is not None:
             digest = self.bound[found].epoch.weights_digest
@@ -57,8 +70,6 @@ class EpochTable:
             return
         if len(model.bound) >= self._epochs_max:
             raise OverLimit(f"{len(model.bound)} epochs of {model_id} are registered: raise epochs_max")
-        model.bound[epoch.number] = len(self.bound)
-        self.bound.append(Bound(model_id, epoch))
 
     def advance(self, model_id: str, number: int, policy: EpochPolicy, revision: int) -> bool:
         """Make a registered epoch the current one, at a revision. False when that changes nothing.
@@ -105,9 +116,3 @@ class EpochTable:
         """How many numbers behind its model's current epoch; 0 for it and for those to come."""
         bound = self.bound[epoch_id]
         return max(0, self.of(bound.model_id).current - bound.epoch.number)
-
-    def _new_model(self, model_id: str, number: int) -> ModelEpochs:
-        if len(self._models) >= self._models_max:
-            raise OverLimit(f"{len(self._models)} models have epochs on this shard: raise models_max")
-        model = self._models[model_id] = ModelEpochs(current=number)
-        return model

@@ -60,6 +60,19 @@ def test_any_bytes_come_back_as_they_went_in(device: Device, dtype: str) -> None
     assert [copy.tobytes() for copy in pool.begin_read([3, 1]).take()][1] == block
 
 
+def test_a_copied_block_is_what_was_written_before_and_stays_so(device: Device) -> None:
+    pool, tokens = pool_on(device), LAYOUT.block_tokens - 1
+    shared, other = random_payload(LAYOUT.block_nbytes), random_payload(LAYOUT.block_nbytes, seed=1)
+    pool.write_block(1, shared)
+    pool.write_block(4, other)
+    head = pool.read_tail(1, tokens)
+    pool.copy_block(1, 4, tokens)
+    pool.write_block(1, other)
+    assert pool.read_tail(4, tokens).tobytes() == head.tobytes()
+    behind = [pool.data[:, :, slot, tokens:].contiguous().view(torch.uint8) for slot in (4, 1)]
+    assert torch.equal(*behind), "what lies behind it is the target's own"
+
+
 def test_the_bytes_outside_are_in_the_frames_order(device: Device) -> None:
     layout = KVLayout(layers=2, head_begin=0, head_end=3, head_dim=8, dtype="float32", block_tokens=4)
     pool = pool_on(device, layout, 3)

@@ -28,6 +28,19 @@ def test_any_bytes_come_back_as_they_went_in(dtype: str) -> None:
     assert pool.read_tail(1, 4).tobytes() == block
 
 
+def test_a_copied_block_is_what_was_written_and_no_token_more() -> None:
+    pool = KVPool(LAYOUT, 5)
+    shared, other = random_payload(LAYOUT.block_nbytes), random_payload(LAYOUT.block_nbytes, seed=1)
+    pool.write_block(1, shared)
+    pool.write_block(3, other)
+    pool.copy_block(1, 3, LAYOUT.block_tokens - 1)
+    assert pool.read_tail(3, LAYOUT.block_tokens - 1).tobytes() == pool.read_tail(1, 3).tobytes()
+    assert pool.read_block(1).tobytes() == shared
+    last = pool.data[:, :, 3, -1].clone()
+    pool.write_block(3, other)
+    assert last.view(torch.uint8).equal(pool.data[:, :, 3, -1].contiguous().view(torch.uint8))
+
+
 def test_the_bytes_outside_are_in_the_frames_order() -> None:
     """[layer][k, v][token][kv_head][head_dim], whatever the pool's own order is."""
     pool = KVPool(LAYOUT, 3)

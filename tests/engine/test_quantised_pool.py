@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from engine.config import EngineConfig
+from engine.monolithic import generate_all
 from engine.quantised_pool import QuantisedPool, held_nbytes, make_pool
 from kvstore.codecs import CODECS
 from kvstore.nouns import KVLayout, Quality
+from tests.engine.conftest import EngineFactory, Logits, prompt, request
 
 LAYOUTS = [
     KVLayout(2, 0, 3, 16, "float32", block_tokens=4),
@@ -69,6 +71,37 @@ def test_tokens_written_one_by_one_are_those_of_a_block(hot: str) -> None:
     tail = one.read_tail(2, 3)
     other.write_tail(0, tail, 3)
     assert other.read_tail(0, 3).size == tail.size
+
+
+@pytest.mark.parametrize("hot", HOT)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.dtype)
+def test_a_copied_block_is_what_is_held_to_the_bit(layout: KVLayout, hot: str) -> None:
+    """And no token more: behind those copied the target's own stay."""
+    pool, tokens = QuantisedPool(layout, 3, hot), layout.block_tokens - 1
+    pool.write_block(0, payload_of(layout))
+    pool.write_block(2, payload_of(layout, 1))
+    codes, scales = pool.codes.clone(), pool.scales.clone()
+    pool.copy_block(0, 2, tokens)
+    assert torch.equal(pool.codes[:, :, 2, :tokens], codes[:, :, 0, :tokens])
+    assert torch.equal(pool.scales[:, :, 2, :, :tokens], scales[:, :, 0, :, :tokens])
+    assert torch.equal(pool.codes[:, :, 2, tokens:], codes[:, :, 2, tokens:])
+    assert torch.equal(pool.scales[:, :, 2, :, tokens:], scales[:, :, 2, :, tokens:])
+    assert torch.equal(pool.codes[:, :, :2], codes[:, :, :2])
+
+
+@pytest.mark.parametrize("hot", ["model", *HOT])
+def test_a_forks_logits_are_those_of_its_sequence_alone(
+    hot: str, make_engine: EngineFactory, seen_logits: Logits
+) -> None:
+    """The block that four samples of a prompt share in part is copied as it is held."""
+    config = {"block_tokens": 8, "step_tokens_max": 24, "running_max": 8, "hot_pool": hot}
+    asked = [request(f"r{i}", prompt(21), 30, temperature=0.9, seed=i) for i in range(4)]
+    expected = [generate_all(make_engine(**config), [one])[0] for one in asked]
+    logits = dict(seen_logits)
+    seen_logits.clear()
+    assert generate_all(make_engine(**config), asked) == expected
+    assert seen_logits.keys() == logits.keys()
+    assert all(torch.equal(seen_logits[key], logits[key]) for key in logits)
 
 
 @pytest.mark.parametrize("hot", HOT)

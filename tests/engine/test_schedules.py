@@ -161,18 +161,18 @@ def test_these_schedules_do_what_they_are_for(engine: Engine, monkeypatch: pytes
     monkeypatch.setattr(OutputPrediction, "tokens", lambda _, known, longest: min(known + 1, longest))
     lent: list[object] = []
     copied: list[int] = []
-    lend, read_tail = engine.slots.lend, engine.pool.read_tail
+    lend, copy_block = engine.slots.lend, engine.pool.copy_block
 
     def count_lent(slots: list[int]) -> None:
         lent.append(slots)
         lend(slots)
 
-    def count_copied(slot: int, tokens: int) -> object:
+    def count_copied(source: int, target: int, tokens: int) -> None:
         copied.append(tokens)
-        return read_tail(slot, tokens)
+        copy_block(source, target, tokens)
 
     monkeypatch.setattr(engine.slots, "lend", count_lent)
-    monkeypatch.setattr(engine.pool, "read_tail", count_copied)
+    monkeypatch.setattr(engine.pool, "copy_block", count_copied)
     preempted = 0
     for seed in range(3):
         world = World(engine, random.Random(seed))
