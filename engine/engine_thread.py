@@ -10,7 +10,7 @@ from typing import ParamSpec, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from engine.types import CompletedBlock, GenerationRequest, StepResult, TailKV, TokenEvent
+from engine.types import CompletedBlock, GenerationRequest, Shortage, StepResult, TailKV, TokenEvent
 
 __all__ = ["EngineThread", "Payload", "SequenceSink", "SyncEngine"]
 
@@ -42,8 +42,8 @@ class SyncEngine(Protocol):
         arrival: int | None = None,
     ) -> tuple[int, ...]: ...
 
-    def slots_lacking(self) -> int:
-        """For the next step."""
+    def shortage(self) -> Shortage | None:
+        """Of the next step."""
         ...
 
     def step(self) -> StepResult: ...

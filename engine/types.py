@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -118,6 +119,14 @@ class TailKV:
     tokens: int
     payload: npt.NDArray[np.uint8]
     checksum: int  # xxh3_64 of the payload
+
+
+class Shortage(NamedTuple):
+    """Of a step that finds fewer slots than it wants. `first`: (priority, arrival) of the first in order who
+    would find none; None: some compute less than they could, and nobody leaves."""
+
+    slots: int
+    first: tuple[int, int] | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,15 @@ from engine.entrance import Admitted, Entrance
 from engine.local_run import LocalRun
 from engine.step_gate import StepGate
 from engine.turns import urgency_of
-from engine.types import CompletedBlock, FinishReason, GenerationRequest, StepResult, TailKV, TokenEvent
+from engine.types import (
+    CompletedBlock,
+    FinishReason,
+    GenerationRequest,
+    Shortage,
+    StepResult,
+    TailKV,
+    TokenEvent,
+)
 from kvstore.clock import Clock, MonotonicClock
 from kvstore.errors import OverLimit
 
@@ -72,6 +80,7 @@ class WorkerLoop:
         self._entrance = Entrance(engine, thread, edge, self._clock, lambda: self._releasing > 0)
         self._work = asyncio.Event()
         self.gate = StepGate()  # held: between two steps, and all that came of the last one is told
+        self._asking = asyncio.Lock()  # a step that lacks slots asks twice: nobody comes in between
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -187,7 +196,8 @@ class WorkerLoop:
         await self.gate.opened()
         self._entrance.check_weights(record)
         with self.gate.passing():
-            return await self._ask_in(request, record, blocks, tail)
+            async with self._asking:
+                return await self._ask_in(request, record, blocks, tail)
 
     async def _ask_in(
         self,
@@ -251,7 +261,8 @@ class WorkerLoop:
             await self.gate.opened()
             with self.gate.passing():
                 try:
-                    result = await self._step()
+                    async with self._asking:
+                        result = await self._step()
                 except Exception as error:
                     self._fail_running(error)
                     result = None
@@ -263,9 +274,14 @@ class WorkerLoop:
     async def _step(self) -> StepResult | None:
         """None: there was nothing to do."""
         result = await self._thread.submit(_step_if_it_fits, self._engine, self._edge is not None)
-        if isinstance(result, int) and self._edge is not None:
-            self._edge.give_room(result, self._entrance.entering)
-            return await self._thread.submit(self._engine.step)
+        if isinstance(result, Shortage) and self._edge is not None:
+            entering, first = self._entrance.entering, result.first
+            keep = None
+            if entering is not None and (first is None or first > entering.order):
+                keep = entering.local
+            with self._edge.admission():  # nothing else may come into the room that is made
+                self._edge.give_room(result, keep)
+                return await self._thread.submit(self._engine.step)
         return result if isinstance(result, StepResult) else None
 
     def _dispatch(self, result: StepResult) -> None:
@@ -374,9 +390,8 @@ def _admit_if_it_fits(
     return admit() if engine.can_admit(request, hold=hold, lent=lent) else None
 
 
-def _step_if_it_fits(engine: SyncEngine, may_make_room: bool) -> StepResult | int | None:
-    """In the engine thread. A number: it lacks so many slots, and nothing was done."""
+def _step_if_it_fits(engine: SyncEngine, may_make_room: bool) -> StepResult | Shortage | None:
+    """In the engine thread. A shortage: nothing was done."""
     if not engine.has_work():
         return None
-    lacking = engine.slots_lacking() if may_make_room else 0
-    return lacking or engine.step()
+    return (engine.shortage() if may_make_room else None) or engine.step()

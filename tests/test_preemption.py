@@ -20,6 +20,7 @@ from engine.engine import Engine
 from engine.monolithic import generate
 from engine.prediction import OutputPrediction
 from engine.types import GenerationRequest, TokenEvent
+from engine.worker import WorkerLoop
 from kvstore.session import StoreSession
 from tests.role_parts import CACHING, ENGINE, WAIT_S, Pair, check_pool, pair_over, prompt, request, shard
 
@@ -166,3 +167,26 @@ async def test_the_most_urgent_is_never_preempted(folder: Path, alone: Alone) ->
         said = await said_by(pair, [one.request_id for one in asked])
         assert next(iter(said)) == "r3", "who came last but is most urgent ended first"
         await pair.assert_nothing_held()
+
+
+@MODES
+async def test_the_first_in_order_never_leaves_for_one_behind_it(
+    folder: Path, alone: Alone, engine: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while one that was preempted stands at the entrance and is lent what it left there."""
+    left: list[tuple[str, str]] = []
+    wait_again = WorkerLoop._wait_again
+
+    def note(self: WorkerLoop, request: GenerationRequest, admitted: Any) -> None:
+        first = min(self._admitted, key=lambda name: self._admitted[name].order)
+        left.append((request.request_id, first))
+        wait_again(self, request, admitted)
+
+    monkeypatch.setattr(WorkerLoop, "_wait_again", note)
+    asked = [request(prompt(17 + 5 * i, i), name=f"r{i}", max_tokens=110) for i in range(4)]
+    async with pair_over(folder, [shard()], engine=engine) as pair:
+        outputs = await pair.decode_each(await prefilled(pair, asked))
+        assert outputs == [alone(one) for one in asked]
+        await pair.assert_nothing_held()
+    assert left
+    assert not [name for name, first in left if name == first]

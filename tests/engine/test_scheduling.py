@@ -252,7 +252,7 @@ def test_slots_that_a_peer_takes_behind_the_plan_cost_a_step_and_no_sequence(
     expected = alone(make_engine, request("a", prompt(20), 4))
     engine = make_engine(**SMALL, pool_blocks=8)
     engine.admit(request("a", prompt(20), 4))
-    assert engine.slots_lacking() == 0
+    assert engine.shortage() is None
     arrived = engine.slots.take_kept(8)
     assert engine.step() == StepResult()
     for slot in arrived:
