@@ -286,7 +286,7 @@ class WorkerLoop:
 
     def _dispatch(self, result: StepResult) -> None:
         """Blocks before a sequence's last event, which so finds all of them handed over, and behind those
-        that tell the tokens in them."""
+        that tell the tokens in them. None of a sequence that fails: its KV may be damaged."""
         self.counters["engine:steps"] += 1
         self.counters["engine:tokens_computed"] += result.tokens_computed
         self.counters["engine:drafts_proposed"] += result.drafts_proposed
@@ -296,10 +296,11 @@ class WorkerLoop:
             if event is not last[event.request_id]:
                 self._dispatch_event(event)
         for block in result.blocks:
+            ending = last.get(block.request_id)
+            if ending is not None and ending.finish is FinishReason.ERROR:
+                continue
             if (admitted := self._current(block)) is not None:
-                ending = last.get(block.request_id)
-                keep = ending is None or ending.finish is not FinishReason.ERROR
-                self._tell(block.request_id, admitted, partial(_take_block, admitted, block, keep))
+                self._tell(block.request_id, admitted, partial(_take_block, admitted, block))
         for event in last.values():
             self._dispatch_event(event)
         for request in result.preempted:
@@ -370,9 +371,9 @@ class WorkerLoop:
         self._work.set()
 
 
-def _take_block(admitted: Admitted, block: CompletedBlock, keep: bool) -> None:
+def _take_block(admitted: Admitted, block: CompletedBlock) -> None:
     """What is computed once more after a preemption may stay here, and was told before."""
-    if admitted.local is not None and keep:
+    if admitted.local is not None:
         admitted.local.filled(block.chain_index, block.slot)
     if block.chain_index >= admitted.next_block:
         admitted.next_block = block.chain_index + 1
