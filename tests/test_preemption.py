@@ -10,6 +10,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +191,27 @@ async def test_the_first_in_order_never_leaves_for_one_behind_it(
         await pair.assert_nothing_held()
     assert left
     assert not [name for name, first in left if name == first]
+
+
+async def test_an_urgent_prompt_that_fits_waits_for_none_that_do_not(folder: Path) -> None:
+    """As many of those as may load at one time, and one more."""
+    async with pair_over(folder, [shard()], engine=SMALL_CACHING, parked_s=600.0) as pair:
+        await pair.prefill.prefill(request(prompt(120), name="parked", max_tokens=2))
+        loop, limits = pair.workers[0].loop, pair.workers[0].limits
+        lesser = [
+            replace(request(prompt(90, i), name=f"lesser {i}", max_tokens=2), priority=5)
+            for i in range(1, limits.loading_max + 2)
+        ]
+        waiting = [asyncio.create_task(pair.prefill.prefill(one)) for one in lesser]
+        async with asyncio.timeout(WAIT_S):
+            while loop.waiting < limits.loading_max:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            urgent = replace(request(prompt(9), name="urgent", max_tokens=2), priority=-5)
+            await pair.prefill.prefill(urgent)
+        assert loop.waiting == limits.loading_max
+        for one in lesser:
+            await pair.prefill.abort(one.request_id, 1)
+        await asyncio.gather(*waiting, return_exceptions=True)
+        for name in ("urgent", "parked"):
+            await pair.prefill.abort(name, 1)
+        await pair.assert_nothing_held()
