@@ -92,17 +92,18 @@ def choose_victims(
     left_out: Seq[Sequence],
     needs: Callable[[Sequence], int],
     free_slots: int,
-    gives: Callable[[Sequence], int],
+    leave: Callable[[Sequence], int],
 ) -> list[Sequence]:
-    """Who leaves, from the last in order on, so that all of `left_out` that stay find their slots. The last
-    one left has none to wait for: what it lacks is held by nobody who runs, and it leaves too."""
+    """Who leaves, from the last in order on, so that all of `left_out` that stay find their slots. `leave` is
+    told each and says how many slots that frees; `needs` counts with who has left. The last one left has none
+    to wait for: what it lacks is held by nobody who runs, and it leaves too."""
     running = sorted((s for s in sequences if not s.parked), key=lambda sequence: sequence.order)
     staying = list(left_out)
     victims: list[Sequence] = []
     while staying and free_slots < sum(map(needs, staying)):
         victim = running.pop()
         victims.append(victim)
-        free_slots += gives(victim)
+        free_slots += leave(victim)
         if victim in staying:
             staying.remove(victim)
     return victims

@@ -227,6 +227,20 @@ def test_a_shared_block_stays_when_the_first_one_goes(make_engine: EngineFactory
     assert engine.free_blocks == 64
 
 
+def test_where_a_shared_block_must_be_copied_it_is_enough_that_one_of_two_leaves(
+    make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then nobody shares it any more, and the other needs no copy."""
+    engine = make_engine(block_tokens=8, step_tokens_max=24, running_max=8, pool_blocks=3, max_model_len=24)
+    monkeypatch.setattr(engine._demand, "promised", lambda _: 0)
+    monkeypatch.setattr(engine._demand, "of", lambda *_: 0)
+    for name in "ab":
+        engine.admit(request(name, prompt(21), 3))
+        result = engine.step()
+    assert [left.request_id for left in result.preempted] == ["b"]
+    assert [event.request_id for event in result.events] == ["a"]
+
+
 def test_tenants_share_nothing(make_engine: EngineFactory) -> None:
     engine = make_engine(**SMALL)
     for tenant in ("one", "other"):
