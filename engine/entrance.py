@@ -33,7 +33,8 @@ end."""
 
 @dataclass(slots=True, eq=False)
 class Admitted:
-    """One attempt, from its first admission to its end. A preempted one waits in `again`."""
+    """One attempt, from its first admission to its end. A preempted one waits in `again`, which
+    stays until its next token."""
 
     attempt: int
     sink: SequenceSink

@@ -204,7 +204,9 @@ class PollResult:
     """Tokens of all of a decode worker's sequences since a cursor, in the order they were generated.
 
     `cursor` is what the next poll passes. The log behind it is bounded: a poller that fell too far behind
-    sees a gap in some request's `index`, and resumes that request from the tokens it has."""
+    sees a gap in some request's `index`, and resumes that request from the tokens it has. `preempted` are
+    the requests and attempts that lost their room and have had no token since: it is late, not lost."""
 
     cursor: int
     events: tuple[TokenEvent, ...]
+    preempted: tuple[tuple[str, int], ...] = ()

@@ -30,7 +30,14 @@ from typing import Final
 import structlog
 
 from engine.edge import EdgeShard
-from engine.engine_thread import EngineThread, Payload, SequenceSink, SyncEngine
+from engine.engine_thread import (
+    EngineThread,
+    Payload,
+    SequenceSink,
+    SyncEngine,
+    admit_if_it_fits,
+    step_if_it_fits,
+)
 from engine.entrance import Admitted, Entrance
 from engine.local_run import LocalRun
 from engine.step_gate import StepGate
@@ -49,8 +56,8 @@ from kvstore.errors import OverLimit
 
 __all__ = ["WorkerLoop"]
 
-PREEMPTED_TIMEOUT_S: Final = 600.0
-"""For a preempted sequence to find room again: as long as those before it may run."""
+PREEMPTED_TIMEOUT_S: Final = 480.0
+"""For a preempted sequence to find room again: those before it run. A router gives it 600 s to say more."""
 
 log = structlog.get_logger(__name__)
 
@@ -91,6 +98,11 @@ class WorkerLoop:
     def held(self) -> int:
         """Sequences that hold slots of the engine, parked ones included."""
         return len(self._admitted)
+
+    @property
+    def preempted(self) -> tuple[tuple[str, int], ...]:
+        """Request and attempt of those that have had no token since they were."""
+        return tuple((name, one.attempt) for name, one in self._admitted.items() if one.again is not None)
 
     def start(self) -> None:
         if self._task is None:
@@ -226,7 +238,7 @@ class WorkerLoop:
         )  # fmt: skip
         try:
             slots = await self._thread.submit(
-                _admit_if_it_fits, self._engine, admit, request, record.hold, len(lent)
+                admit_if_it_fits, self._engine, admit, request, record.hold, len(lent)
             )
         except BaseException:
             # Cancelled while the thread was in admit: the release queued here runs after it.
@@ -273,7 +285,7 @@ class WorkerLoop:
 
     async def _step(self) -> StepResult | None:
         """None: there was nothing to do."""
-        result = await self._thread.submit(_step_if_it_fits, self._engine, self._edge is not None)
+        result = await self._thread.submit(step_if_it_fits, self._engine, self._edge is not None)
         if isinstance(result, Shortage) and self._edge is not None:
             entering, first = self._entrance.entering, result.first
             keep = None
@@ -310,6 +322,7 @@ class WorkerLoop:
     def _dispatch_event(self, event: TokenEvent) -> None:
         if (admitted := self._current(event)) is None:
             return
+        admitted.again = None  # if it was preempted, it has come back
         if event.finish is not None or admitted.hold:
             admitted.running = False
         if event.finish is not None and not admitted.hold:
@@ -378,21 +391,3 @@ def _take_block(admitted: Admitted, block: CompletedBlock) -> None:
     if block.chain_index >= admitted.next_block:
         admitted.next_block = block.chain_index + 1
         admitted.sink.on_block(block)
-
-
-def _admit_if_it_fits(
-    engine: SyncEngine,
-    admit: Callable[[], tuple[int, ...]],
-    request: GenerationRequest,
-    hold: bool,
-    lent: int,
-) -> tuple[int, ...] | None:
-    """In the engine thread: a step may have taken what was free when it was asked before."""
-    return admit() if engine.can_admit(request, hold=hold, lent=lent) else None
-
-
-def _step_if_it_fits(engine: SyncEngine, may_make_room: bool) -> StepResult | Shortage | None:
-    """In the engine thread. A shortage: nothing was done."""
-    if not engine.has_work():
-        return None
-    return (engine.shortage() if may_make_room else None) or engine.step()

@@ -89,14 +89,19 @@ async def test_decode_preempts_and_every_sequence_says_what_it_says_alone(
             assert counters["engine:tokens_computed"] < 2 * full, "what lay in the pool was computed again"
 
 
-async def said_by(pair: Pair, names: list[str]) -> dict[str, list[TokenEvent]]:
-    """What each of them said, whatever others do; in the order in which they ended."""
+async def said_by(
+    pair: Pair, names: list[str], preempted: set[tuple[str, int]] | None = None
+) -> dict[str, list[TokenEvent]]:
+    """What each of them said, whatever others do; in the order in which they ended. `preempted` takes those
+    that a poll named."""
     said: dict[str, list[TokenEvent]] = {}
     ended: dict[str, list[TokenEvent]] = {}
     async with asyncio.timeout(WAIT_S):
         while not ended.keys() >= set(names):
             polled = await pair.decode.poll(pair.cursor, 5.0)
             pair.cursor = polled.cursor
+            if preempted is not None:
+                preempted.update(polled.preempted)
             for event in polled.events:
                 said.setdefault(event.request_id, []).append(event)
                 if event.finish is not None:
@@ -165,8 +170,11 @@ async def test_the_most_urgent_is_never_preempted(folder: Path, alone: Alone) ->
         object.__setattr__(urgent.request, "priority", -1)
         for handoff in handoffs:
             await pair.decode.start(handoff)
-        said = await said_by(pair, [one.request_id for one in asked])
+        preempted: set[tuple[str, int]] = set()
+        said = await said_by(pair, [one.request_id for one in asked], preempted)
         assert next(iter(said)) == "r3", "who came last but is most urgent ended first"
+        assert preempted, "a router must hear of it, or takes the worker for slow"
+        assert ("r3", 1) not in preempted
         await pair.assert_nothing_held()
 
 

@@ -92,7 +92,7 @@ async def test_a_preempted_sequence_is_admitted_again_and_its_sink_hears_nothing
     assert await newcomer.end() == ["token 0", "block 1", "token 1", "token 2"]
     admitted = [call for call in engine.calls if call.startswith("admit")]
     assert admitted == ["admit r/1", "admit r/1", "admit newcomer/1"]
-    assert loop.counters["engine:preempted"] == 1
+    assert (loop.counters["engine:preempted"], loop.preempted) == (1, ())
     assert (loop.held, loop.running) == (0, 0)
 
 
@@ -105,6 +105,7 @@ async def test_a_preempted_sequence_that_is_given_up_does_not_come_back(
     async with asyncio.timeout(WAIT_S):
         while not loop.counters["engine:preempted"]:  # noqa: ASYNC110
             await asyncio.sleep(0)
+    assert loop.preempted == (("r", 1),)
     loop.release("r", 1)
     for _ in range(20):
         await asyncio.sleep(0)
