@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 import structlog
 
@@ -79,7 +80,8 @@ class DecodeRole:
 
     async def poll(self, cursor: int, timeout_s: float) -> PollResult:
         """Events since `cursor` (0: from the oldest kept), waiting up to `timeout_s` for the first."""
-        return await self._events.wait(cursor, min(timeout_s, self._limits.poll_timeout_s_max))
+        polled = await self._events.wait(cursor, min(timeout_s, self._limits.poll_timeout_s_max))
+        return replace(polled, preempted=self._worker.loop.preempted)
 
     async def abort(self, request_id: str, attempt: int) -> None:
         """Stop and free what this attempt, or an earlier one, holds, also what is on its way here. No event

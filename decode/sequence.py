@@ -108,6 +108,8 @@ class Decoding:
             self.chain.extend([event.token_id])
         if event.token_id >= 0:
             self.drawn.append(event.token_id)
+        if event.finish is FinishReason.ERROR and self.publication is not None:
+            self.publication.discard()
         self.told(self, replace(event, epochs=self.epochs))
 
     def on_error(self, error: Exception, finish: FinishReason = FinishReason.ERROR) -> None:

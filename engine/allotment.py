@@ -12,6 +12,7 @@ that a fork has in common with its source.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 
 from engine.batch import Chunk
@@ -75,17 +76,20 @@ class Allotment:
     def victims(self, sequences: Collection[Sequence], plan: Plan) -> list[Sequence]:
         """Slots of blocks that the edge shard keeps come free when its owner has heard who left."""
         size, slots = self._block_tokens, self._slots
+        gone: Counter[int] = Counter()  # users of slots who leave
+
+        def is_shared(slot: int) -> bool:
+            return slots.is_shared(slot, gone[slot])
 
         def needs(sequence: Sequence) -> int:
-            return max(0, sequence.slots_for(1, size)) + sequence.writes_to_shared(size, slots.is_shared)
+            return max(0, sequence.slots_for(1, size)) + sequence.writes_to_shared(size, is_shared)
 
-        return choose_victims(
-            sequences,
-            plan.left_out,
-            needs,
-            slots.n_free - plan.taken,
-            lambda sequence: slots.used_once(sequence.slots),
-        )
+        def leave(sequence: Sequence) -> int:
+            freed = sum(slots.users(slot) - gone[slot] == 1 for slot in sequence.slots)
+            gone.update(sequence.slots)
+            return freed
+
+        return choose_victims(sequences, plan.left_out, needs, slots.n_free - plan.taken, leave)
 
     def _take(self, sequence: Sequence, rows: int) -> None:
         name, size = sequence.request.request_id, self._block_tokens

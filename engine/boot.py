@@ -83,7 +83,8 @@ class Worker:
 
     @asynccontextmanager
     async def turn_to_load(self, request: GenerationRequest, arrived_at: float) -> AsyncIterator[None]:
-        """Held while a request's KV is outside the engine, so that a long queue costs no memory. Raises
+        """Held while a request's KV is outside the engine, so that a long queue costs no memory. Those who
+        hold them may find no room for long: one of a more urgent priority waits for none of them. Raises
         OverLimit when the turn does not come within `admit_timeout_s`, DeadlineExceeded when the request's
         own deadline passes before."""
         urgency = urgency_of(request, arrived_at, arrival=0)
@@ -266,7 +267,7 @@ def assemble(
         ),
         gate=LoadGate(engine.layout.block_tokens, is_on=limits.load_gate),
         publisher=Publisher(store, background, publish_limits),
-        loading=OrderedTurns(limits.loading_max),
+        loading=OrderedTurns(limits.loading_max, beyond=True),
         reach=reach or _over_grpc(config),
         weights=WeightsUpdate(engine, thread),
         edge=edge,

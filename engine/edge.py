@@ -25,6 +25,7 @@ from typing import Final
 import structlog
 
 from engine.local_run import LocalRun
+from engine.types import Shortage
 from kvstore.clock import Clock
 from kvstore.core.shrinking import evict_idle
 from kvstore.core.state import CoreLimits, Namespace, Offer
@@ -245,22 +246,23 @@ class EdgeShard:
         lacking = n - self.slots.n_free
         if lacking <= 0:
             return False
-        index = self.driver.core.index
-        waiting = [run for run in self._runs if run.waiting and run is not keep]
+        index, waiting = self.driver.core.index, self._waiting(keep)
         if index.rooms.idle_versions + self._recallable(waiting) < lacking:
             return False
         while index.rooms.idle_versions < lacking:
-            waiting.pop().recall()  # who came last is served last
-            self.counters["edge:recalled"] += 1
+            self._recall(waiting.pop())  # who came last is served last
         evicted = evict_idle(self.driver.core, lacking)
         self.driver.reap()
         self.counters["edge:evicted"] += evicted
         return evicted > 0
 
-    def give_room(self, lacking: int, keep: LocalRun | None) -> None:
-        """For a step that lacks so many slots: as `make_room`, or all that is idle if even that is too
-        little."""
+    def give_room(self, shortage: Shortage, keep: LocalRun | None) -> None:
+        """For a step that lacks slots: as `make_room`. If even that is too little, all that is idle; and all
+        that can be recalled too, before a sequence that runs leaves for want of it."""
+        lacking = shortage.slots
         if not self.make_room(self.slots.n_free + lacking, keep):
+            for run in self._waiting(keep) if shortage.first is not None else ():
+                self._recall(run)
             self.counters["edge:evicted"] += evict_idle(self.driver.core, lacking)
             self.driver.reap()
 
@@ -289,6 +291,13 @@ class EdgeShard:
         txn = self.driver.core.txn(txn_id, self._clock.now())
         for i in txn.staged:
             self.driver.core.index.versions.tiers[txn.slots[i]] = Tier.DEVICE
+
+    def _waiting(self, keep: LocalRun | None) -> list[LocalRun]:
+        return [run for run in self._runs if run.waiting and run is not keep]
+
+    def _recall(self, run: LocalRun) -> None:
+        run.recall()
+        self.counters["edge:recalled"] += 1
 
     def _recallable(self, waiting: Sequence[LocalRun]) -> int:
         """Blocks that nobody but these hold."""

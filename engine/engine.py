@@ -46,13 +46,7 @@ from engine.sequence import Sequence
 from engine.speculation.base import DrafterFactory
 from engine.speculation.speculator import make_speculator
 from engine.tokenizer import Tokenizer
-from engine.types import (
-    FinishReason,
-    GenerationRequest,
-    StepResult,
-    TailKV,
-    TokenEvent,
-)
+from engine.types import FinishReason, GenerationRequest, Shortage, StepResult, TailKV, TokenEvent
 from engine.weights import DTYPES, Weights, load_weights
 from kvstore.clock import Clock, MonotonicClock
 from kvstore.errors import CorruptBlock, OverLimit
@@ -207,13 +201,13 @@ class Engine:
         self._enter(sequence)
         return sequence.slots
 
-    def slots_lacking(self) -> int:
-        """How many slots the next step wants beyond the free ones. Who can free some does so before it asks
-        for the step, which preempts otherwise."""
+    def shortage(self) -> Shortage | None:
+        """What the next step wants beyond the free slots. Who can free some does so before it asks for the
+        step, which preempts otherwise."""
         plan = self._plan()
-        lacking = max(0, plan.slots - self.slots.n_free)
-        self._planned = None if lacking else plan
-        return lacking
+        short = plan.shortage(self.slots.n_free)
+        self._planned = plan if short is None else None
+        return short
 
     def step(self) -> StepResult:
         """Compute one batch. Empty if there is no work. A sequence that ended has left the engine when its

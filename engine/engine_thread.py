@@ -10,9 +10,9 @@ from typing import ParamSpec, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from engine.types import CompletedBlock, GenerationRequest, StepResult, TailKV, TokenEvent
+from engine.types import CompletedBlock, GenerationRequest, Shortage, StepResult, TailKV, TokenEvent
 
-__all__ = ["EngineThread", "Payload", "SequenceSink", "SyncEngine"]
+__all__ = ["EngineThread", "Payload", "SequenceSink", "SyncEngine", "admit_if_it_fits", "step_if_it_fits"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -42,8 +42,8 @@ class SyncEngine(Protocol):
         arrival: int | None = None,
     ) -> tuple[int, ...]: ...
 
-    def slots_lacking(self) -> int:
-        """For the next step."""
+    def shortage(self) -> Shortage | None:
+        """Of the next step."""
         ...
 
     def step(self) -> StepResult: ...
@@ -82,3 +82,21 @@ class EngineThread:
     async def close(self) -> None:
         """Waits for the call that runs; those that wait are dropped."""
         await asyncio.to_thread(self._executor.shutdown, cancel_futures=True)
+
+
+def admit_if_it_fits(
+    engine: SyncEngine,
+    admit: Callable[[], tuple[int, ...]],
+    request: GenerationRequest,
+    hold: bool,
+    lent: int,
+) -> tuple[int, ...] | None:
+    """In the engine thread: a step may have taken what was free when it was asked before."""
+    return admit() if engine.can_admit(request, hold=hold, lent=lent) else None
+
+
+def step_if_it_fits(engine: SyncEngine, may_make_room: bool) -> StepResult | Shortage | None:
+    """In the engine thread. A shortage: nothing was done."""
+    if not engine.has_work():
+        return None
+    return (engine.shortage() if may_make_room else None) or engine.step()

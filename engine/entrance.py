@@ -33,7 +33,8 @@ end."""
 
 @dataclass(slots=True, eq=False)
 class Admitted:
-    """One attempt, from its first admission to its end. A preempted one waits in `again`."""
+    """One attempt, from its first admission to its end. A preempted one waits in `again`, which
+    stays until its next token."""
 
     attempt: int
     sink: SequenceSink
@@ -44,6 +45,11 @@ class Admitted:
     next_block: int = 0  # the first one its sink has not been told of, and that was not onboarded
     running: bool = False  # steps compute it: in the engine, and neither ended nor parked
     again: asyncio.Task[None] | None = None
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """As the engine's sequences are ordered."""
+        return self.urgency.priority, self.urgency.arrival
 
     @property
     def lent(self) -> int:
@@ -64,7 +70,7 @@ class Entrance:
     ) -> None:
         self.freed = asyncio.Event()
         self.changes = 0  # of the weights
-        self.entering: LocalRun | None = None  # of whose turn it is: no step takes from it
+        self.entering: Admitted | None = None  # whose turn it is: no step of those behind it takes from it
         self._engine = engine
         self._thread = thread
         self._edge = edge
@@ -110,15 +116,15 @@ class Entrance:
                 f"{request.sampling.max_tokens} does not fit this engine even when it is empty: shorten "
                 "the prompt, lower max_tokens, or raise engine.pool_nbytes or engine.max_model_len"
             )
-        if record.again is not None and record.local is not None:
-            record.local = record.local.again(request)
-        self.entering = record.local
+        self.entering = record
         try:
             while not self._turns.is_overtaken(record.urgency):
                 self.check_weights(record)
                 if record.urgency.deadline_at <= self._clock.now():
                     raise too_late(request)
                 self.freed.clear()  # before asking: what is freed meanwhile must not be missed
+                if record.again is not None and record.local is not None and record.local.gone:
+                    record.local = record.local.again(request)
                 if not self._is_releasing():
                     self._make_room(request, record)
                 if await self._fits(request, record) and await take_in():

@@ -55,6 +55,11 @@ class LocalRun:
         """Lent to a request that is not in the engine yet, nor on its way there."""
         return not (self.handed_over or self._in_engine or self._ended) and bool(self.slots)
 
+    @property
+    def gone(self) -> bool:
+        """Recalled, or ended."""
+        return self.recalled or self._ended
+
     def lent(self, blocks: tuple[PinnedBlock, ...], slots: list[int], lease: LeaseId) -> None:
         self.blocks, self.slots = blocks, slots
         self.leases.append(lease)

@@ -113,6 +113,10 @@ class Publication:
         before is published as it was meant."""
         self._withheld = True
 
+    def discard(self) -> None:
+        """Its KV may be damaged: nothing is published that is not on its way to the store yet."""
+        self._withheld = self._gap = True
+
     async def settle(self, timeout_s: float) -> bool:
         """Wait for what was offered. False: the time was up; it goes on in the background."""
         if self._task is not None:
@@ -137,10 +141,7 @@ class Publication:
             count = min(len(self._pending), limits.batch_blocks_max)
             batch = [self._pending.popleft() for _ in range(count)]
             try:
-                if self._gap:
-                    self._publisher.counters["publish:dropped"] += len(batch)
-                else:
-                    await self._publish(session, batch)
+                await self._publish(session, batch)
             finally:
                 self._publisher.inflight_nbytes -= sum(block.payload.nbytes for block in batch)
 
@@ -148,6 +149,9 @@ class Publication:
         assert self._quality is not None, "offer takes nothing from such a lineage"
         blocks = [self._describe(block) for block in batch]
         async with self._publisher.slots:
+            if self._gap:
+                self._publisher.counters["publish:dropped"] += len(batch)
+                return
             pinning = self._pin_for_s is not None
             try:
                 published = await session.publish(

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from engine.batch import Chunk
 from engine.sequence import Sequence
 from engine.sharing import waits_for
+from engine.types import Shortage
 
 __all__ = ["Plan", "choose_victims", "plan_step"]
 
@@ -30,7 +31,11 @@ class Plan:
     left_out: list[Sequence] = field(default_factory=list)
     slots: int = 0
     taken: int = 0  # by the chunks, of the free ones
-    waiting: int = 0  # prompts whose next block another one computes
+
+    def shortage(self, free_slots: int) -> Shortage | None:
+        if self.slots <= free_slots:
+            return None
+        return Shortage(self.slots - free_slots, min((s.order for s in self.left_out), default=None))
 
 
 def plan_step(
@@ -51,7 +56,6 @@ def plan_step(
         if sequence.pending == 1 or rows_left <= 0:
             continue
         if waits_for(sequence, plan.chunks, block_tokens):
-            plan.waiting += 1
             continue
         rows = min(sequence.pending, rows_left)
         _place(plan, sequence, rows, block_tokens, free_slots, is_shared)
@@ -88,17 +92,18 @@ def choose_victims(
     left_out: Seq[Sequence],
     needs: Callable[[Sequence], int],
     free_slots: int,
-    gives: Callable[[Sequence], int],
+    leave: Callable[[Sequence], int],
 ) -> list[Sequence]:
-    """Who leaves, from the last in order on, so that all of `left_out` that stay find their slots. The last
-    one left has none to wait for: what it lacks is held by nobody who runs, and it leaves too."""
+    """Who leaves, from the last in order on, so that all of `left_out` that stay find their slots. `leave` is
+    told each and says how many slots that frees; `needs` counts with who has left. The last one left has none
+    to wait for: what it lacks is held by nobody who runs, and it leaves too."""
     running = sorted((s for s in sequences if not s.parked), key=lambda sequence: sequence.order)
     staying = list(left_out)
     victims: list[Sequence] = []
     while staying and free_slots < sum(map(needs, staying)):
         victim = running.pop()
         victims.append(victim)
-        free_slots += gives(victim)
+        free_slots += leave(victim)
         if victim in staying:
             staying.remove(victim)
     return victims

@@ -37,16 +37,20 @@ def urgency_of(request: GenerationRequest, arrived_at: float, arrival: int) -> U
 
 
 class OrderedTurns:
-    """At most `at_once` at one time. One event loop's."""
+    """At most `at_once` at one time. One event loop's. With `beyond`, and one more for who is of another
+    priority than all who have theirs, a more urgent one: whatever they wait for, it waits for none of them.
+    So there are at most as many more as there are priorities."""
 
-    def __init__(self, at_once: int) -> None:
-        self._free = at_once
+    def __init__(self, at_once: int, *, beyond: bool = False) -> None:
+        self._at_once = at_once
+        self._beyond = beyond
+        self._having: list[int] = []  # the priorities of those who have their turn
         self._waiting: list[tuple[Urgency, int, asyncio.Future[None]]] = []
         self._asked = 0
 
     def locked(self) -> bool:
         """Would one that asks now have to wait?"""
-        return not self._free or bool(self._waiting)
+        return len(self._having) >= self._at_once or bool(self._waiting)
 
     def is_overtaken(self, urgency: Urgency) -> bool:
         """Does somebody wait who goes before this one?"""
@@ -59,11 +63,11 @@ class OrderedTurns:
         try:
             yield
         finally:
-            self._end()
+            self._end(urgency)
 
     async def _begin(self, urgency: Urgency) -> None:
-        if not self.locked():
-            self._free -= 1
+        if not self.locked() or self._goes_beyond(urgency):
+            self._having.append(urgency.priority)
             return
         self._asked += 1  # no two entries compare as equal: futures have no order
         entry = urgency, self._asked, asyncio.get_running_loop().create_future()
@@ -74,15 +78,21 @@ class OrderedTurns:
             if entry in self._waiting:
                 self._waiting.remove(entry)
             elif not entry[2].cancelled():
-                self._end()  # its turn had come
+                self._end(urgency)  # its turn had come
             raise
 
-    def _end(self) -> None:
-        self._free += 1
-        while self._waiting and self._free:
-            turn = self._waiting.pop(0)[2]
+    def _goes_beyond(self, urgency: Urgency) -> bool:
+        return self._beyond and urgency.priority < min(self._having)
+
+    def _end(self, urgency: Urgency) -> None:
+        self._having.remove(urgency.priority)
+        while self._waiting:
+            first, _, turn = self._waiting[0]
+            if len(self._having) >= self._at_once and not self._goes_beyond(first):
+                return
+            del self._waiting[0]
             if not turn.done():  # else it was given up, and its waiter has not heard of it yet
-                self._free -= 1
+                self._having.append(first.priority)
                 turn.set_result(None)
 
 

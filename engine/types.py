@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -120,6 +121,14 @@ class TailKV:
     checksum: int  # xxh3_64 of the payload
 
 
+class Shortage(NamedTuple):
+    """Of a step that finds fewer slots than it wants. `first`: (priority, arrival) of the first in order who
+    would find none; None: some compute less than they could, and nobody leaves."""
+
+    slots: int
+    first: tuple[int, int] | None
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """What one step of the engine produced, over all its sequences. A sequence whose drafts were accepted has
@@ -195,7 +204,9 @@ class PollResult:
     """Tokens of all of a decode worker's sequences since a cursor, in the order they were generated.
 
     `cursor` is what the next poll passes. The log behind it is bounded: a poller that fell too far behind
-    sees a gap in some request's `index`, and resumes that request from the tokens it has."""
+    sees a gap in some request's `index`, and resumes that request from the tokens it has. `preempted` are
+    the requests and attempts that lost their room and have had no token since: it is late, not lost."""
 
     cursor: int
     events: tuple[TokenEvent, ...]
+    preempted: tuple[tuple[str, int], ...] = ()

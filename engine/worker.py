@@ -30,19 +30,34 @@ from typing import Final
 import structlog
 
 from engine.edge import EdgeShard
-from engine.engine_thread import EngineThread, Payload, SequenceSink, SyncEngine
+from engine.engine_thread import (
+    EngineThread,
+    Payload,
+    SequenceSink,
+    SyncEngine,
+    admit_if_it_fits,
+    step_if_it_fits,
+)
 from engine.entrance import Admitted, Entrance
 from engine.local_run import LocalRun
 from engine.step_gate import StepGate
 from engine.turns import urgency_of
-from engine.types import CompletedBlock, FinishReason, GenerationRequest, StepResult, TailKV, TokenEvent
+from engine.types import (
+    CompletedBlock,
+    FinishReason,
+    GenerationRequest,
+    Shortage,
+    StepResult,
+    TailKV,
+    TokenEvent,
+)
 from kvstore.clock import Clock, MonotonicClock
 from kvstore.errors import OverLimit
 
 __all__ = ["WorkerLoop"]
 
-PREEMPTED_TIMEOUT_S: Final = 600.0
-"""For a preempted sequence to find room again: as long as those before it may run."""
+PREEMPTED_TIMEOUT_S: Final = 480.0
+"""For a preempted sequence to find room again: those before it run. A router gives it 600 s to say more."""
 
 log = structlog.get_logger(__name__)
 
@@ -72,6 +87,7 @@ class WorkerLoop:
         self._entrance = Entrance(engine, thread, edge, self._clock, lambda: self._releasing > 0)
         self._work = asyncio.Event()
         self.gate = StepGate()  # held: between two steps, and all that came of the last one is told
+        self._asking = asyncio.Lock()  # a step that lacks slots asks twice: nobody comes in between
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -82,6 +98,11 @@ class WorkerLoop:
     def held(self) -> int:
         """Sequences that hold slots of the engine, parked ones included."""
         return len(self._admitted)
+
+    @property
+    def preempted(self) -> tuple[tuple[str, int], ...]:
+        """Request and attempt of those that have had no token since they were."""
+        return tuple((name, one.attempt) for name, one in self._admitted.items() if one.again is not None)
 
     def start(self) -> None:
         if self._task is None:
@@ -187,7 +208,8 @@ class WorkerLoop:
         await self.gate.opened()
         self._entrance.check_weights(record)
         with self.gate.passing():
-            return await self._ask_in(request, record, blocks, tail)
+            async with self._asking:
+                return await self._ask_in(request, record, blocks, tail)
 
     async def _ask_in(
         self,
@@ -216,7 +238,7 @@ class WorkerLoop:
         )  # fmt: skip
         try:
             slots = await self._thread.submit(
-                _admit_if_it_fits, self._engine, admit, request, record.hold, len(lent)
+                admit_if_it_fits, self._engine, admit, request, record.hold, len(lent)
             )
         except BaseException:
             # Cancelled while the thread was in admit: the release queued here runs after it.
@@ -251,7 +273,8 @@ class WorkerLoop:
             await self.gate.opened()
             with self.gate.passing():
                 try:
-                    result = await self._step()
+                    async with self._asking:
+                        result = await self._step()
                 except Exception as error:
                     self._fail_running(error)
                     result = None
@@ -262,15 +285,20 @@ class WorkerLoop:
 
     async def _step(self) -> StepResult | None:
         """None: there was nothing to do."""
-        result = await self._thread.submit(_step_if_it_fits, self._engine, self._edge is not None)
-        if isinstance(result, int) and self._edge is not None:
-            self._edge.give_room(result, self._entrance.entering)
-            return await self._thread.submit(self._engine.step)
+        result = await self._thread.submit(step_if_it_fits, self._engine, self._edge is not None)
+        if isinstance(result, Shortage) and self._edge is not None:
+            entering, first = self._entrance.entering, result.first
+            keep = None
+            if entering is not None and (first is None or first > entering.order):
+                keep = entering.local
+            with self._edge.admission():  # nothing else may come into the room that is made
+                self._edge.give_room(result, keep)
+                return await self._thread.submit(self._engine.step)
         return result if isinstance(result, StepResult) else None
 
     def _dispatch(self, result: StepResult) -> None:
         """Blocks before a sequence's last event, which so finds all of them handed over, and behind those
-        that tell the tokens in them."""
+        that tell the tokens in them. None of a sequence that fails: its KV may be damaged."""
         self.counters["engine:steps"] += 1
         self.counters["engine:tokens_computed"] += result.tokens_computed
         self.counters["engine:drafts_proposed"] += result.drafts_proposed
@@ -280,10 +308,11 @@ class WorkerLoop:
             if event is not last[event.request_id]:
                 self._dispatch_event(event)
         for block in result.blocks:
+            ending = last.get(block.request_id)
+            if ending is not None and ending.finish is FinishReason.ERROR:
+                continue
             if (admitted := self._current(block)) is not None:
-                ending = last.get(block.request_id)
-                keep = ending is None or ending.finish is not FinishReason.ERROR
-                self._tell(block.request_id, admitted, partial(_take_block, admitted, block, keep))
+                self._tell(block.request_id, admitted, partial(_take_block, admitted, block))
         for event in last.values():
             self._dispatch_event(event)
         for request in result.preempted:
@@ -293,6 +322,7 @@ class WorkerLoop:
     def _dispatch_event(self, event: TokenEvent) -> None:
         if (admitted := self._current(event)) is None:
             return
+        admitted.again = None  # if it was preempted, it has come back
         if event.finish is not None or admitted.hold:
             admitted.running = False
         if event.finish is not None and not admitted.hold:
@@ -354,29 +384,10 @@ class WorkerLoop:
         self._work.set()
 
 
-def _take_block(admitted: Admitted, block: CompletedBlock, keep: bool) -> None:
+def _take_block(admitted: Admitted, block: CompletedBlock) -> None:
     """What is computed once more after a preemption may stay here, and was told before."""
-    if admitted.local is not None and keep:
+    if admitted.local is not None:
         admitted.local.filled(block.chain_index, block.slot)
     if block.chain_index >= admitted.next_block:
         admitted.next_block = block.chain_index + 1
         admitted.sink.on_block(block)
-
-
-def _admit_if_it_fits(
-    engine: SyncEngine,
-    admit: Callable[[], tuple[int, ...]],
-    request: GenerationRequest,
-    hold: bool,
-    lent: int,
-) -> tuple[int, ...] | None:
-    """In the engine thread: a step may have taken what was free when it was asked before."""
-    return admit() if engine.can_admit(request, hold=hold, lent=lent) else None
-
-
-def _step_if_it_fits(engine: SyncEngine, may_make_room: bool) -> StepResult | int | None:
-    """In the engine thread. A number: it lacks so many slots, and nothing was done."""
-    if not engine.has_work():
-        return None
-    lacking = engine.slots_lacking() if may_make_room else 0
-    return lacking or engine.step()

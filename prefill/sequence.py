@@ -16,7 +16,7 @@ import structlog
 from engine.local_run import LocalRun
 from engine.publisher import Publication
 from engine.store_link import Leases
-from engine.types import CompletedBlock, FirstToken, GenerationRequest, TokenEvent
+from engine.types import CompletedBlock, FinishReason, FirstToken, GenerationRequest, TokenEvent
 from kvstore.lineage import Lineage
 from kvstore.nouns import Epoch, PinnedBlock
 from kvstore.session import StoreSession
@@ -99,6 +99,8 @@ class Prefilling:
             self.publication.offer(block)
 
     def on_token(self, event: TokenEvent) -> None:
+        if event.finish is FinishReason.ERROR and self.publication is not None:
+            self.publication.discard()
         if not self.drawn.done():
             self.drawn.set_result(event)
 

@@ -69,7 +69,7 @@ class AttemptLimits:
     """The bounds of every wait. Seconds."""
 
     attempts_max: int = 3
-    prefill_s: float = 120.0  # for the first token, and for decode's first
+    prefill_s: float = 120.0  # for the first token, for decode's first, and the next one when preempted
     call_s: float = 30.0  # handoff, decode.start
     stall_s: float = 60.0  # between two tokens of decode
     recovery_s: float = 45.0  # for a worker to come back, when none is left, or to have room

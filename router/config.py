@@ -60,8 +60,8 @@ class RouterConfig(_Section):
     prefill_timeout_s: float = Field(
         600.0,
         gt=0,
-        description="For a prompt's first token, and for decode's: it may wait for room and compute again "
-        "what it cannot read",
+        description="For a prompt's first token, for decode's, and for the next one when preempted: it may "
+        "wait for room and compute again what it cannot read",
     )
     call_timeout_s: float = Field(30.0, gt=0, description="For a handoff, and for decode to accept it")
     stall_timeout_s: float = Field(

@@ -66,13 +66,17 @@ async def announce_within(limit_s: float, handle: PrefillHandle, request: Genera
 
 
 class Polled(Protocol):
-    """Events after the cursor that was asked for, in the order they happened, and where to ask next."""
+    """Events after the cursor that was asked for, in the order they happened, and where to ask next;
+    and which requests and attempts were `preempted` and have had no token since."""
 
     @property
     def cursor(self) -> int: ...
 
     @property
     def events(self) -> Sequence[TokenEvent]: ...
+
+    @property
+    def preempted(self) -> Sequence[tuple[str, int]]: ...
 
 
 class WorkerHandle(Protocol):

@@ -79,6 +79,9 @@ class DecodePump:
                 cursor = polled.cursor
                 for event in polled.events:
                     self._hand_on(event)
+                for request_id, attempt in polled.preempted:
+                    if (stream := self._streams.get(request_id)) is not None:
+                        stream.preempted(attempt)
         except WorkerGone as error:
             failure: WorkerError = error
         except TimeoutError:

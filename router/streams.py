@@ -46,6 +46,7 @@ class TokenStream:
         self._progressed = progressed
         self._progress_at = clock.now()
         self._attempt_tokens = 0
+        self._preempted = False  # since the last token
         self._queue: deque[TokenEvent] = deque()
         self._attempt_error: WorkerError | None = None
         self._error: RequestError | None = None
@@ -56,6 +57,7 @@ class TokenStream:
         """From now on only events of the new attempt count."""
         self.attempt += 1
         self._attempt_tokens = 0
+        self._preempted = False
         self._attempt_error = None
         return self.attempt
 
@@ -75,6 +77,7 @@ class TokenStream:
             return "gap"
         self.accepted.append(event.token_id)
         self._attempt_tokens += 1
+        self._preempted = False
         self.finished = event.finish in _ENDED
         self._progress_at = self._clock.now()
         self._progressed()
@@ -82,6 +85,10 @@ class TokenStream:
         self._readable.set()
         self._changed.set()
         return None
+
+    def preempted(self, attempt: int) -> None:
+        """Its worker has it wait for room again: until its next token that is no stall."""
+        self._preempted = self._preempted or attempt == self.attempt
 
     def fail(self, error: WorkerError) -> None:
         """The attempt is over. What was accepted stays."""
@@ -100,11 +107,11 @@ class TokenStream:
 
     async def attempt_over(self, begin_s: float, stall_s: float) -> None:
         """Wait until the last token was accepted. Raises the attempt's WorkerError, or WorkerSlow when no
-        token came for `stall_s`; `begin_s` until the attempt's second token, which is decode's first: before
-        it decode may wait for room."""
+        token came for `stall_s`; `begin_s` until the attempt's second token, which is decode's first, and
+        when it was preempted: before that token decode may wait for room and compute again."""
         while not self.finished:
             self.check()
-            limit_s = stall_s if self._attempt_tokens > 1 else begin_s
+            limit_s = begin_s if self._preempted or self._attempt_tokens <= 1 else stall_s
             left = self._progress_at + limit_s - self._clock.now()
             if left <= 0:
                 raise WorkerSlow(f"no token came for {limit_s:.0f} s")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engine.sampling.rows import NO_TOKEN, Drawn
 from engine.sampling.sampler import Sampler
 from engine.types import FinishReason, GenerationRequest
+from kvstore.session import StoreSession
 from tests.gates import GatedEngine, GatedShard
 from tests.role_parts import CACHING, WAIT_S, Pair, pair_over, prompt, request, shard
 
@@ -112,6 +114,36 @@ async def test_blocks_of_a_damaged_sequence_are_not_kept(
         assert edge.tier.kept_slots() == set()
         await pair.prefill.abort("r", 1)
         await pair.assert_nothing_held()
+
+
+@pytest.mark.parametrize(("at", "published"), [(24, []), (32, [0, 1, 2])], ids=["prefill", "decode"])
+async def test_blocks_of_a_damaged_sequence_are_not_published(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, at: int, published: list[int]
+) -> None:
+    """Not those of the step that showed it: `at` tokens make up full blocks."""
+    offered: list[int] = []
+    publish, sample = StoreSession.publish, Sampler.sample
+
+    async def note(self: StoreSession, blocks: Any, **options: Any) -> Any:
+        offered.extend(block.chain_index for block in blocks)
+        return await publish(self, blocks, **options)
+
+    def broken(logits: Any, rows: Any, *more: Any) -> list[Drawn]:
+        damaged = any(len(row.tokens) == at for row in rows)
+        return [Drawn(NO_TOKEN)] * len(rows) if damaged else sample(logits, rows, *more)
+
+    monkeypatch.setattr(StoreSession, "publish", note)
+    monkeypatch.setattr(Sampler, "sample", staticmethod(broken))
+    async with pair_over(folder, [shard()]) as pair:
+        first = await pair.prefill.prefill(request(prompt(24)))
+        handoff = await pair.prefill.handoff("r", 1)
+        assert (handoff is None) == (first.event.finish is FinishReason.ERROR) == (at == 24)
+        if handoff is not None:
+            await pair.decode.start(handoff)
+            (events,) = (await pair.events_of(["r"])).values()
+            assert events[-1].finish is FinishReason.ERROR
+        await pair.assert_nothing_held()
+    assert offered == published
 
 
 async def test_a_parked_prompt_that_nobody_fetches_leaves_its_blocks_idle(folder: Path) -> None:

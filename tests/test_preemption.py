@@ -10,6 +10,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from engine.engine import Engine
 from engine.monolithic import generate
 from engine.prediction import OutputPrediction
 from engine.types import GenerationRequest, TokenEvent
+from engine.worker import WorkerLoop
 from kvstore.session import StoreSession
 from tests.role_parts import CACHING, ENGINE, WAIT_S, Pair, check_pool, pair_over, prompt, request, shard
 
@@ -87,14 +89,19 @@ async def test_decode_preempts_and_every_sequence_says_what_it_says_alone(
             assert counters["engine:tokens_computed"] < 2 * full, "what lay in the pool was computed again"
 
 
-async def said_by(pair: Pair, names: list[str]) -> dict[str, list[TokenEvent]]:
-    """What each of them said, whatever others do; in the order in which they ended."""
+async def said_by(
+    pair: Pair, names: list[str], preempted: set[tuple[str, int]] | None = None
+) -> dict[str, list[TokenEvent]]:
+    """What each of them said, whatever others do; in the order in which they ended. `preempted` takes those
+    that a poll named."""
     said: dict[str, list[TokenEvent]] = {}
     ended: dict[str, list[TokenEvent]] = {}
     async with asyncio.timeout(WAIT_S):
         while not ended.keys() >= set(names):
             polled = await pair.decode.poll(pair.cursor, 5.0)
             pair.cursor = polled.cursor
+            if preempted is not None:
+                preempted.update(polled.preempted)
             for event in polled.events:
                 said.setdefault(event.request_id, []).append(event)
                 if event.finish is not None:
@@ -163,6 +170,56 @@ async def test_the_most_urgent_is_never_preempted(folder: Path, alone: Alone) ->
         object.__setattr__(urgent.request, "priority", -1)
         for handoff in handoffs:
             await pair.decode.start(handoff)
-        said = await said_by(pair, [one.request_id for one in asked])
+        preempted: set[tuple[str, int]] = set()
+        said = await said_by(pair, [one.request_id for one in asked], preempted)
         assert next(iter(said)) == "r3", "who came last but is most urgent ended first"
+        assert preempted, "a router must hear of it, or takes the worker for slow"
+        assert ("r3", 1) not in preempted
+        await pair.assert_nothing_held()
+
+
+@MODES
+async def test_the_first_in_order_never_leaves_for_one_behind_it(
+    folder: Path, alone: Alone, engine: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while one that was preempted stands at the entrance and is lent what it left there."""
+    left: list[tuple[str, str]] = []
+    wait_again = WorkerLoop._wait_again
+
+    def note(self: WorkerLoop, request: GenerationRequest, admitted: Any) -> None:
+        first = min(self._admitted, key=lambda name: self._admitted[name].order)
+        left.append((request.request_id, first))
+        wait_again(self, request, admitted)
+
+    monkeypatch.setattr(WorkerLoop, "_wait_again", note)
+    asked = [request(prompt(17 + 5 * i, i), name=f"r{i}", max_tokens=110) for i in range(4)]
+    async with pair_over(folder, [shard()], engine=engine) as pair:
+        outputs = await pair.decode_each(await prefilled(pair, asked))
+        assert outputs == [alone(one) for one in asked]
+        await pair.assert_nothing_held()
+    assert left
+    assert not [name for name, first in left if name == first]
+
+
+async def test_an_urgent_prompt_that_fits_waits_for_none_that_do_not(folder: Path) -> None:
+    """As many of those as may load at one time, and one more."""
+    async with pair_over(folder, [shard()], engine=SMALL_CACHING, parked_s=600.0) as pair:
+        await pair.prefill.prefill(request(prompt(120), name="parked", max_tokens=2))
+        loop, limits = pair.workers[0].loop, pair.workers[0].limits
+        lesser = [
+            replace(request(prompt(90, i), name=f"lesser {i}", max_tokens=2), priority=5)
+            for i in range(1, limits.loading_max + 2)
+        ]
+        waiting = [asyncio.create_task(pair.prefill.prefill(one)) for one in lesser]
+        async with asyncio.timeout(WAIT_S):
+            while loop.waiting < limits.loading_max:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            urgent = replace(request(prompt(9), name="urgent", max_tokens=2), priority=-5)
+            await pair.prefill.prefill(urgent)
+        assert loop.waiting == limits.loading_max
+        for one in lesser:
+            await pair.prefill.abort(one.request_id, 1)
+        await asyncio.gather(*waiting, return_exceptions=True)
+        for name in ("urgent", "parked"):
+            await pair.prefill.abort(name, 1)
         await pair.assert_nothing_held()

@@ -58,19 +58,19 @@ class PoolSlots:
         with self._lock:
             return self._table.can_allocate(n)
 
-    def is_shared(self, slot: int) -> bool:
-        """Does somebody beside its one user read it, or may come to?"""
+    def is_shared(self, slot: int, leaving: int = 0) -> bool:
+        """Does somebody beside its one user read it, or may come to? So many of its users do not count."""
         with self._lock:
-            return self._users[slot] > 1 or bool(self._kept[slot])
+            return self._users[slot] - leaving > 1 or bool(self._kept[slot])
 
     def is_kept(self, slot: int) -> bool:
         with self._lock:
             return bool(self._kept[slot])
 
-    def used_once(self, slots: Sequence[int]) -> int:
-        """How many of these are free, or idle, when their one user gives them back."""
+    def users(self, slot: int) -> int:
+        """When the last one gives it back it is free, or idle if it is kept."""
         with self._lock:
-            return sum(self._users[slot] == 1 for slot in slots)
+            return self._users[slot]
 
     def free_run(self, n: int, claimed: Iterable[range], after: int | None = None) -> int | None:
         """`SlotTable.free_run`: where a sequence could grow undisturbed. Nothing is taken."""

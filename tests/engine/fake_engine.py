@@ -66,8 +66,8 @@ class FakeEngine:
             self.hold.add(request.request_id)
         return ()
 
-    def slots_lacking(self) -> int:
-        return 0
+    def shortage(self) -> None:
+        return None
 
     def step(self) -> StepResult:
         self._called("step")

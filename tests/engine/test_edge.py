@@ -10,7 +10,7 @@ import torch
 from engine.edge import LEASE_S, EdgeShard
 from engine.engine import Engine
 from engine.local_run import LocalRun
-from engine.types import GenerationRequest
+from engine.types import GenerationRequest, Shortage
 from kvstore.clock import ManualClock
 from kvstore.core.shrinking import evict_idle
 from kvstore.core.versions import State
@@ -226,6 +226,21 @@ def test_recalled_loans_are_those_who_came_last_and_only_as_many_as_needed() -> 
     for local in waiting:
         local.abandon()
     assert edge.driver.core.leases == 0
+    edge.slots.check_integrity({}, edge.tier.kept_slots())
+
+
+def test_a_step_recalls_even_too_little_before_a_sequence_leaves() -> None:
+    edge, pool = edge_of("w", 30)
+    waiting = [
+        edge.lend(NAMESPACE, "default", fill(edge, pool, 8, tokens_seed=i), 8, "waits") for i in (1, 2)
+    ]
+    edge.give_room(Shortage(40, None), None)
+    assert [local.recalled for local in waiting] == [False, False], "nobody would have left"
+    edge.give_room(Shortage(40, (0, 1)), waiting[0])
+    assert [local.recalled for local in waiting] == [False, True]
+    assert edge.slots.n_free == 22
+    for local in waiting:
+        local.abandon()
     edge.slots.check_integrity({}, edge.tier.kept_slots())
 
 

@@ -124,6 +124,22 @@ async def test_blocks_are_published_at_their_lineages_floor_or_not_at_all(
     publication.close()
 
 
+async def test_what_is_discarded_is_not_published_but_what_is_on_its_way(scene: Scene) -> None:
+    scene.shard.gate.at = "begin before"
+    publication = scene.open()
+    for index in range(3):
+        publication.offer(block(index))
+    await scene.shard.gate.reached()  # a batch of two is on its way
+    publication.discard()
+    publication.offer(block(3))
+    scene.shard.gate.open()
+    assert await publication.settle(WAIT_S)
+    assert sorted(publication.pins) == [0, 1]
+    counters = scene.publisher.counters
+    assert (counters["publish:dropped"], counters["publish:withheld"]) == (1, 1)
+    publication.close()
+
+
 async def test_a_store_that_fails_costs_the_publication_only(scene: Scene) -> None:
     await scene.shard.close()
     publication = scene.open()

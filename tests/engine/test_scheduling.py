@@ -227,6 +227,20 @@ def test_a_shared_block_stays_when_the_first_one_goes(make_engine: EngineFactory
     assert engine.free_blocks == 64
 
 
+def test_where_a_shared_block_must_be_copied_it_is_enough_that_one_of_two_leaves(
+    make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then nobody shares it any more, and the other needs no copy."""
+    engine = make_engine(block_tokens=8, step_tokens_max=24, running_max=8, pool_blocks=3, max_model_len=24)
+    monkeypatch.setattr(engine._demand, "promised", lambda _: 0)
+    monkeypatch.setattr(engine._demand, "of", lambda *_: 0)
+    for name in "ab":
+        engine.admit(request(name, prompt(21), 3))
+        result = engine.step()
+    assert [left.request_id for left in result.preempted] == ["b"]
+    assert [event.request_id for event in result.events] == ["a"]
+
+
 def test_tenants_share_nothing(make_engine: EngineFactory) -> None:
     engine = make_engine(**SMALL)
     for tenant in ("one", "other"):
@@ -252,7 +266,7 @@ def test_slots_that_a_peer_takes_behind_the_plan_cost_a_step_and_no_sequence(
     expected = alone(make_engine, request("a", prompt(20), 4))
     engine = make_engine(**SMALL, pool_blocks=8)
     engine.admit(request("a", prompt(20), 4))
-    assert engine.slots_lacking() == 0
+    assert engine.shortage() is None
     arrived = engine.slots.take_kept(8)
     assert engine.step() == StepResult()
     for slot in arrived:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from engine.engine_thread import EngineThread
+from engine.turns import OrderedTurns, Urgency
 from engine.worker import WorkerLoop
 from kvstore.clock import ManualClock
 from kvstore.errors import DeadlineExceeded
@@ -91,7 +92,7 @@ async def test_a_preempted_sequence_is_admitted_again_and_its_sink_hears_nothing
     assert await newcomer.end() == ["token 0", "block 1", "token 1", "token 2"]
     admitted = [call for call in engine.calls if call.startswith("admit")]
     assert admitted == ["admit r/1", "admit r/1", "admit newcomer/1"]
-    assert loop.counters["engine:preempted"] == 1
+    assert (loop.counters["engine:preempted"], loop.preempted) == (1, ())
     assert (loop.held, loop.running) == (0, 0)
 
 
@@ -104,9 +105,37 @@ async def test_a_preempted_sequence_that_is_given_up_does_not_come_back(
     async with asyncio.timeout(WAIT_S):
         while not loop.counters["engine:preempted"]:  # noqa: ASYNC110
             await asyncio.sleep(0)
+    assert loop.preempted == (("r", 1),)
     loop.release("r", 1)
     for _ in range(20):
         await asyncio.sleep(0)
     await loop.settled()
     assert engine.sequences == {}
     assert (loop.held, loop.running) == (0, 0)
+
+
+async def test_a_more_urgent_priority_has_a_turn_beyond_those_that_lesser_ones_have() -> None:
+    """One a priority; and who goes back into the line, or gives up, leaves the count as it was."""
+    turns, having, done = OrderedTurns(1, beyond=True), list[int](), asyncio.Event()
+
+    async def one(priority: int) -> None:
+        async with turns.turn(Urgency(priority, True, float(-len(tasks)), 0)):  # each has an earlier deadline
+            having.append(priority)
+            await done.wait()
+
+    tasks: list[asyncio.Task[None]] = []
+    for priority in (5, 5, 0, 0, 3, -1):
+        tasks.append(asyncio.create_task(one(priority)))
+        await asyncio.sleep(0)
+    assert having == [5, 0, -1]
+    tasks[5].cancel()
+    await asyncio.wait(tasks[5:])
+    assert having == [5, 0, -1], "those who wait are no more urgent than those who have their turn"
+    tasks[2].cancel()
+    await asyncio.wait(tasks[2:3])
+    await asyncio.sleep(0)
+    assert having == [5, 0, -1, 0]
+    done.set()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert having == [5, 0, -1, 0, 3, 5]
+    assert not turns.locked()

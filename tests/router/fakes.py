@@ -117,6 +117,7 @@ class FakePrefill:
 class Polled:
     cursor: int
     events: Sequence[TokenEvent]
+    preempted: Sequence[tuple[str, int]] = ()
 
 
 @dataclass
@@ -129,6 +130,7 @@ class FakeDecode:
     mangle: Callable[[list[TokenEvent]], list[TokenEvent]] = list
     started: list[Handoff] = field(default_factory=list)
     aborted: list[tuple[str, int]] = field(default_factory=list)
+    preempted: list[tuple[str, int]] = field(default_factory=list)
     _log: list[TokenEvent] = field(default_factory=list)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -156,7 +158,7 @@ class FakeDecode:
                     await self._news.wait()
             except TimeoutError:
                 break
-        return Polled(len(self._log), self._log[cursor:])
+        return Polled(len(self._log), self._log[cursor:], self.preempted)
 
     async def abort(self, request_id: str, attempt: int) -> None:
         self.aborted.append((request_id, attempt))

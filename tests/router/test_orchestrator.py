@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,6 +161,23 @@ async def test_a_stop_token_does_not_show(tmp_path: Path) -> None:
     service = fake_service(tmp_path, TEXT)
     dot = service.backend.tokenizer.encode(".")[0]
     assert (await answer(service, job(stop_token_ids=(dot,))))[0] == TEXT[:-1]
+
+
+async def test_a_preempted_sequence_is_no_fault_of_its_worker(tmp_path: Path) -> None:
+    service = fake_service(tmp_path, TEXT, limits=AttemptLimits(stall_s=0.02, prefill_s=5.0, attempts_max=1))
+    decode = service.decode[0]
+    decode.silent_after, decode.preempted = 2, [("r-1", 1)]
+    pieces = service.backend.orchestrator.generate(job())
+    await anext(pieces)
+    waiting = asyncio.ensure_future(_rest(pieces))
+    await asyncio.wait([waiting], timeout=0.2)
+    assert not waiting.done()
+    waiting.cancel()
+    await asyncio.wait([waiting])
+
+
+async def _rest(pieces: AsyncIterator[Piece]) -> list[Piece]:
+    return [piece async for piece in pieces]
 
 
 async def test_only_workers_can_stall_not_readers(tmp_path: Path) -> None:

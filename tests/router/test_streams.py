@@ -97,6 +97,29 @@ async def test_the_wait_for_decode_to_begin_is_no_stall() -> None:
         await stream.attempt_over(60, 5)
 
 
+async def test_the_wait_of_a_preempted_sequence_is_no_stall_until_its_next_token() -> None:
+    clock = ManualClock()
+    stream = TokenStream("r", clock)
+    stream.begin_attempt()
+    for index in range(2):
+        stream.offer(event(1, index))
+    stream.preempted(1)
+    clock.advance(59)
+    over = asyncio.create_task(stream.attempt_over(60, 5))
+    await asyncio.wait([over], timeout=0.01)
+    assert not over.done()
+    over.cancel()
+    stream.offer(event(1, 2))
+    stream.preempted(0)  # an attempt that was given up
+    clock.advance(5)
+    with pytest.raises(WorkerSlow, match="no token came for 5 s"):
+        await stream.attempt_over(60, 5)
+    stream.preempted(1)
+    clock.advance(55)
+    with pytest.raises(WorkerSlow, match="no token came for 60 s"):
+        await stream.attempt_over(60, 5)
+
+
 async def test_a_closed_stream_gives_what_it_has_and_then_the_error() -> None:
     stream = TokenStream("r", ManualClock())
     stream.begin_attempt()
