@@ -32,8 +32,9 @@ class EngineConfig(BaseModel):
         None,
         ge=1,
         le=256,
-        description="Threads torch computes with, for the whole process. None: every core, but at most "
-        "two in batch-invariant mode, which is proved for no more",
+        description="Threads torch computes with, for the whole process. None: every core, or with "
+        "tensor_parallel its share of them, but at most two in batch-invariant mode, which is proved for no "
+        "more",
     )
     batch_invariant: bool = Field(
         True,
@@ -83,6 +84,21 @@ class EngineConfig(BaseModel):
         None, ge=2, description="Longest prompt and output together. None: what the model was made for"
     )
 
+    tensor_parallel: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Processes that share the model, each with a range of its heads and a pool of that "
+        "size. Must divide the model's KV heads and attention heads. On CPUs, for an engine without a store: "
+        "workers take 1 only",
+    )
+    rank_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        description="How long one of these processes may keep the others waiting within a step, before the "
+        "engine ends with an error",
+    )
+
     @model_validator(mode="after")
     def _decode_rows_fit_a_step(self) -> EngineConfig:
         if self.running_max > self.step_tokens_max:
@@ -100,5 +116,5 @@ class EngineConfig(BaseModel):
     @property
     def compute_threads(self) -> int:
         """Threads to compute with on this machine."""
-        cores = len(os.sched_getaffinity(0))
+        cores = max(1, len(os.sched_getaffinity(0)) // self.tensor_parallel)
         return self.threads or (min(cores, INVARIANT_THREADS_MAX) if self.batch_invariant else cores)

@@ -34,6 +34,8 @@ from engine.detokenizer import IncrementalDetokenizer
 from engine.models.config import ModelConfig
 from engine.models.llama import LlamaModel
 from engine.pacing import StepPacing
+from engine.parallel.runner import ParallelRunner
+from engine.parallel.shares import HeadShare, check_ranks
 from engine.pool import KVPool
 from engine.quantised_pool import held_nbytes
 from engine.runner import ModelRunner
@@ -66,7 +68,8 @@ Payload = memoryview | npt.NDArray[np.uint8]
 
 
 class Engine:
-    """See the module. `layout`, `weights_digest` and `tokenizer` name what its KV is interchangeable with."""
+    """See the module. `layouts`, `weights_digest` and `tokenizer` name what its KV is interchangeable with;
+    `layout` is the first rank's, for most engines the only one."""
 
     def __init__(
         self,
@@ -83,7 +86,7 @@ class Engine:
         self.layout = KVLayout(
             layers=model_config.layers,
             head_begin=0,
-            head_end=model_config.kv_heads,
+            head_end=model_config.kv_heads // config.tensor_parallel,
             head_dim=model_config.head_dim,
             dtype=config.dtype,
             block_tokens=config.block_tokens,
@@ -91,7 +94,8 @@ class Engine:
         n_slots = config.pool_blocks or config.pool_nbytes // held_nbytes(self.layout, config.hot_pool)
         made_for = model_config.max_position_embeddings
         self.max_model_len = fitting_model_len(config.max_model_len, made_for, n_slots, config.block_tokens)
-        self._runner = ModelRunner(config, model_config, weights, self.layout, n_slots, self.max_model_len)
+        make_runner = ModelRunner if config.tensor_parallel == 1 else ParallelRunner
+        self._runner = make_runner(config, model_config, weights, self.layout, n_slots, self.max_model_len)
         self.slots = PoolSlots(n_slots)
         self._sequences: dict[str, Sequence] = {}
         self._allotment = Allotment(self.pool, self.slots, config.block_tokens)
@@ -110,7 +114,9 @@ class Engine:
         fit the model or this machine. Sets torch's threads, for the whole process. `clock` times steps."""
         torch.set_num_threads(config.compute_threads)
         model_config = ModelConfig.from_folder(folder)
-        weights = load_weights(folder, model_config, DTYPES[config.dtype])
+        check_ranks(model_config, config.tensor_parallel)
+        share = HeadShare(0, config.tensor_parallel)
+        weights = load_weights(folder, model_config, DTYPES[config.dtype], share.tensor)
         tokenizer = Tokenizer.from_folder(folder)
         return cls(config, model_config, weights, tokenizer, clock or MonotonicClock())
 
@@ -126,6 +132,17 @@ class Engine:
             sequence.shares = False  # what it has is of other weights than what it will compute
         self._planned = None  # it may have counted on sharing
         self.model_config, self.weights_digest = loaded.model_config, loaded.digest
+
+    @property
+    def layouts(self) -> tuple[KVLayout, ...]:
+        """Of each rank's blocks; a payload of this engine is theirs, one behind the other."""
+        ranks = self.config.tensor_parallel
+        return tuple(HeadShare(rank, ranks).layout(self.layout) for rank in range(ranks))
+
+    def close(self) -> None:
+        """End what this engine has started: the processes of other ranks."""
+        if isinstance(self._runner, ParallelRunner):
+            self._runner.close()
 
     @property
     def pool(self) -> KVPool:

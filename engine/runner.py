@@ -17,7 +17,7 @@ from engine.batch import Batch
 from engine.config import EngineConfig
 from engine.linear import Rowwise, check_row_invariance
 from engine.models.config import ModelConfig
-from engine.models.llama import LlamaModel, StepInput
+from engine.models.llama import LlamaModel, StepInput, SumParts
 from engine.quantised_pool import make_pool
 from engine.weights import DTYPES, Weights
 from kvstore.nouns import KVLayout
@@ -37,9 +37,11 @@ class ModelRunner:
         layout: KVLayout,
         n_slots: int,
         max_model_len: int,
+        sum_parts: SumParts | None = None,
     ) -> None:
+        """`weights` and `model_config` may be one rank's share, whose parts `sum_parts` makes whole."""
         self._config, self._max_model_len = config, max_model_len
-        self._model = LlamaModel(model_config, weights.tensors, max_model_len)
+        self._model = LlamaModel(model_config, weights.tensors, max_model_len, sum_parts)
         windows = model_config.windows
         if config.batch_invariant:
             _check_invariance(self._model, layout)
