@@ -85,7 +85,7 @@ def main() -> None:
     asked = parser.parse_args()
     keep_freed_buffers()
     folder = resolve_model(asked.model)
-    common = {"dtype": asked.dtype, "threads": asked.threads, "pool_blocks": 400}
+    common = {"dtype": asked.dtype, "threads": asked.threads, "pool_blocks": 400, "speculation": "off"}
     engines = {
         "invariant": Engine.load(folder, EngineConfig.model_validate(common)),
         "plain": Engine.load(folder, EngineConfig.model_validate(common | {"batch_invariant": False})),

@@ -7,6 +7,8 @@ dtype, in fp8 and in int8; gather and scatter of blocks between pool and frames;
 a chunk over a prefix and of several prompts beside torch's SDPA (flash backend) on the same shapes. First,
 small steps are compared with float64. Medians over rounds; a share below its goal says so.
 
+Last, whole steps of the engine (benchmarks/gpu_step.py).
+
 --tiny runs all of it on small shapes, in Triton's interpreter where there is no GPU: that it runs, not how
 fast. --sweep measures other tile sizes beside those of the table instead.
 """
@@ -48,6 +50,7 @@ def main() -> None:
         os.environ["TRITON_INTERPRET"] = "1"
     import triton
 
+    from benchmarks import gpu_step
     from benchmarks.gpu_attention import TINY, Sizes, checked, measured, swept
 
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -66,8 +69,11 @@ def main() -> None:
             rows.append(row)
             if not asked.json:
                 print(line(row), flush=True)
+    steps = None if asked.sweep else gpu_step.measure(tiny=asked.tiny)
+    if steps is not None and not asked.json:
+        print("\n".join(gpu_step.lines(steps)))
     if asked.json:
-        found = {"checks": checks, "rows": [row._asdict() for row in rows]}
+        found = {"checks": checks, "rows": [row._asdict() for row in rows], "steps": steps}
         print(json.dumps({"device": name, "versions": versions, **found}))
 
 

@@ -146,7 +146,7 @@ class Paged:
         )
 
     def _draw(self, sequence: Sequence) -> None:
-        sequence.append(Drawn(0))
+        sequence.accept([Drawn(0)], ())
         if len(sequence.tokens) >= self.ends[sequence.request.request_id]:
             self.demand.prediction.ended(sequence.output_count, self.output_max)
             self._leave(sequence)

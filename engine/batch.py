@@ -20,10 +20,11 @@ __all__ = ["Batch", "Chunk", "make_batch"]
 
 
 class Chunk(NamedTuple):
-    """The next `rows` tokens of a sequence."""
+    """The next `rows` tokens of a sequence, and guesses of those behind them, a row each, to be verified."""
 
     sequence: Sequence
     rows: int
+    drafts: tuple[int, ...] = ()  # only where it draws
 
     @property
     def draws(self) -> bool:
@@ -33,30 +34,37 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step's rows. `logits_rows` are those that need logits, in the order of their chunks."""
+    """One step's rows, on the host. `logits_rows` are those that need logits, in the order of their chunks:
+    of one that draws the last of its tokens, and its drafts."""
 
     token_ids: torch.Tensor  # int64 [rows]
     positions: torch.Tensor  # int64 [rows]
     pool_rows: torch.Tensor  # int64 [rows]: where each row's K and V go
     segments: tuple[Segment, ...]
-    logits_rows: torch.Tensor  # int64 [drawing chunks]
+    logits_rows: torch.Tensor  # int64 [drawing chunks and drafts]
 
 
 def make_batch(chunks: Seq[Chunk], block_tokens: int) -> Batch:
-    """Some 20 us a chunk."""
-    rows = sum(chunk.rows for chunk in chunks)
-    token_ids, positions = torch.empty(2, rows, dtype=torch.int64)
-    pool_rows = torch.empty(rows, dtype=torch.int64)
-    segments, row = [], 0
-    for sequence, count in chunks:
-        begin, end, taken = sequence.computed, sequence.computed + count, slice(row, row + count)
-        token_ids[taken] = torch.tensor(sequence.tokens[begin:end])
-        at = torch.arange(begin, end)
-        positions[taken] = at
-        pool_rows[taken] = torch.tensor(sequence.slots)[at // block_tokens] * block_tokens + at % block_tokens
-        segments.append(Segment(row, count, begin, sequence.slots))
-        row += count
-    last = [
-        segment.row + segment.rows - 1 for segment, chunk in zip(segments, chunks, strict=True) if chunk.draws
-    ]
-    return Batch(token_ids, positions, pool_rows, tuple(segments), torch.tensor(last, dtype=torch.int64))
+    """Some 2 us a decoding sequence, 20 us a piece of a prompt."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    pool_rows: list[int] = []
+    segments = []
+    logits_rows: list[int] = []
+    for chunk in chunks:
+        sequence, row, count = chunk.sequence, len(token_ids), chunk.rows + len(chunk.drafts)
+        begin, end, slots = sequence.computed, sequence.computed + count, sequence.slots
+        segments.append(Segment(row, count, begin, slots))
+        token_ids += sequence.tokens[begin : begin + chunk.rows]
+        token_ids += chunk.drafts
+        positions += range(begin, end)
+        pool_rows += [
+            slots[at // block_tokens] * block_tokens + at % block_tokens for at in range(begin, end)
+        ]
+        if chunk.draws:
+            logits_rows += range(row + chunk.rows - 1, row + count)
+    return Batch(_ids(token_ids), _ids(positions), _ids(pool_rows), tuple(segments), _ids(logits_rows))
+
+
+def _ids(column: list[int]) -> torch.Tensor:
+    return torch.tensor(column, dtype=torch.int64)

@@ -28,6 +28,12 @@ class EngineConfig(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Dtype of activations and KV. Products are accumulated in float32 either way"
     )
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda|cuda:\d+)$",
+        description="Where to compute: cpu, cuda, cuda:N. auto: a GPU if there is one and batch_invariant, "
+        "which is proved for CPUs, is false",
+    )
     threads: int | None = Field(
         None,
         ge=1,
@@ -84,6 +90,15 @@ class EngineConfig(BaseModel):
         None, ge=2, description="Longest prompt and output together. None: what the model was made for"
     )
 
+    speculation: Literal["auto", "off", "ngram"] = Field(
+        "auto",
+        description="Guess tokens and verify them in one step: output stays the same. ngram: what followed "
+        "the last few tokens where they occurred before; fast where text is copied, held back where it does "
+        "not pay. auto: ngram on a CPU, off on a GPU, whose recorded steps have no room for guesses",
+    )
+    draft_tokens_max: int = Field(
+        16, ge=1, le=256, description="Guesses that one step may verify for one sequence"
+    )
     tensor_parallel: int = Field(
         1,
         ge=1,
@@ -98,6 +113,15 @@ class EngineConfig(BaseModel):
         description="How long one of these processes may keep the others waiting within a step, before the "
         "engine ends with an error",
     )
+
+    @model_validator(mode="after")
+    def _ranks_are_of_cpus(self) -> EngineConfig:
+        if self.tensor_parallel > 1 and self.device not in ("auto", "cpu"):
+            raise ValueError(
+                f"tensor_parallel is {self.tensor_parallel}, which is for CPUs, and device is {self.device}: "
+                "set device to cpu, or tensor_parallel to 1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _decode_rows_fit_a_step(self) -> EngineConfig:

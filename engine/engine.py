@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Seq
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -29,8 +30,10 @@ import torch
 from engine.admission import BlockDemand, check_onboarded, check_request, fitting_model_len
 from engine.allotment import Allotment
 from engine.batch import Chunk, make_batch
+from engine.block_copies import BlockCopies, FullBlock
 from engine.config import EngineConfig
 from engine.detokenizer import IncrementalDetokenizer
+from engine.device import Device
 from engine.models.config import ModelConfig
 from engine.models.llama import LlamaModel
 from engine.pacing import StepPacing
@@ -38,25 +41,19 @@ from engine.parallel.runner import ParallelRunner
 from engine.parallel.shares import HeadShare, check_ranks
 from engine.pool import KVPool
 from engine.quantised_pool import held_nbytes
-from engine.runner import ModelRunner
-from engine.sampling.rows import NO_TOKEN, NOTHING_ALLOWED, Drawn
-from engine.sampling.sampler import Sampler
+from engine.runner import make_runner
+from engine.sampling.rows import Drawn
 from engine.scheduler import Plan, plan_step
 from engine.sequence import Sequence
+from engine.speculation.base import DrafterFactory
+from engine.speculation.speculator import make_speculator
 from engine.tokenizer import Tokenizer
-from engine.types import (
-    CompletedBlock,
-    FinishReason,
-    GenerationRequest,
-    StepResult,
-    TailKV,
-    TokenEvent,
-)
+from engine.types import FinishReason, GenerationRequest, StepResult, TailKV, TokenEvent
 from engine.weights import DTYPES, Weights, load_weights
 from kvstore.clock import Clock, MonotonicClock
 from kvstore.errors import CorruptBlock, OverLimit
 from kvstore.frame import payload_checksum
-from kvstore.nouns import KVLayout, MissReason
+from kvstore.nouns import MissReason
 from kvstore.tiers.pool_slots import PoolSlots
 
 __all__ = ["Engine"]
@@ -68,8 +65,9 @@ Payload = memoryview | npt.NDArray[np.uint8]
 
 
 class Engine:
-    """See the module. `layouts`, `weights_digest` and `tokenizer` name what its KV is interchangeable with;
-    `layout` is the first rank's, for most engines the only one."""
+    """See the module. `layout` (over ranks: the first one's, `pool.layouts` are all), `weights_digest` and
+    `tokenizer` name what its KV is interchangeable with. `make_drafter` guesses tokens instead of what
+    `config.speculation` names."""
 
     def __init__(
         self,
@@ -78,24 +76,22 @@ class Engine:
         weights: Weights,
         tokenizer: Tokenizer,
         clock: Clock,
+        *,
+        make_drafter: DrafterFactory | None = None,
+        device: Device | None = None,
     ) -> None:
+        """`device` is where it computes, None: where `config` says."""
         self.config = config
         self.model_config = model_config
         self.tokenizer = tokenizer
         self.weights_digest = weights.digest
-        self.layout = KVLayout(
-            layers=model_config.layers,
-            head_begin=0,
-            head_end=model_config.kv_heads // config.tensor_parallel,
-            head_dim=model_config.head_dim,
-            dtype=config.dtype,
-            block_tokens=config.block_tokens,
-        )
+        own = HeadShare(0, config.tensor_parallel).config(model_config)
+        self.layout = own.kv_layout(config.dtype, config.block_tokens)
         n_slots = config.pool_blocks or config.pool_nbytes // held_nbytes(self.layout, config.hot_pool)
         made_for = model_config.max_position_embeddings
         self.max_model_len = fitting_model_len(config.max_model_len, made_for, n_slots, config.block_tokens)
-        make_runner = ModelRunner if config.tensor_parallel == 1 else ParallelRunner
-        self._runner = make_runner(config, model_config, weights, self.layout, n_slots, self.max_model_len)
+        shape = (config, model_config, weights, self.layout, n_slots, self.max_model_len)
+        self._runner = ParallelRunner(*shape) if config.tensor_parallel > 1 else make_runner(*shape, device)
         self.slots = PoolSlots(n_slots)
         self._sequences: dict[str, Sequence] = {}
         self._allotment = Allotment(self.pool, self.slots, config.block_tokens)
@@ -106,7 +102,8 @@ class Engine:
         target_s = config.step_s_target
         self._pacing = StepPacing(target_s, config.block_tokens) if target_s is not None else None
         self._planned: Plan | None = None  # while nothing has changed since
-        self._taken_over: list[CompletedBlock] = []  # to be told by the next step
+        self._copies = BlockCopies(self.pool)
+        self._speculator = make_speculator(config, model_config, make_drafter, self.pool.device)
 
     @classmethod
     def load(cls, folder: Path, config: EngineConfig, clock: Clock | None = None) -> Self:
@@ -127,17 +124,12 @@ class Engine:
     def swap_weights(self, loaded: LoadedWeights) -> None:
         """Step with other weights from now on. KV that is there stays: whose it is, is the caller's to know
         (engine/updating.py)."""
+        self._copies.forget_all()
         self._runner.swap(loaded.model)
         for sequence in self._sequences.values():
             sequence.shares = False  # what it has is of other weights than what it will compute
         self._planned = None  # it may have counted on sharing
         self.model_config, self.weights_digest = loaded.model_config, loaded.digest
-
-    @property
-    def layouts(self) -> tuple[KVLayout, ...]:
-        """Of each rank's blocks; a payload of this engine is theirs, one behind the other."""
-        ranks = self.config.tensor_parallel
-        return tuple(HeadShare(rank, ranks).layout(self.layout) for rank in range(ranks))
 
     def close(self) -> None:
         """End what this engine has started: the processes of other ranks."""
@@ -229,9 +221,13 @@ class Engine:
 
     def step(self) -> StepResult:
         """Compute one batch. Empty if there is no work. A sequence that ended has left the engine when its
-        last event is returned, unless it was admitted with `hold` or `keep`."""
+        last event is returned, unless it was admitted with `hold` or `keep`. On a GPU a block may come with a
+        later step than it became full in, but before its sequence leaves or with its last event."""
         plan = self._planned or self._plan()
         preempted: tuple[GenerationRequest, ...] = ()
+        if plan.left_out and self._copies.late:
+            # Who must leave has its blocks told while it has their slots.
+            return StepResult(blocks=tuple(self._copies.take(lambda _: False)))
         if plan.left_out:
             victims = self._allotment.victims(self._sequences.values(), plan)
             preempted = tuple(victim.so_far() for victim in victims)
@@ -239,20 +235,27 @@ class Engine:
                 self.release(request.request_id)
             plan = self._plan()
         self._planned = None
-        taken, self._taken_over = self._taken_over, []
         chunks = [chunk for chunk in plan.chunks if self._allotment.take(chunk)]
         if not chunks:
-            return StepResult(blocks=tuple(taken), preempted=preempted)
-        rows, began = sum(chunk.rows for chunk in chunks), self._clock.now()
+            return StepResult(blocks=tuple(self._copies.take(self._goes_on)), preempted=preempted)
+        if self._speculator is not None:
+            chunks = self._speculator.draft(chunks)
+        began = self._clock.now()
         logits = self._runner.run(make_batch(chunks, self.config.block_tokens))
-        drawing = [chunk.sequence for chunk in chunks if chunk.draws]
-        drawn = Sampler.sample(logits, [sequence.sampling_row() for sequence in drawing])
-        if self._pacing is not None:
-            self._pacing.took(rows, self._clock.now() - began)
-        blocks = [*taken, *(block for chunk in chunks for block in self._advance(chunk))]
-        events = [self._take_token(*each) for each in zip(drawing, drawn, strict=True)]
+        rows = [row for chunk in chunks if chunk.draws for row in chunk.sequence.sampling_rows(chunk.drafts)]
+        drawn = iter(self._runner.begin_draw(logits, rows)())
+        self._learn(chunks, self._clock.now() - began)
+        drawing = sum(chunk.draws for chunk in chunks)  # before they have taken what was drawn
+        events = [event for chunk in chunks for event in self._take(chunk, drawn)]
         self._changed()
-        return StepResult(tuple(events), tuple(blocks), rows, preempted)
+        return StepResult(
+            tuple(events),
+            tuple(self._copies.take(self._goes_on)),
+            tokens_computed=sum(chunk.rows for chunk in chunks) + len(events) - drawing,
+            preempted=preempted,
+            drafts_proposed=sum(len(chunk.drafts) for chunk in chunks),
+            drafts_accepted=len(events) - drawing,
+        )
 
     def take_tail(self, request_id: str) -> TailKV | None:
         """A copy of the KV behind the last full computed block. None if there is none, or no sequence."""
@@ -265,11 +268,14 @@ class Engine:
 
     def release(self, request_id: str) -> None:
         """Forget a sequence and give back its own slots, wherever it stands: free, unless they are kept by
-        the edge shard. Does nothing if it is not there."""
+        the edge shard. What of its blocks was not told yet never is. Does nothing if it is not there."""
+        self._copies.forget(request_id)
+        self._leave(request_id)
+
+    def _leave(self, request_id: str) -> None:
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
             self._allotment.leave(sequence)
-            self._taken_over = [block for block in self._taken_over if block.request_id != request_id]
             self._changed()
 
     def check_integrity(self, lent: Seq[int] = (), kept: Collection[int] = ()) -> None:
@@ -338,7 +344,7 @@ class Engine:
 
     def _plan(self) -> Plan:
         for sequence, index in self._allotment.take_over(self._sequences.values()):
-            self._taken_over.append(self._completed(sequence, index))
+            self._copy_out(sequence, [index])
         return plan_step(
             self._sequences.values(),
             self._prompt_rows,
@@ -351,31 +357,43 @@ class Engine:
         rows_max = self.config.step_tokens_max
         return rows_max - decoding if self._pacing is None else self._pacing.prompt_rows(decoding, rows_max)
 
-    def _advance(self, chunk: Chunk) -> list[CompletedBlock]:
-        full = chunk.sequence.advance(chunk.rows, self.config.block_tokens)
-        return [self._completed(chunk.sequence, index) for index in full]
+    def _learn(self, chunks: Seq[Chunk], seconds: float) -> None:
+        """What a step took, for those who plan by it."""
+        if self._speculator is not None:
+            self._speculator.observe(chunks, seconds)
+        if self._pacing is not None:
+            self._pacing.took(sum(chunk.rows + len(chunk.drafts) for chunk in chunks), seconds)
 
-    def _completed(self, sequence: Sequence, index: int) -> CompletedBlock:
-        request, slot = sequence.request, sequence.slots[index]
-        payload = self.pool.read_block(slot)
-        return CompletedBlock(request.request_id, request.attempt, index, payload, slot)
+    def _take(self, chunk: Chunk, drawn: Iterator[Drawn]) -> list[TokenEvent]:
+        """What was drawn for its rows, as far as its drafts hold. Blocks that became full are copied out: of
+        the tokens before each of those it took, and of none behind."""
+        sequence, draws = chunk.sequence, chunk.draws
+        events = sequence.accept(list(islice(drawn, draws + len(chunk.drafts))), chunk.drafts)
+        if chunk.drafts and self._speculator is not None:
+            self._speculator.verified(chunk, [event.token_id for event in events])
+        full = sequence.advance(chunk.rows + len(events) - draws, self.config.block_tokens)
+        self._copy_out(sequence, full)  # while its slots are held
+        self._park_or_release(sequence, events)
+        return events
 
-    def _take_token(self, sequence: Sequence, drawn: Drawn) -> TokenEvent:
-        if drawn.token_id == NO_TOKEN:
-            event = sequence.fail(
-                "the model's logits are not finite: its weights or onboarded KV are damaged"
-            )
-        elif drawn.token_id == NOTHING_ALLOWED:
-            event = sequence.fail(
-                "no token is left to draw: the request's constraint and min_tokens forbid all"
-            )
-        else:
-            event = sequence.append(drawn)
-        if event.finish in (FinishReason.STOP, FinishReason.LENGTH):
+    def _copy_out(self, sequence: Sequence, indexes: Collection[int]) -> None:
+        name, attempt = sequence.request.request_id, sequence.request.attempt
+        self._copies.begin([FullBlock(name, attempt, index, sequence.slots[index]) for index in indexes])
+
+    def _goes_on(self, request_id: str) -> bool:
+        """Will steps to come compute it?"""
+        sequence = self._sequences.get(request_id)
+        return sequence is not None and not sequence.parked
+
+    def _park_or_release(self, sequence: Sequence, events: Seq[TokenEvent]) -> None:
+        if not events:
+            return
+        finish = events[-1].finish
+        finished = finish is not None
+        if finish in (FinishReason.STOP, FinishReason.LENGTH):
             longest = sequence.tokens_max - len(sequence.request.prompt_ids)
             self._demand.prediction.ended(sequence.output_count, longest)
-        if sequence.hold or (sequence.keep and event.finish is not None):
+        if sequence.hold or (sequence.keep and finished):
             sequence.parked = True
-        elif event.finish is not None:
-            self.release(sequence.request.request_id)
-        return event
+        elif finished:
+            self._leave(sequence.request.request_id)

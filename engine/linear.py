@@ -23,14 +23,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 
 from kvstore.errors import ConfigError
 
-__all__ = ["PackedLinear", "Rowwise", "check_row_invariance", "variant"]
+__all__ = ["Linear", "PackedLinear", "Rowwise", "check_row_invariance", "variant"]
 
 _PROBE_ROWS: Final = (1, 2, 3, 7, 16, 33, 129)
 _PROBE_ROWS_MAX: Final = 272
@@ -48,6 +48,20 @@ class Rowwise(NamedTuple):
     function: Callable[[torch.Tensor], torch.Tensor]
     width: int
     dtype: torch.dtype
+
+
+class Linear(Protocol):
+    """Weights [out, in], one below the other, and a bias [out], as one product."""
+
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def out_features(self) -> int: ...
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """[n, in] -> [n, out], contiguous, in the dtype of `rows`."""
+        ...
 
 
 class PackedLinear:

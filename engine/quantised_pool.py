@@ -15,13 +15,14 @@ copy of the whole layer: right everywhere, and slow but for tests.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 import torch
 
 from engine.config import HOT_QUALITIES
-from engine.pool import Bytes, KVPool
+from engine.pool import BlockRead, Bytes, CopiedBlocks, KVPool
 from engine.weights import DTYPES
 from kvstore.codecs.exact import reciprocals, scales
 from kvstore.nouns import KVLayout, Quality
@@ -90,6 +91,10 @@ class QuantisedPool(KVPool):
 
     def copy_out(self, slot: int, out: Bytes) -> None:
         out.reshape(-1)[...] = self.read_block(slot)
+
+    def begin_read(self, slots: Sequence[int]) -> BlockRead:
+        """Waited for: they are dequantised on the way."""
+        return CopiedBlocks([self.read_block(slot) for slot in slots])
 
     def read_tail(self, slot: int, tokens: int) -> Bytes:
         codes = self.codes[:, :, slot, :tokens]

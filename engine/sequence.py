@@ -13,14 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Final
 
 from engine.detokenizer import IncrementalDetokenizer
 from engine.sampling.adjust import LogitAdjuster
 from engine.sampling.constraint import TokenConstraint
-from engine.sampling.rows import Drawn, SamplingRow
+from engine.sampling.rows import NO_TOKEN, NOTHING_ALLOWED, Drawn, SamplingRow
+from engine.speculation.drafting import Drafting
 from engine.types import FinishReason, GenerationRequest, TokenEvent
 
 __all__ = ["Sequence"]
+
+_FAILURES: Final = {
+    NO_TOKEN: "the model's logits are not finite: its weights or onboarded KV are damaged",
+    NOTHING_ALLOWED: "no token is left to draw: the request's constraint and min_tokens forbid all",
+}
 
 
 class Sequence:
@@ -34,6 +41,7 @@ class Sequence:
         "_sampling_row",
         "computed",
         "computed_from",
+        "drafting",
         "hold",
         "keep",
         "lent",
@@ -75,6 +83,7 @@ class Sequence:
         self.computed_from = 0  # the first block of which it computed every token
         self.onboarded_blocks = 0
         self.tokens_max = tokens_max
+        self.drafting: Drafting | None = None  # the speculator's
         sampling = request.sampling
         self._end_token_ids = frozenset(sampling.stop_token_ids) | (
             frozenset() if sampling.ignore_eos else frozenset(eos_token_ids)
@@ -134,29 +143,45 @@ class Sequence:
         first = max(before // block_tokens, self.onboarded_blocks)
         return range(first, self.computed // block_tokens)
 
-    def sampling_row(self) -> SamplingRow:
-        """Who the next token is drawn for. It sees `tokens` as they are when it is used."""
-        return self._sampling_row
+    def draft_room(self, block_tokens: int) -> int:
+        """Drafts that could become tokens, the last of all aside, and have a place in the slots at hand."""
+        return min(self.tokens_max - 1, len(self.slots) * block_tokens) - len(self.tokens)
 
-    def append(self, drawn: Drawn) -> TokenEvent:
-        """Take the token that was drawn. The sequence has ended if the event has a finish."""
-        index = self.output_count
-        self.tokens.append(drawn.token_id)
+    def sampling_rows(self, drafts: tuple[int, ...]) -> list[SamplingRow]:
+        """Who the next token is drawn for, and the one behind each draft if it and those before it are right.
+        The first sees `tokens` as they are when it is used."""
+        own = self._sampling_row
+        guessed = [
+            replace(own, tokens=[*self.tokens, *drafts[: i + 1]], drafts=i + 1) for i in range(len(drafts))
+        ]
+        return [own, *guessed]
+
+    def accept(self, drawn: Iterable[Drawn], drafts: Iterable[int]) -> list[TokenEvent]:
+        """Take what was drawn, up to the first that is not the draft behind it, or ends the sequence: one
+        event each. It has ended if the last has a finish."""
+        events: list[TokenEvent] = []
+        for each, draft in zip(drawn, (*drafts, None), strict=False):
+            events.append(self._append(each))
+            if events[-1].finish is not None or each.token_id != draft:
+                break
+        return events
+
+    def _append(self, drawn: Drawn) -> TokenEvent:
+        request, index, token_id = self.request, self.output_count, drawn.token_id
+        if token_id in _FAILURES:
+            self.shares = False  # who knows since when its KV is damaged
+            finish, what = FinishReason.ERROR, _FAILURES[token_id]
+            return TokenEvent(request.request_id, request.attempt, index, -1, finish, what)
+        self.tokens.append(token_id)
         if self._sampling_row.constraint is not None:
-            self._sampling_row.constraint.accept(drawn.token_id)
+            self._sampling_row.constraint.accept(token_id)
         return TokenEvent(
-            self.request.request_id,
-            self.request.attempt,
+            request.request_id,
+            request.attempt,
             index,
-            drawn.token_id,
-            self._finish(drawn.token_id),
+            token_id,
+            self._finish(token_id),
             logprobs=drawn.logprobs,
-        )
-
-    def fail(self, what: str) -> TokenEvent:
-        self.shares = False  # who knows since when its KV is damaged
-        return TokenEvent(
-            self.request.request_id, self.request.attempt, self.output_count, -1, FinishReason.ERROR, what
         )
 
     def _finish(self, token_id: int) -> FinishReason | None:

@@ -122,13 +122,17 @@ class TailKV:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one step of the engine produced, over all its sequences. Who was `preempted` has left the engine
-    for want of room: the request, with all its tokens so far as output, to be admitted again."""
+    """What one step of the engine produced, over all its sequences. A sequence whose drafts were accepted has
+    several events, one after another; its blocks hold none but tokens told by events before its last one. Who
+    was `preempted` has left the engine for want of room: the request, with all its tokens so far as output,
+    to be admitted again."""
 
     events: tuple[TokenEvent, ...] = ()
     blocks: tuple[CompletedBlock, ...] = ()
-    tokens_computed: int = 0
+    tokens_computed: int = 0  # rejected drafts aside
     preempted: tuple[GenerationRequest, ...] = ()
+    drafts_proposed: int = 0
+    drafts_accepted: int = 0
 
 
 @dataclass(frozen=True, slots=True)

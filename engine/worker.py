@@ -269,25 +269,35 @@ class WorkerLoop:
         return result if isinstance(result, StepResult) else None
 
     def _dispatch(self, result: StepResult) -> None:
-        """Blocks before tokens: a sequence's last event finds all its blocks already handed over."""
+        """Blocks before a sequence's last event, which so finds all of them handed over, and behind those
+        that tell the tokens in them."""
         self.counters["engine:steps"] += 1
         self.counters["engine:tokens_computed"] += result.tokens_computed
-        damaged = {event.request_id for event in result.events if event.finish is FinishReason.ERROR}
+        self.counters["engine:drafts_proposed"] += result.drafts_proposed
+        self.counters["engine:drafts_accepted"] += result.drafts_accepted
+        last = {event.request_id: event for event in result.events}
+        for event in result.events:
+            if event is not last[event.request_id]:
+                self._dispatch_event(event)
         for block in result.blocks:
             if (admitted := self._current(block)) is not None:
-                keep = block.request_id not in damaged
+                ending = last.get(block.request_id)
+                keep = ending is None or ending.finish is not FinishReason.ERROR
                 self._tell(block.request_id, admitted, partial(_take_block, admitted, block, keep))
-        for event in result.events:
-            if (admitted := self._current(event)) is None:
-                continue
-            if event.finish is not None or admitted.hold:
-                admitted.running = False
-            if event.finish is not None and not admitted.hold:
-                self._ended(event.request_id, admitted)
-            self._tell(event.request_id, admitted, partial(admitted.sink.on_token, event))
+        for event in last.values():
+            self._dispatch_event(event)
         for request in result.preempted:
             if (admitted := self._current(request)) is not None:
                 self._wait_again(request, admitted)
+
+    def _dispatch_event(self, event: TokenEvent) -> None:
+        if (admitted := self._current(event)) is None:
+            return
+        if event.finish is not None or admitted.hold:
+            admitted.running = False
+        if event.finish is not None and not admitted.hold:
+            self._ended(event.request_id, admitted)
+        self._tell(event.request_id, admitted, partial(admitted.sink.on_token, event))
 
     def _wait_again(self, request: GenerationRequest, admitted: Admitted) -> None:
         """It has left the engine. Its full blocks lie idle in the edge shard until somebody needs them."""

@@ -64,11 +64,14 @@ def _plan(segment: Segment, pool: KVPool, window: int | None, sinks: int) -> _Se
     ranges = visible_ranges(segment, window, sinks)
     where = [pool.token_index(segment.slots, tokens.start, tokens.stop) for tokens in ranges]
     index = where[0] if len(where) == 1 else torch.cat([_as_tensor(rows) for rows in where])
+    if isinstance(index, torch.Tensor):
+        index = index.to(pool.device)
     if segment.rows == 1:
         return _SegmentPlan(segment, index, None)
     positions = torch.arange(segment.start, segment.context).unsqueeze(1)
     tokens = torch.cat([torch.arange(seen.start, seen.stop) for seen in ranges])
-    return _SegmentPlan(segment, index, ~hidden_tokens(positions, tokens, window, sinks))
+    visible = ~hidden_tokens(positions, tokens, window, sinks)
+    return _SegmentPlan(segment, index, visible.to(pool.device))
 
 
 def _as_tensor(rows: torch.Tensor | slice) -> torch.Tensor:

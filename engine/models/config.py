@@ -16,6 +16,7 @@ from engine.errors import ModelCorrupt, ModelNotFound, ModelUnsupported
 from engine.folder import CONFIG_FILE, read_json_object
 from engine.models.families import FAMILIES, Family, family_of
 from engine.models.rope import check_rope_scaling
+from kvstore.nouns import KVLayout
 
 __all__ = ["ModelConfig"]
 
@@ -47,6 +48,10 @@ class ModelConfig:
     biased: tuple[str, ...]
     query_key_norm: bool
     windows: tuple[int | None, ...]
+
+    def kv_layout(self, dtype: str, block_tokens: int) -> KVLayout:
+        """Of blocks with all of its heads."""
+        return KVLayout(self.layers, 0, self.kv_heads, self.head_dim, dtype, block_tokens)
 
     @classmethod
     def from_folder(cls, path: Path) -> Self:

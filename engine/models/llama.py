@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.attention.base import AttentionPlan
-from engine.linear import PackedLinear
+from engine.linear import Linear, PackedLinear
 from engine.models.config import ModelConfig
 from engine.models.rope import attention_factor, inverse_frequencies
 from engine.pool import KVPool
@@ -46,13 +46,13 @@ class StepInput:
 @dataclass(frozen=True, slots=True)
 class _Layer:
     input_norm: torch.Tensor
-    query_key_value: PackedLinear
+    query_key_value: Linear
     query_norm: torch.Tensor | None
     key_norm: torch.Tensor | None
-    output: PackedLinear
+    output: Linear
     inner_norm: torch.Tensor
-    gate_up: PackedLinear
-    down: PackedLinear
+    gate_up: Linear
+    down: Linear
 
 
 class LlamaModel:
@@ -63,6 +63,7 @@ class LlamaModel:
         config: ModelConfig,
         tensors: Mapping[str, torch.Tensor],
         max_model_len: int,
+        linear: Callable[..., Linear] = PackedLinear,
         sum_parts: SumParts | None = None,
     ) -> None:
         """`sum_parts` makes of one rank's part of a product the sum over ranks (engine/parallel)."""
@@ -70,14 +71,14 @@ class LlamaModel:
         self._sum_parts = sum_parts or _whole
         self._embedding = tensors[EMBEDDING]
         self._norm = tensors["model.norm.weight"]
-        self._head = PackedLinear(tensors[LM_HEAD])
+        self._head = linear(tensors[LM_HEAD])
         self._heads = [config.heads, config.kv_heads]
-        self._layers = [_layer(tensors, index, config) for index in range(config.layers)]
+        self._layers = [_layer(tensors, index, config, linear) for index in range(config.layers)]
         angles = torch.outer(torch.arange(max_model_len).float(), inverse_frequencies(config))
         factor = attention_factor(config)
         cos, sin = angles.cos().mul_(factor), angles.sin().mul_(factor)
-        self._cos = torch.cat((cos, cos), 1).to(self._embedding.dtype)
-        self._sin = torch.cat((-sin, sin), 1).to(self._embedding.dtype)
+        self._cos = torch.cat((cos, cos), 1).to(self._embedding)
+        self._sin = torch.cat((-sin, sin), 1).to(self._embedding)
 
     @property
     def inner_width(self) -> int:
@@ -93,7 +94,7 @@ class LlamaModel:
         """One layer's norms of heads as `forward` computes them: what of its rows attention sees."""
         return torch.cat(self._heads_of(projected, self._layers[0]), 1)
 
-    def products(self) -> Iterator[PackedLinear]:
+    def products(self) -> Iterator[Linear]:
         """All that the forward pass computes."""
         for layer in self._layers:
             yield from (layer.query_key_value, layer.output, layer.gate_up, layer.down)
@@ -146,7 +147,9 @@ def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return (heads * cos).addcmul_(torch.cat((second, first), dim=-1), sin)
 
 
-def _layer(tensors: Mapping[str, torch.Tensor], index: int, config: ModelConfig) -> _Layer:
+def _layer(
+    tensors: Mapping[str, torch.Tensor], index: int, config: ModelConfig, linear: Callable[..., Linear]
+) -> _Layer:
     prefix = f"model.layers.{index}."
 
     def matrix(name: str) -> torch.Tensor:
@@ -162,13 +165,13 @@ def _layer(tensors: Mapping[str, torch.Tensor], index: int, config: ModelConfig)
 
     return _Layer(
         input_norm=tensors[prefix + "input_layernorm.weight"],
-        query_key_value=PackedLinear(
+        query_key_value=linear(
             *map(matrix, ("self_attn.q", "self_attn.k", "self_attn.v")), bias=bias("q", "k", "v")
         ),
         query_norm=tensors.get(prefix + "self_attn.q_norm.weight"),
         key_norm=tensors.get(prefix + "self_attn.k_norm.weight"),
-        output=PackedLinear(matrix("self_attn.o"), bias=bias("o")),
+        output=linear(matrix("self_attn.o"), bias=bias("o")),
         inner_norm=tensors[prefix + "post_attention_layernorm.weight"],
-        gate_up=PackedLinear(F.pad(gate, (0, 0, 0, missing)), F.pad(up, (0, 0, 0, missing))),
-        down=PackedLinear(F.pad(down, (0, missing))),
+        gate_up=linear(F.pad(gate, (0, 0, 0, missing)), F.pad(up, (0, 0, 0, missing))),
+        down=linear(F.pad(down, (0, missing))),
     )

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from engine.parallel.processes import RankProcesses
-from engine.pool import Bytes, KVPool
-from kvstore.nouns import Quality
+from engine.parallel.shares import HeadShare
+from engine.pool import BlockRead, Bytes, CopiedBlocks, KVPool
+from kvstore.nouns import KVLayout, Quality
 
 __all__ = ["ParallelPool", "shares"]
 
@@ -40,6 +41,10 @@ class ParallelPool(KVPool):
         self._own = own
         self._processes = processes
         self._ranks = processes.ranks
+
+    @property
+    def layouts(self) -> tuple[KVLayout, ...]:
+        return tuple(HeadShare(rank, self._ranks).layout(self.layout) for rank in range(self._ranks))
 
     @property
     def hot(self) -> str:
@@ -96,6 +101,10 @@ class ParallelPool(KVPool):
             for payload, share in zip(payloads, came.reshape(len(slots), size), strict=True):
                 payload[rank] = share
         return [payload.reshape(-1) for payload in payloads]
+
+    def begin_read(self, slots: Sequence[int]) -> BlockRead:
+        """Waited for: they come over the links."""
+        return CopiedBlocks(self.read_many(slots, self.layout.block_tokens))
 
     def write_tail(self, slot: int, payload: memoryview | Bytes, tokens: int) -> None:
         nbytes, given = (

@@ -27,7 +27,6 @@ from engine.parallel.step import unpacked_step
 from engine.runner import ModelRunner
 from engine.weights import DTYPES, load_weights
 from kvstore.memory import keep_freed_buffers
-from kvstore.nouns import KVLayout
 
 __all__ = ["main"]
 
@@ -58,10 +57,10 @@ def _serve(end: socket.socket, start: RankStart) -> None:
     model_config = ModelConfig.from_folder(folder)
     weights = load_weights(folder, model_config, DTYPES[config.dtype], share.tensor)
     own = share.config(model_config)
-    layout = share.layout(
-        KVLayout(own.layers, 0, own.kv_heads, own.head_dim, config.dtype, config.block_tokens)
+    layout = share.layout(own.kv_layout(config.dtype, config.block_tokens))
+    runner = ModelRunner(
+        config, own, weights, layout, start.n_slots, start.max_model_len, sum_parts=group.sum
     )
-    runner = ModelRunner(config, own, weights, layout, start.n_slots, start.max_model_len, group.sum)
     link.send({"digest": weights.digest})
     _Rank(link, group, runner).run()
 

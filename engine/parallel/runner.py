@@ -8,6 +8,8 @@ blocks have its range of heads in their namespace, so neither is ever taken for 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 
 from engine.batch import Batch
@@ -19,6 +21,7 @@ from engine.parallel.pool import ParallelPool
 from engine.parallel.processes import RankProcesses, RankStart
 from engine.parallel.shares import HeadShare
 from engine.runner import ModelRunner
+from engine.sampling.rows import Drawn, SamplingRow
 from engine.weights import Weights
 from kvstore.errors import ConfigError
 from kvstore.nouns import KVLayout
@@ -48,7 +51,7 @@ class ParallelRunner:
         own = HeadShare(0, ranks).config(model_config)
         try:
             self._runner = ModelRunner(
-                config, own, weights, layout, n_slots, max_model_len, processes.group.sum
+                config, own, weights, layout, n_slots, max_model_len, sum_parts=processes.group.sum
             )
             processes.connect(weights.digest)
         except BaseException:
@@ -69,6 +72,9 @@ class ParallelRunner:
             return self._runner.run(batch)
         except (RanksLost, RuntimeError) as error:
             raise self._processes.lost(str(error)) from error
+
+    def begin_draw(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Callable[[], list[Drawn]]:
+        return self._runner.begin_draw(logits, rows)
 
     def model_beside(self, model_config: ModelConfig, weights: Weights) -> LlamaModel:
         """Raises ConfigError: the other ranks would have to change in the same step."""

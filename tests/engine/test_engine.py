@@ -201,7 +201,7 @@ def test_one_request_is_in_an_engine_once(make_engine: EngineFactory) -> None:
 
 
 def test_a_step_keeps_to_its_token_budget_and_decodes_first(make_engine: EngineFactory) -> None:
-    engine = make_engine(step_tokens_max=50, running_max=4)
+    engine = make_engine(step_tokens_max=50, running_max=4, speculation="off")
     engine.admit(request("decoding", prompt(10), 20))
     engine.step()
     engine.admit(request("long", prompt(130), 3))

@@ -32,6 +32,7 @@ def start(
         threads=threads,
         pool_blocks=sequences * -(-context_max // size),
         local_cache=False,
+        speculation="off",  # nobody here guesses: greedy answers to random prompts loop, and are soon known
         max_model_len=context_max,
         **mode,
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import RanksLost
 from engine.parallel.runner import ParallelRunner
@@ -102,6 +103,12 @@ def test_ranks_end_with_an_engine_that_is_killed(tiny_folder: Path) -> None:
 
 
 # What is refused
+
+
+def test_ranks_are_of_cpus() -> None:
+    assert EngineConfig(tensor_parallel=2, device="cpu")
+    with pytest.raises(ValueError, match="for CPUs"):
+        EngineConfig(tensor_parallel=2, device="cuda:0")
 
 
 @pytest.mark.parametrize(("ranks", "heads"), [(2, {"num_key_value_heads": 1}), (4, {}), (3, {})])

@@ -122,14 +122,14 @@ def heads_of(engine: Engine, payload: memoryview, heads: int) -> np.ndarray[Any,
 
 
 def test_a_ranks_block_is_that_of_its_heads(one: Engine, two: Engine) -> None:
-    assert [(layout.head_begin, layout.head_end) for layout in two.layouts] == [(0, 1), (1, 2)]
-    names = {layout.fingerprint for layout in (*two.layouts, *one.layouts)}
+    assert [(layout.head_begin, layout.head_end) for layout in two.pool.layouts] == [(0, 1), (1, 2)]
+    names = {layout.fingerprint for layout in (*two.pool.layouts, *one.pool.layouts)}
     assert len(names) == 3, "blocks of different heads could be taken for each other"
     whole, parted = blocks_of(one, 40), blocks_of(two, 40)
     assert [block.chain_index for block in parted] == [block.chain_index for block in whole] != []
     for expected, block in zip(whole, parted, strict=True):
         every_head = heads_of(one, expected.payload.data, 2)
-        for layout, share in zip(two.layouts, shares(block.payload, 2), strict=True):
+        for layout, share in zip(two.pool.layouts, shares(block.payload, 2), strict=True):
             assert len(share) == layout.block_nbytes
             own = every_head[..., layout.head_begin : layout.head_end, :]
             np.testing.assert_allclose(heads_of(two, share, 1), own, rtol=0, atol=1e-5)

@@ -62,7 +62,7 @@ def logits_of(folder: Path, ranks: int) -> list[torch.Tensor]:
         own = share.config(model_config)
         weights = load_weights(folder, model_config, torch.float32, share.tensor)
         layout = share.layout(KVLayout(own.layers, 0, own.kv_heads, own.head_dim, "float32"))
-        return ModelRunner(config, own, weights, layout, 4, 128, sums.of(rank)).run(batch)
+        return ModelRunner(config, own, weights, layout, 4, 128, sum_parts=sums.of(rank)).run(batch)
 
     with ThreadPoolExecutor(ranks) as threads:
         return list(threads.map(compute, range(ranks)))

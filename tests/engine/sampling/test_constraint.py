@@ -72,8 +72,9 @@ def sequence(constraint: OneOf, output: tuple[int, ...] = (), **sampling: float)
 def said(running: Sequence) -> list[int]:
     """Everything it draws until it ends, from the same logits at each position."""
     for _ in range(9):
-        (drawn,) = Sampler.sample(logits(len(running.tokens)), [running.sampling_row()])
-        if running.append(drawn).finish is not None:
+        (drawn,) = Sampler.sample(logits(len(running.tokens)), running.sampling_rows(()))
+        (event,) = running.accept([drawn], ())
+        if event.finish is not None:
             return running.tokens[2:]
     raise AssertionError("it did not end")
 
