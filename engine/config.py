@@ -104,8 +104,8 @@ class EngineConfig(BaseModel):
         ge=1,
         le=64,
         description="Processes that share the model, each with a range of its heads and a pool of that "
-        "size. Must divide the model's KV heads and attention heads. On CPUs, for an engine without a store: "
-        "workers take 1 only",
+        "size. Must divide the model's KV heads and attention heads. For CPUs. Blocks are stored "
+        "once a rank, local_cache is off, and weights cannot be changed while it runs",
     )
     rank_timeout_s: float = Field(
         60.0,

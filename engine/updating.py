@@ -26,13 +26,13 @@ import torch
 
 from engine.models.config import ModelConfig
 from engine.models.llama import LlamaModel
+from engine.parallel.session import Session
 from engine.registry import resolve_model
 from engine.tokenizer import Tokenizer
 from engine.types import UpdateMode
 from engine.weights import DTYPES, load_weights
 from kvstore.errors import ConfigError, DeadlineExceeded, EpochConflict, KVStrataError, Unavailable
 from kvstore.nouns import Epoch, WeightsDigest
-from kvstore.session import StoreSession
 
 if TYPE_CHECKING:
     from engine.boot import Worker
@@ -122,7 +122,7 @@ class _Prepared:
     path: str
     epoch: Epoch
     loaded: LoadedWeights
-    sessions: dict[str, StoreSession]
+    sessions: dict[str, Session]
 
 
 class WeightsUpdate:

@@ -110,12 +110,3 @@ class WorkerConfig(BaseModel):
                 f"min_quality {self.min_quality.name} refuses: lower min_quality, or hold KV as the model's"
             )
         return self
-
-    @model_validator(mode="after")
-    def _one_process_computes(self) -> WorkerConfig:
-        if self.engine.tensor_parallel > 1:
-            raise ValueError(
-                f"engine.tensor_parallel is {self.engine.tensor_parallel}: a worker stores and reads blocks "
-                "of one namespace, and each rank has its own. Set it to 1; more are for the engine alone"
-            )
-        return self

@@ -1,34 +1,72 @@
-"""What ranks that read their own namespaces agree on: the shortest match, and the worst lineage.
+"""What ranks that read and write namespaces of their own agree on: the shortest run, the worst origin.
 
 A block of the model is one block a rank, each committed and evicted by itself. Of a prefix only what every
-rank has is there; what some have beyond it is not used, and weighs nothing. Each rank's read is verified by
-itself before it comes here.
+rank has is there; what some have beyond it is not used, and weighs nothing. A block claims no more than the
+worst of its parts, which its sequence's lineage then absorbs (kvstore/lineage.py).
 
     rank 0   [e7 lossless][e7 lossless][e7 int8]
-    rank 1   [e7 int8]    [e7 lossless]              ->  two blocks, to be published at (7, int8)
+    rank 1   [e7 int8]    [e7 lossless]              ->  [e7 int8][e7 lossless]
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.onboard import Onboarded
-from kvstore.lineage import Lineage
+from kvstore.answers import BlockMiss, Match, Published, VerifiedBlock
+from kvstore.nouns import BlockKey, PinnedBlock, Refusal
 
-__all__ = ["agreed"]
+__all__ = ["RankedBlock", "RankedKey", "joined_block", "shortest_match", "whole_publication"]
 
 
-def agreed(ranks: Sequence[Onboarded], lineage: Lineage) -> Onboarded:
-    """One run for the engine: its payloads are all ranks' (pool.py), an origin is the worst of its ranks'.
-    `lineage` is the sequence's before any of it. Where ranks differ in length, `miss` is the shortest's."""
-    shortest = min(ranks, key=lambda rank: len(rank.payloads))
-    whole = Onboarded(lineage, miss=shortest.miss)
-    for index in range(len(shortest.payloads)):
-        origins = [rank.origins[index] for rank in ranks]
-        for epoch, quality in origins:
-            whole.lineage = whole.lineage.absorb(epoch, quality)
-            whole.epochs.add(epoch.number)
-        oldest = min((epoch for epoch, _ in origins), key=lambda epoch: epoch.number)
-        whole.origins.append((oldest, min(quality for _, quality in origins)))
-        whole.payloads.append(memoryview(b"".join(rank.payloads[index] for rank in ranks)))
-    return whole
+class RankedKey(bytes):
+    """Rank 0's key of a block, and with it the `others`', in the order of ranks."""
+
+    others: tuple[BlockKey, ...]
+
+    @classmethod
+    def of(cls, keys: Sequence[BlockKey]) -> RankedKey:
+        key = cls(keys[0])
+        key.others = tuple(keys[1:])
+        return key
+
+
+class RankedBlock(PinnedBlock):
+    """Rank 0's block where it is pinned, and with it the `others`'. Travels in a handoff as it is."""
+
+    others: tuple[PinnedBlock, ...]
+
+    @classmethod
+    def of(cls, blocks: Sequence[PinnedBlock]) -> RankedBlock:
+        block = cls(*blocks[0])
+        block.others = tuple(blocks[1:])
+        return block
+
+
+def shortest_match(ranks: Sequence[Match]) -> Match:
+    """The run that all of them have. What is pinned beyond it goes with the leases."""
+    shortest = min(ranks, key=lambda match: len(match.blocks))
+    blocks = [RankedBlock.of(parts) for parts in zip(*(match.blocks for match in ranks), strict=False)]
+    return Match(blocks, tuple(lease for match in ranks for lease in match.leases), shortest.miss)
+
+
+def joined_block(parts: Sequence[VerifiedBlock | BlockMiss]) -> VerifiedBlock | BlockMiss:
+    """One block of all ranks' parts, in the order of ranks; a miss where one part is. Epochs differ only
+    where a session takes older ones: then the oldest is the block's."""
+    verified: list[VerifiedBlock] = []
+    for part in parts:
+        if isinstance(part, BlockMiss):
+            return part
+        verified.append(part)
+    payload = memoryview(b"".join(part.payload for part in verified))
+    oldest = min((part.epoch for part in verified), key=lambda epoch: epoch.number)
+    return VerifiedBlock(verified[0].index, payload, oldest, min(part.quality for part in verified))
+
+
+def whole_publication(ranks: Sequence[Published]) -> Published:
+    """A block is there when all its parts are; else why the first of them is not."""
+    blocks: list[PinnedBlock | Refusal] = []
+    for parts in zip(*(published.blocks for published in ranks), strict=True):
+        refused = [part for part in parts if isinstance(part, Refusal)]
+        pinned = [part for part in parts if isinstance(part, PinnedBlock)]
+        blocks.append(refused[0] if refused else RankedBlock.of(pinned))
+    return Published(tuple(blocks), tuple(lease for published in ranks for lease in published.leases))
