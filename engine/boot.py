@@ -29,6 +29,7 @@ from engine.engine_thread import EngineThread
 from engine.gate import LoadGate
 from engine.local_run import LocalRun
 from engine.onboard import Onboarding
+from engine.parallel.processes import RankProcesses
 from engine.parallel.session import Session
 from engine.publisher import Publisher, PublishLimits
 from engine.registry import resolve_model
@@ -80,7 +81,7 @@ class Worker:
     edge_server: ShardServer | None = None
     kv_quality: Quality = Quality.LOSSLESS  # the most that KV which lay in this pool, or over it, may claim
     role_counters: Counter[str] = field(default_factory=Counter)
-    end_engine: Callable[[], None] = lambda: None
+    ranks: RankProcesses | None = None  # where the engine has others
 
     @asynccontextmanager
     async def turn_to_load(self, request: GenerationRequest, arrived_at: float) -> AsyncIterator[None]:
@@ -139,7 +140,11 @@ class Worker:
         self.info = replace(self.info, edge_address=await self.edge_server.start())
 
     def counters(self) -> dict[str, float]:
-        """Counters of engine, role and store client, merged; "gauge:..." are as they stand now."""
+        """Counters of engine, role and store client, merged; "gauge:..." are as they stand now.
+
+        Raises RanksLost when the engine cannot go on: this worker is to be replaced."""
+        if self.ranks is not None:
+            self.ranks.check()
         parts = (
             self.loop.counters,
             self.publisher.counters,
@@ -173,7 +178,8 @@ class Worker:
             await self.edge_watch.close()
         await self.background.close(timeout_s)
         await self.loop.close()
-        await asyncio.to_thread(self.end_engine)
+        if self.ranks is not None:
+            await asyncio.to_thread(self.ranks.close)
         if self.edge is not None:
             await self.edge.close()
         await self.store.close()
@@ -275,7 +281,7 @@ def assemble(
         edge=edge,
         edge_watch=edge_watch,
         kv_quality=config.engine.kv_quality,
-        end_engine=engine.close,
+        ranks=engine.ranks,
     )
 
 

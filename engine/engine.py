@@ -92,6 +92,7 @@ class Engine:
         self.max_model_len = fitting_model_len(config.max_model_len, made_for, n_slots, config.block_tokens)
         shape = (config, model_config, weights, self.layout, n_slots, self.max_model_len)
         self._runner = ParallelRunner(*shape) if config.tensor_parallel > 1 else make_runner(*shape, device)
+        self.ranks = self._runner.processes if isinstance(self._runner, ParallelRunner) else None
         self.slots = PoolSlots(n_slots)
         self._sequences: dict[str, Sequence] = {}
         self._allotment = Allotment(self.pool, self.slots, config.block_tokens)
@@ -130,11 +131,6 @@ class Engine:
             sequence.shares = False  # what it has is of other weights than what it will compute
         self._planned = None  # it may have counted on sharing
         self.model_config, self.weights_digest = loaded.model_config, loaded.digest
-
-    def close(self) -> None:
-        """End what this engine has started: the processes of other ranks."""
-        if isinstance(self._runner, ParallelRunner):
-            self._runner.close()
 
     @property
     def pool(self) -> KVPool:

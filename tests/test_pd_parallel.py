@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from engine.engine import Engine
+from engine.errors import RanksLost
 from engine.monolithic import generate
 from engine.parallel.session import RankedSession, key_chain
 from kvstore.client import StoreClient
 from kvstore.driver import ShardDriver
+from kvstore.errors import ConfigError
 from kvstore.nouns import BlockKey, NamespaceId
 from tests.role_parts import BLOCK_TOKENS, CACHING, ENGINE, Pair, pair_over, prompt, request, shard
 
@@ -45,7 +49,7 @@ async def keys_of(pair: Pair, tokens: tuple[int, ...]) -> dict[NamespaceId, list
 
 
 async def test_every_block_goes_from_prefill_to_decode_and_comes_back(
-    pair: Pair, shards: list[ShardDriver], one_process: Engine
+    pair: Pair, folder: Path, shards: list[ShardDriver], one_process: Engine
 ) -> None:
     asked = request(prompt(61), max_tokens=20)
     expected = generate(one_process, asked)
@@ -64,7 +68,10 @@ async def test_every_block_goes_from_prefill_to_decode_and_comes_back(
         pages = [page async for page in StoreClient.over(shards).listing(namespace)]
         stored = [listed.key for page in pages for listed in page.versions]
         assert [stored.count(key) for key in keys] == [1] * 7, "not once a rank, under its own name"
-    await pair.assert_nothing_held()
+    async with pair_over(folder, shards) as single:
+        first, _ = await single.generate(asked)
+        assert first.stats.cached_tokens == 0, "other divisions of the heads have met"
+        await single.assert_nothing_held()
 
 
 async def test_ranks_use_the_shortest_match(
@@ -83,13 +90,14 @@ async def test_ranks_use_the_shortest_match(
     await pair.assert_nothing_held()
 
 
-async def test_other_divisions_of_the_heads_never_meet(
-    pair: Pair, folder: Path, shards: list[ShardDriver]
-) -> None:
-    asked = request(prompt(61))
-    await pair.generate(asked)
-    async with pair_over(folder, shards) as single:
-        first, _ = await single.generate(asked)
-        assert first.stats.cached_tokens == 0
-        assert first.stats.misses == {"absent": 7}
-        await single.assert_nothing_held()
+async def test_weights_stay_and_a_lost_rank_asks_for_another_worker(pair: Pair, folder: Path) -> None:
+    with pytest.raises(ConfigError, match="tensor_parallel"):
+        await pair.prefill.prepare_weights(str(folder), 2)
+    await pair.prefill.prefill(request(prompt(20), name="before"))
+    ranks = pair.engines[0].ranks
+    assert ranks is not None
+    os.kill(ranks.pids[0], signal.SIGKILL)
+    with pytest.raises(RanksLost, match="SIGKILL"):
+        await pair.prefill.prefill(request(prompt(61)))
+    with pytest.raises(RanksLost, match="SIGKILL"):
+        await pair.prefill.counters()

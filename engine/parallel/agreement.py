@@ -12,10 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from kvstore.answers import BlockMiss, Match, Published, VerifiedBlock
 from kvstore.nouns import BlockKey, PinnedBlock, Refusal
 
-__all__ = ["RankedBlock", "RankedKey", "joined_block", "shortest_match", "whole_publication"]
+__all__ = ["RankedBlock", "RankedKey", "joined_block", "shares", "shortest_match", "whole_publication"]
 
 
 class RankedKey(bytes):
@@ -70,3 +73,10 @@ def whole_publication(ranks: Sequence[Published]) -> Published:
         pinned = [part for part in parts if isinstance(part, PinnedBlock)]
         blocks.append(refused[0] if refused else RankedBlock.of(pinned))
     return Published(tuple(blocks), tuple(lease for published in ranks for lease in published.leases))
+
+
+def shares(payload: memoryview | npt.NDArray[np.uint8], ranks: int) -> list[memoryview]:
+    """What of a payload is each rank's: views. Ranks have equally many heads."""
+    whole = np.frombuffer(payload, np.uint8).data
+    size = len(whole) // ranks
+    return [whole[rank * size : (rank + 1) * size] for rank in range(ranks)]

@@ -2,8 +2,8 @@
 
     a block outside    [rank 0's block][rank 1's block] ...     each in the layout of that rank's heads
 
-So what the engine takes in and gives out is all ranks' share, one behind the other, and `shares` cuts it: the
-store gets one block a rank, in that rank's namespace (shares.py). These bytes are never a block of the whole
+So what the engine takes in and gives out is all ranks' parts, one behind the other, and agreement.py cuts
+them: the store gets one block a rank, in that rank's namespace. These bytes are never a block of the whole
 model's layout, though they are as many.
 
 Rank 0's share is read and written in place, others' go over their link (link.py): a copy more, and a round
@@ -17,19 +17,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from engine.parallel.agreement import shares
 from engine.parallel.processes import RankProcesses
 from engine.parallel.shares import HeadShare
 from engine.pool import BlockRead, Bytes, CopiedBlocks, KVPool
 from kvstore.nouns import KVLayout, Quality
 
-__all__ = ["ParallelPool", "shares"]
-
-
-def shares(payload: memoryview | Bytes, ranks: int) -> list[memoryview]:
-    """What of a payload is each rank's: views. Ranks have equally many heads."""
-    whole = np.frombuffer(payload, np.uint8).data
-    size = len(whole) // ranks
-    return [whole[rank * size : (rank + 1) * size] for rank in range(ranks)]
+__all__ = ["ParallelPool"]
 
 
 class ParallelPool(KVPool):

@@ -125,6 +125,14 @@ class RankProcesses:
             except RanksLost as error:
                 raise self.lost(str(error)) from error
 
+    def check(self) -> None:
+        """Raises RanksLost when one has ended. From any thread."""
+        ended = [rank.process.pid for rank in self._others if rank.process.poll() is not None]
+        if self._lost is not None or ended:
+            raise RanksLost(
+                self._lost or f"the model's ranks of pids {ended} have ended: start the engine again"
+            )
+
     def step(self, batch: Batch) -> None:
         """Let the others compute it, too. They do as this rank goes on to do."""
         self._tell(*packed_step(batch))

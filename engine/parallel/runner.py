@@ -31,6 +31,7 @@ __all__ = ["ParallelRunner"]
 
 class ParallelRunner:
     """`weights` are rank 0's share; the others load theirs from the same folder. `layout` is rank 0's.
+    `processes` are the others', to be closed when nobody needs the engine any more.
 
     Raises ConfigError where the machine breaks a promise of `config` in any rank, RanksLost when one ends."""
 
@@ -47,7 +48,7 @@ class ParallelRunner:
         starts = [
             RankStart(rank, str(weights.folder), text, n_slots, max_model_len) for rank in range(1, ranks)
         ]
-        self._processes = processes = RankProcesses(starts, config.rank_timeout_s)
+        self.processes = processes = RankProcesses(starts, config.rank_timeout_s)
         own = HeadShare(0, ranks).config(model_config)
         try:
             self._runner = ModelRunner(
@@ -59,19 +60,14 @@ class ParallelRunner:
             raise
         self.pool = ParallelPool(self._runner.pool, processes)
 
-    @property
-    def pids(self) -> list[int]:
-        """Of the other ranks' processes."""
-        return self._processes.pids
-
     def run(self, batch: Batch) -> torch.Tensor:
         """As ModelRunner's. Whatever fails here leaves ranks that have computed different things: it is the
         end of all of them. Raises RanksLost."""
-        self._processes.step(batch)
+        self.processes.step(batch)
         try:
             return self._runner.run(batch)
         except (RanksLost, RuntimeError) as error:
-            raise self._processes.lost(str(error)) from error
+            raise self.processes.lost(str(error)) from error
 
     def begin_draw(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Callable[[], list[Drawn]]:
         return self._runner.begin_draw(logits, rows)
@@ -85,7 +81,3 @@ class ParallelRunner:
 
     def swap(self, model: LlamaModel) -> None:
         raise AssertionError("there is no model beside")
-
-    def close(self) -> None:
-        """End the other ranks."""
-        self._processes.close()

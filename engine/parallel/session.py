@@ -20,10 +20,10 @@ from engine.parallel.agreement import (
     RankedBlock,
     RankedKey,
     joined_block,
+    shares,
     shortest_match,
     whole_publication,
 )
-from engine.parallel.pool import shares
 from kvstore.answers import BlockMiss, Match, PublishBlock, Published, VerifiedBlock
 from kvstore.hashing import KeyChain
 from kvstore.nouns import ROOT_KEY, BlockKey, LeaseId, NamespaceId, PinnedBlock, Quality, ShardId

@@ -13,6 +13,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.errors import RanksLost
 
 BLOCK_TOKENS = 8
 WAIT_S = 30.0
@@ -25,13 +26,24 @@ def load(folder: Path, ranks: int = 2, **settings: Any) -> Engine:
     return Engine.load(folder, config)
 
 
+def close(engine: Engine) -> None:
+    assert engine.ranks is not None
+    engine.ranks.close()
+
+
 @pytest.fixture(scope="module")
 def two(tiny_folder: Path) -> Iterator[Engine]:
     """Between tests nothing is in it."""
     threads = torch.get_num_threads()
     engine = load(tiny_folder)
     yield engine
-    engine.close()
+    assert engine.ranks is not None
+    (pid,) = engine.ranks.pids
+    close(engine)
+    close(engine)
+    assert not is_running(pid)
+    with pytest.raises(RanksLost, match="closed"):
+        engine.pool.read_block(0)
     torch.set_num_threads(threads)
 
 

@@ -8,26 +8,21 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import RanksLost
-from engine.parallel.runner import ParallelRunner
-from engine.worker_config import WorkerConfig
 from kvstore.errors import ConfigError
-from kvstore.topology import Topology
 from tests.engine.conftest import prompt, request, run
 from tests.engine.parallel.conftest import WAIT_S, is_running, load, wait_until_gone
 from tests.tiny_model import make_tiny_model
 
 
 def pids_of(engine: Engine) -> list[int]:
-    runner: Any = engine._runner
-    assert isinstance(runner, ParallelRunner)
-    return runner.pids
+    assert engine.ranks is not None
+    return engine.ranks.pids
 
 
 def test_a_killed_rank_ends_the_step_and_all_that_come(tiny_folder: Path) -> None:
@@ -40,8 +35,10 @@ def test_a_killed_rank_ends_the_step_and_all_that_come(tiny_folder: Path) -> Non
         run(engine)
     with pytest.raises(RanksLost, match="SIGKILL"):
         engine.step()
+    assert engine.ranks is not None
+    with pytest.raises(RanksLost, match="SIGKILL"):
+        engine.ranks.check()
     assert not is_running(pid)
-    engine.close()
 
 
 def test_a_rank_that_hangs_is_given_up_and_killed(tiny_folder: Path) -> None:
@@ -53,16 +50,6 @@ def test_a_rank_that_hangs_is_given_up_and_killed(tiny_folder: Path) -> None:
     with pytest.raises(RanksLost, match="cannot go on"):
         run(engine)
     assert not is_running(pid)
-
-
-def test_ranks_end_with_their_engine(tiny_folder: Path) -> None:
-    engine = load(tiny_folder)
-    (pid,) = pids_of(engine)
-    engine.close()
-    engine.close()
-    assert not is_running(pid)
-    with pytest.raises(RanksLost, match="closed"):
-        engine.pool.read_block(0)
 
 
 def test_ranks_end_with_an_engine_that_nobody_closed(tiny_folder: Path) -> None:
@@ -80,7 +67,7 @@ from tests.engine.conftest import prompt, request
 from tests.engine.parallel.conftest import load
 engine = load(Path(sys.argv[1]))
 engine.admit(request("a", prompt(8), 400))
-print(*engine._runner.pids, flush=True)
+print(*engine.ranks.pids, flush=True)
 while engine.has_work():
     engine.step()
 sys.stdin.read()
@@ -117,10 +104,3 @@ def test_heads_that_cannot_be_dealt_out_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match="divisor"):
         load(make_tiny_model(tmp_path, **heads), ranks=ranks)
-
-
-def test_a_worker_takes_one_process() -> None:
-    settings = {"worker_id": "w", "model": "m", "topology": Topology(0, ())}
-    assert WorkerConfig(**settings, engine={"tensor_parallel": 1})
-    with pytest.raises(ValueError, match="for the engine alone"):
-        WorkerConfig(**settings, engine={"tensor_parallel": 2})

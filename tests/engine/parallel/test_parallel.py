@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from engine.engine import Engine
-from engine.parallel.pool import shares
+from engine.parallel.agreement import shares
 from engine.prediction import OutputPrediction
 from engine.types import CompletedBlock, GenerationRequest, StepResult
 from tests.engine.conftest import Logits, prompt, request, run, tokens_of
-from tests.engine.parallel.conftest import BLOCK_TOKENS
+from tests.engine.parallel.conftest import BLOCK_TOKENS, close, load
 
 PROMPTS = [(3, 1), (17, 2), (40, 3), (8, 4), (90, 5), (61, 6)]
 
@@ -167,14 +167,12 @@ def damage_every_free_slot(engine: Engine) -> None:
     engine.release("damage")
 
 
-def test_codes_in_the_pool_are_every_ranks_own(tiny_folder: Path, one: Engine) -> None:
+def test_codes_in_the_pool_are_every_ranks_own(tiny_folder: Path) -> None:
     """A lossy pool and another dtype over ranks: near the model, and a block's size as its layout says."""
-    from tests.engine.parallel.conftest import load
-
     engine = load(tiny_folder, hot_pool="int8", dtype="bfloat16")
     try:
         blocks = blocks_of(engine, 40)
         assert {block.payload.nbytes for block in blocks} == {2 * engine.layout.block_nbytes}
         assert engine.pool.quality.name == "INT8"
     finally:
-        engine.close()
+        close(engine)
