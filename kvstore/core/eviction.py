@@ -40,7 +40,7 @@ from kvstore.core.uses import Use, Uses
 from kvstore.core.versions import NONE, Versions
 
 _LIFTS_A_CALL: Final = 256  # about 1 ms
-_LIFTED_MAX: Final = 8_192  # objects of the collector's, which walks them all
+_LIFTED_MAX: Final = 4_096  # objects of the collector's, which walks them all
 
 
 class _Head(NamedTuple):
