@@ -71,7 +71,7 @@ class Weights:
 
     tensors: dict[str, torch.Tensor]
     digest: WeightsDigest  # of the whole model, also where `tensors` are one rank's share
-    folder: Path
+    folder: Path | None = None  # where other ranks read their shares
 
 
 def load_weights(folder: Path, config: ModelConfig, dtype: torch.dtype, share: Share = _whole) -> Weights:

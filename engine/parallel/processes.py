@@ -81,7 +81,7 @@ class _Rank:
             while True:
                 head, _ = self.link.receive(_ENDED_S)
                 if "error" in head:
-                    return str(head["error"])
+                    return f"failed: {head['error']}"
         except RanksLost:
             return None
 
@@ -199,7 +199,7 @@ class RankProcesses:
         except RanksLost as error:
             raise self.lost(str(error)) from error
         if "error" in head and head.get("kind") != ConfigError.__name__:
-            raise self.lost(f"rank {number}: {head['error']}")
+            raise self.lost(f"rank {number} failed: {head['error']}")
         return head, body
 
 

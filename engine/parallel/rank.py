@@ -42,7 +42,7 @@ def main() -> int:
         except RanksLost:
             return 0  # rank 0 has ended, or another rank has, which rank 0 tells
         except Exception as error:
-            greeting.send({"error": f"failed: {error}", "kind": type(error).__name__})
+            greeting.send({"error": str(error), "kind": type(error).__name__})
             raise
     return 0
 

@@ -44,6 +44,8 @@ class ParallelRunner:
         n_slots: int,
         max_model_len: int,
     ) -> None:
+        if weights.folder is None:
+            raise ValueError("other ranks read their weights from a folder, and these are of none")
         ranks, text = config.tensor_parallel, config.model_dump_json()
         starts = [
             RankStart(rank, str(weights.folder), text, n_slots, max_model_len) for rank in range(1, ranks)

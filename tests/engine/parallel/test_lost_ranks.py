@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import RanksLost
+from engine.parallel import runner
+from engine.parallel.processes import RankStart
 from kvstore.errors import ConfigError
 from tests.engine.conftest import prompt, request, run
 from tests.engine.parallel.conftest import WAIT_S, is_running, load, wait_until_gone
@@ -50,6 +53,17 @@ def test_a_rank_that_hangs_is_given_up_and_killed(tiny_folder: Path) -> None:
     with pytest.raises(RanksLost, match="cannot go on"):
         run(engine)
     assert not is_running(pid)
+
+
+def test_a_rank_that_cannot_load_is_the_reason_of_no_engine(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def elsewhere(rank: int, folder: str, *rest: Any) -> RankStart:
+        return RankStart(rank, f"{folder}-missing", *rest)
+
+    monkeypatch.setattr(runner, "RankStart", elsewhere)
+    with pytest.raises(RanksLost, match=r"rank 1 .*failed: there is no model folder"):
+        load(tiny_folder)
 
 
 def test_ranks_end_with_an_engine_that_nobody_closed(tiny_folder: Path) -> None:
