@@ -21,6 +21,7 @@ shapes and threads at hand, or refuses.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple, Protocol
@@ -32,14 +33,14 @@ from kvstore.errors import ConfigError
 
 __all__ = ["Linear", "PackedLinear", "Rowwise", "check_row_invariance", "variant"]
 
-_PROBE_ROWS: Final = (1, 2, 3, 7, 16, 33, 129)
+_PROBE_ROWS: Final = (1, 2, 3, 4, 5, 6, 7, 16, 33, 129)
 _PROBE_ROWS_MAX: Final = 272
 _ELEMENTS_A_THREAD: Final = 1 << 16
 """Twice torch's grain, so that every number of shares from one to all threads occurs."""
 _BLOCK_ROWS_MIN, _BLOCK_ROWS = 3, 6  # of FBGEMM's kernels
 _HALF_MAX: Final = torch.finfo(torch.float16).max
 _ELEMENTS_A_LOOK: Final = 1 << 20
-_HALF_PRODUCTS: Final = torch.backends.quantized.engine in ("x86", "fbgemm")
+_HALF_EXPONENT_MAX: Final = 100  # of the power of two: far from where it, or what it scales, is no float32
 
 
 class Rowwise(NamedTuple):
@@ -72,7 +73,7 @@ class PackedLinear:
     def __init__(self, *weights: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         whole = torch.cat([weight.float() for weight in weights])
         self.out_features, self.in_features = whole.shape
-        scale = _scale_to_half(whole) if _HALF_PRODUCTS else None
+        scale = _scale_to_half(whole) if has_half_products() else None
         self.is_half = scale is not None
         self._bias = None if bias is None else bias.float()
         if scale is not None:
@@ -99,6 +100,24 @@ class PackedLinear:
         return product.to(rows.dtype)
 
 
+@functools.cache
+def has_half_products() -> bool:
+    """Does this build of torch have them, and are they invariant on this machine, whose vectors may be wider
+    than those this was measured with?"""
+    if torch.backends.quantized.engine not in ("x86", "fbgemm"):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    weight, rows = torch.randn(64, 100, generator=generator).half().float(), torch.randn(60, 100)
+    packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
+
+    def product(count: int) -> torch.Tensor:
+        filled = F.pad(rows[:count], (0, 0, 0, _filled(count) - count))
+        return torch.ops.quantized.linear_dynamic_fp16(filled, packed)[:count]  # type: ignore[no-any-return]
+
+    whole = product(len(rows))
+    return all(torch.equal(product(count), whole[:count]) for count in range(1, len(rows)))
+
+
 def _filled(rows: int) -> int:
     """The next count that FBGEMM cuts into blocks of three to six rows."""
     return max(rows, _BLOCK_ROWS_MIN) if rows <= _BLOCK_ROWS else -(-rows // _BLOCK_ROWS) * _BLOCK_ROWS
@@ -109,7 +128,10 @@ def _scale_to_half(weights: torch.Tensor) -> float | None:
     highest = float(weights.abs().max())
     if not 0 < highest < math.inf:
         return None
-    scale = 2.0 ** math.floor(math.log2(_HALF_MAX / highest))
+    exponent = math.floor(math.log2(_HALF_MAX / highest))
+    if abs(exponent) > _HALF_EXPONENT_MAX:
+        return None
+    scale = 2.0**exponent
     for part in torch.split(weights, max(1, _ELEMENTS_A_LOOK // weights.shape[1])):
         scaled = part * scale
         if not torch.equal(scaled.half().float(), scaled):

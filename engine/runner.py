@@ -146,8 +146,7 @@ def _check_invariance(model: LlamaModel, layout: KVLayout) -> None:
         Rowwise(rms_norm, hidden, dtype),
         Rowwise(F.silu, model.inner_width, dtype),
         Rowwise(torch.exp2, ROWS_MULTIPLE * tile_width(layout.block_tokens), torch.float32),
+        Rowwise(model.heads, model.projected_width, dtype),
     ]
-    if model.config.query_key_norm:
-        rowwise.append(Rowwise(model.normed_heads, model.projected_width, dtype))
     check_row_invariance(_packed(model), rowwise)
     check_attention_invariance(model.config.heads, layout, windowed=any(model.config.windows))

@@ -90,9 +90,10 @@ class LlamaModel:
         """Of the rows that attention's norms see."""
         return self._layers[0].query_key_value.out_features
 
-    def normed_heads(self, projected: torch.Tensor) -> torch.Tensor:
-        """One layer's norms of heads as `forward` computes them: what of its rows attention sees."""
-        return torch.cat(self._heads_of(projected, self._layers[0]), 1)
+    def heads(self, projected: torch.Tensor) -> torch.Tensor:
+        """What one layer makes of its rows before attention, as `forward` does, at the same position each."""
+        rotating, values = self._heads_of(projected, self._layers[0])
+        return torch.cat((_rotate(rotating, self._cos[-1], self._sin[-1]), values), 1)
 
     def products(self) -> Iterator[Linear]:
         """All that the forward pass computes."""

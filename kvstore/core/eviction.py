@@ -164,6 +164,8 @@ class Evictables:
         self._named = NONE
         parent = self._uses.parent(slot)
         here = parent != NONE and parent < len(self._children)
+        if slot == self._climbing:
+            self._climbing = NONE
         if slot == self._reached:
             self._reached = parent if here and self._entered[parent] else NONE
         if here and self._children[parent]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.linear import PackedLinear, Rowwise, check_row_invariance
+from engine.linear import PackedLinear, Rowwise, check_row_invariance, has_half_products
 from kvstore.errors import ConfigError
 
 SHAPES = [(960, 576), (192, 576), (3072, 576), (576, 1536), (64, 100), (259, 64), (4096, 576)]  # [out, in]
@@ -26,7 +26,7 @@ def test_every_row_count_gives_the_same_bits(
     weight = torch.randn(shape, generator=generator).to(stored).float()
     x = torch.randn(1040, shape[1], generator=generator)
     linear = PackedLinear(weight)
-    assert linear.is_half == (stored is torch.bfloat16 and half_products())
+    assert linear.is_half == (stored is torch.bfloat16 and has_half_products())
     whole = linear(x)
     torch.testing.assert_close(whole, x @ weight.T, rtol=1e-4, atol=1e-4)
     for rows in [*range(1, 70), 127, 128, 129, 255, 256, 300, 511, 640, 1024]:
@@ -34,11 +34,7 @@ def test_every_row_count_gives_the_same_bits(
             assert torch.equal(linear(x[begin : begin + rows]), whole[begin : begin + rows]), rows
 
 
-def half_products() -> bool:
-    return torch.backends.quantized.engine in ("x86", "fbgemm")
-
-
-@pytest.mark.skipif(not half_products(), reason="no FBGEMM in this build of torch")
+@pytest.mark.skipif(not has_half_products(), reason="no FBGEMM in this build of torch")
 @pytest.mark.parametrize("largest", [1e-3, 0.7, 90.0])
 def test_what_float16_holds_exactly_is_multiplied_exactly(largest: float) -> None:
     """Rows of one element show the weights themselves; one that float16 would round goes float32's way."""
@@ -49,6 +45,25 @@ def test_what_float16_holds_exactly_is_multiplied_exactly(largest: float) -> Non
     linear = PackedLinear(weight)
     assert not linear.is_half
     torch.testing.assert_close(linear(torch.eye(40)), weight.T, rtol=0, atol=0)
+
+
+def test_weights_too_small_to_scale_are_multiplied_as_they_are() -> None:
+    weight = torch.randint(1, 200, (64, 64)).float() * 2.0**-120
+    rows = torch.randn(4, 64) * 2.0**60
+    exact = (rows.double() @ weight.double().T).float()
+    torch.testing.assert_close(PackedLinear(weight)(rows), exact, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 7, 16])
+def test_the_check_sees_every_count_that_decodes_are_of(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    multiply = PackedLinear.__call__
+
+    def by_row_count(linear: PackedLinear, rows: torch.Tensor) -> torch.Tensor:
+        return multiply(linear, rows) * (1 + 1e-6 * (rows.shape[0] == count))
+
+    monkeypatch.setattr(PackedLinear, "__call__", by_row_count)
+    with pytest.raises(ConfigError, match=f"product of {count} rows"):
+        check_row_invariance([PackedLinear(torch.eye(64))], [])
 
 
 @pytest.mark.parametrize("odd", [0.0, math.inf, math.nan])
@@ -106,5 +121,5 @@ def test_a_bias_is_added_to_every_row(half: bool) -> None:
     bias = torch.randn(48, generator=generator)
     linear, plain = PackedLinear(*weights, bias=bias), PackedLinear(*weights)
     rows = torch.randn(7, 24, generator=generator)
-    assert linear.is_half == (half and half_products())
+    assert linear.is_half == (half and has_half_products())
     torch.testing.assert_close(linear(rows), plain(rows) + bias)
