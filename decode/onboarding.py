@@ -9,23 +9,19 @@ the `Decoding`, and the role gives it back.
 from __future__ import annotations
 
 from collections import Counter
-from typing import Final
 
 from decode.sequence import Decoding
 from engine.boot import Worker
 from engine.errors import WeightsChanged
 from engine.onboard import Onboarded, misses_of
-from engine.types import Handoff, TailKV
+from engine.parallel.session import key_chain
+from engine.types import Handoff, TailKV, WorkerInfo
 from engine.updating import BEGINNINGS_MAX
 from kvstore.errors import ConfigError, EpochConflict, Unavailable
 from kvstore.frame import payload_checksum
-from kvstore.hashing import KeyChain
-from kvstore.nouns import KVLayout, MissReason, NamespaceId
+from kvstore.nouns import MissReason
 
 __all__ = ["check_handoff", "onboard_and_admit"]
-
-_NO_NAMESPACE: Final = NamespaceId(bytes(16))
-"""Of a chain that was made while the store was away: none of its blocks leaves this process."""
 
 
 def check_handoff(worker: Worker, handoff: Handoff) -> None:
@@ -61,7 +57,7 @@ async def onboard_and_admit(worker: Worker, run: Decoding) -> None:
 async def _onboard(worker: Worker, run: Decoding, as_of: int) -> None:
     run.lineage = run.lineage.absorb(run.lineage.epoch, worker.kv_quality)  # all it reads lies in our pool
     run.session = await worker.store.session(run.handoff.request.tenant)
-    chain = KeyChain(run.session.namespace if run.session else _NO_NAMESPACE, worker.info.layout.block_tokens)
+    chain = key_chain(run.session, worker.info.layout.block_tokens)
     chain.extend(run.tokens)
     owner = f"{worker.info.worker_id}/{run.request_id}/{run.attempt}"
     async with worker.turn_to_load(run.handoff.request, worker.clock.now()):
@@ -82,9 +78,7 @@ async def _onboard(worker: Worker, run: Decoding, as_of: int) -> None:
             owner=owner,
             pin_for_s=None,
         )
-        tail = _usable_tail(
-            run.handoff, held + len(onboarded.payloads), worker.info.layout, worker.role_counters
-        )
+        tail = _usable_tail(run.handoff, held + len(onboarded.payloads), worker.info, worker.role_counters)
         await worker.loop.admit(
             run.handoff.request,
             run,
@@ -117,13 +111,13 @@ async def _read(worker: Worker, run: Decoding, held: int) -> Onboarded:
     return onboarded
 
 
-def _usable_tail(handoff: Handoff, blocks: int, layout: KVLayout, counters: Counter[str]) -> TailKV | None:
+def _usable_tail(handoff: Handoff, blocks: int, info: WorkerInfo, counters: Counter[str]) -> TailKV | None:
     """The tail, if it stands right behind the onboarded blocks and its bytes are what prefill sent."""
     tail = handoff.tail
-    full, rest = divmod(handoff.next_position, layout.block_tokens)
+    full, rest = divmod(handoff.next_position, info.layout.block_tokens)
     if tail is None or blocks != full:
         return None
-    fits = tail.tokens == rest and tail.payload.nbytes == rest * layout.token_nbytes
+    fits = tail.tokens == rest and tail.payload.nbytes == rest * info.token_nbytes
     if not fits or payload_checksum(tail.payload.data) != tail.checksum:
         counters["decode:tails_rejected"] += 1
         return None

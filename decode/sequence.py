@@ -14,13 +14,13 @@ from typing import Any
 import structlog
 
 from engine.local_run import LocalRun
+from engine.parallel.session import Session
 from engine.publisher import Publication
 from engine.store_link import Leases
 from engine.types import CompletedBlock, FinishReason, Handoff, TokenEvent
 from kvstore.hashing import KeyChain
 from kvstore.lineage import Lineage
 from kvstore.nouns import Epoch, Quality
-from kvstore.session import StoreSession
 
 __all__ = ["Decoding"]
 
@@ -37,7 +37,7 @@ class Decoding:
     next_index: int = field(init=False)  # of the next output token
     drawn: list[int] = field(default_factory=list)  # tokens since the handoff
     task: asyncio.Task[None] | None = None  # onboards and admits
-    session: StoreSession | None = None
+    session: Session | None = None
     chain: KeyChain | None = None
     local: LocalRun | None = None  # its share of the worker's own pool
     publication: Publication | None = None

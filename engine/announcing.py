@@ -13,12 +13,11 @@ from collections.abc import Awaitable, Callable, Sequence
 import structlog
 
 from engine.background import Background
+from engine.parallel.session import Session, key_chain
 from engine.store_link import StoreLink
 from engine.types import GenerationRequest
 from kvstore.errors import KVStrataError
-from kvstore.hashing import KeyChain
 from kvstore.nouns import BlockKey
-from kvstore.session import StoreSession
 
 __all__ = ["Announcer"]
 
@@ -45,7 +44,7 @@ class Announcer:
         self._timeout_s = timeout_s
         self._announcing = 0
 
-    def announce(self, session: StoreSession | None, keys: Sequence[BlockKey]) -> None:
+    def announce(self, session: Session | None, keys: Sequence[BlockKey]) -> None:
         """The keys of a prompt that waits on this worker."""
         if session is not None and keys:
             self._spawn(lambda: self._tell(session, keys))
@@ -75,11 +74,11 @@ class Announcer:
     async def _tell_of(self, request: GenerationRequest) -> None:
         session = await self._store.session(request.tenant)
         if session is not None:
-            chain = KeyChain(session.namespace, self._block_tokens)
+            chain = key_chain(session, self._block_tokens)
             chain.extend(request.prompt_ids + request.output_ids)
             await self._tell(session, chain.keys)
 
-    async def _tell(self, session: StoreSession, keys: Sequence[BlockKey]) -> None:
+    async def _tell(self, session: Session, keys: Sequence[BlockKey]) -> None:
         if not keys:
             return
         told = await session.announce(keys, timeout_s=self._timeout_s)

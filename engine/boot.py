@@ -29,6 +29,8 @@ from engine.engine_thread import EngineThread
 from engine.gate import LoadGate
 from engine.local_run import LocalRun
 from engine.onboard import Onboarding
+from engine.parallel.processes import RankProcesses
+from engine.parallel.session import Session
 from engine.publisher import Publisher, PublishLimits
 from engine.registry import resolve_model
 from engine.store_link import Connect, StoreLink
@@ -43,7 +45,6 @@ from kvstore.errors import ConfigError, OverLimit, Unavailable
 from kvstore.hashing import KeyChain
 from kvstore.nouns import BlockKey, Epoch, NamespaceSpec, Quality
 from kvstore.server import ServerConfig, ShardServer
-from kvstore.session import StoreSession
 from kvstore.topology import ShardEntry
 from kvstore.transport.base import ShardTransport
 from kvstore.transport.grpc.client import GrpcTransport
@@ -80,6 +81,7 @@ class Worker:
     edge_server: ShardServer | None = None
     kv_quality: Quality = Quality.LOSSLESS  # the most that KV which lay in this pool, or over it, may claim
     role_counters: Counter[str] = field(default_factory=Counter)
+    ranks: RankProcesses | None = None  # where the engine has others
 
     @asynccontextmanager
     async def turn_to_load(self, request: GenerationRequest, arrived_at: float) -> AsyncIterator[None]:
@@ -100,7 +102,7 @@ class Worker:
             yield
 
     def lend(
-        self, session: StoreSession | None, tenant: str, chain: KeyChain, blocks_max: int, owner: str
+        self, session: Session | None, tenant: str, chain: KeyChain, blocks_max: int, owner: str
     ) -> LocalRun | None:
         """What of a sequence's chain lies in this worker's pool, and its way to leave blocks there. None
         without an edge shard, and while the store is away: it makes the namespace that keys are of."""
@@ -139,7 +141,11 @@ class Worker:
         self.info = replace(self.info, edge_address=await self.edge_server.start())
 
     def counters(self) -> dict[str, float]:
-        """Counters of engine, role and store client, merged; "gauge:..." are as they stand now."""
+        """Counters of engine, role and store client, merged; "gauge:..." are as they stand now.
+
+        Raises RanksLost when the engine cannot go on: this worker is to be replaced."""
+        if self.ranks is not None:
+            self.ranks.check()
         parts = (
             self.loop.counters,
             self.publisher.counters,
@@ -173,6 +179,8 @@ class Worker:
             await self.edge_watch.close()
         await self.background.close(timeout_s)
         await self.loop.close()
+        if self.ranks is not None:
+            await asyncio.to_thread(self.ranks.close)
         if self.edge is not None:
             await self.edge.close()
         await self.store.close()
@@ -237,13 +245,14 @@ def assemble(
         clock,
         min_quality=config.min_quality,
         stale_lag_max=config.stale_lag_max,
+        other_ranks=[replace(spec, layout=layout) for layout in engine.pool.layouts[1:]],
         connect_timeout_s=limits.connect_timeout_s,
     )
     publish_limits = PublishLimits(
         inflight_nbytes_max=limits.publish_inflight_nbytes_max, timeout_s=limits.publish_timeout_s
     )
     edge = edge_watch = None
-    if config.engine.local_cache:
+    if config.engine.local_cache and info.ranks == 1:  # blocks in a pool of many are no shard's
         edge = _edge(config, spec, epoch, engine, clock)
         edge.start()
         edge_watch = EdgeWatch(edge, store)
@@ -273,6 +282,7 @@ def assemble(
         edge=edge,
         edge_watch=edge_watch,
         kv_quality=config.engine.kv_quality,
+        ranks=engine.ranks,
     )
 
 
@@ -297,6 +307,7 @@ def _info(config: WorkerConfig, engine: Engine, node_id: str) -> WorkerInfo:
         layout=engine.layout,
         max_model_len=engine.max_model_len,
         epoch_number=config.epoch_number,
+        ranks=len(engine.pool.layouts),
         pid=os.getpid(),
         node_id=node_id,
     )

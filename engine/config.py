@@ -38,8 +38,9 @@ class EngineConfig(BaseModel):
         None,
         ge=1,
         le=256,
-        description="Threads torch computes with, for the whole process. None: every core, but at most "
-        "two in batch-invariant mode, which is proved for no more",
+        description="Threads torch computes with, for the whole process. None: every core, or with "
+        "tensor_parallel its share of them, but at most two in batch-invariant mode, which is proved for no "
+        "more",
     )
     batch_invariant: bool = Field(
         True,
@@ -98,6 +99,29 @@ class EngineConfig(BaseModel):
     draft_tokens_max: int = Field(
         16, ge=1, le=256, description="Guesses that one step may verify for one sequence"
     )
+    tensor_parallel: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Processes that share the model, each with a range of its heads and a pool of that "
+        "size. Must divide the model's KV heads and attention heads. For CPUs. Blocks are stored "
+        "once a rank, local_cache is off, and weights cannot be changed while it runs",
+    )
+    rank_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        description="How long one of these processes may keep the others waiting within a step, before the "
+        "engine ends with an error",
+    )
+
+    @model_validator(mode="after")
+    def _ranks_are_of_cpus(self) -> EngineConfig:
+        if self.tensor_parallel > 1 and self.device not in ("auto", "cpu"):
+            raise ValueError(
+                f"tensor_parallel is {self.tensor_parallel}, which is for CPUs, and device is {self.device}: "
+                "set device to cpu, or tensor_parallel to 1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _decode_rows_fit_a_step(self) -> EngineConfig:
@@ -116,5 +140,5 @@ class EngineConfig(BaseModel):
     @property
     def compute_threads(self) -> int:
         """Threads to compute with on this machine."""
-        cores = len(os.sched_getaffinity(0))
+        cores = max(1, len(os.sched_getaffinity(0)) // self.tensor_parallel)
         return self.threads or (min(cores, INVARIANT_THREADS_MAX) if self.batch_invariant else cores)

@@ -37,6 +37,8 @@ from engine.device import Device
 from engine.models.config import ModelConfig
 from engine.models.llama import LlamaModel
 from engine.pacing import StepPacing
+from engine.parallel.runner import ParallelRunner
+from engine.parallel.shares import HeadShare, check_ranks
 from engine.pool import KVPool
 from engine.quantised_pool import held_nbytes
 from engine.runner import make_runner
@@ -63,8 +65,9 @@ Payload = memoryview | npt.NDArray[np.uint8]
 
 
 class Engine:
-    """See the module. `layout`, `weights_digest` and `tokenizer` name what its KV is interchangeable with.
-    `make_drafter` guesses tokens instead of what `config.speculation` names."""
+    """See the module. `layout` (over ranks: the first one's, `pool.layouts` are all), `weights_digest` and
+    `tokenizer` name what its KV is interchangeable with. `make_drafter` guesses tokens instead of what
+    `config.speculation` names."""
 
     def __init__(
         self,
@@ -82,13 +85,14 @@ class Engine:
         self.model_config = model_config
         self.tokenizer = tokenizer
         self.weights_digest = weights.digest
-        self.layout = model_config.kv_layout(config.dtype, config.block_tokens)
+        own = HeadShare(0, config.tensor_parallel).config(model_config)
+        self.layout = own.kv_layout(config.dtype, config.block_tokens)
         n_slots = config.pool_blocks or config.pool_nbytes // held_nbytes(self.layout, config.hot_pool)
         made_for = model_config.max_position_embeddings
         self.max_model_len = fitting_model_len(config.max_model_len, made_for, n_slots, config.block_tokens)
-        self._runner = make_runner(
-            config, model_config, weights, self.layout, n_slots, self.max_model_len, device
-        )
+        shape = (config, model_config, weights, self.layout, n_slots, self.max_model_len)
+        self._runner = ParallelRunner(*shape) if config.tensor_parallel > 1 else make_runner(*shape, device)
+        self.ranks = self._runner.processes if isinstance(self._runner, ParallelRunner) else None
         self.slots = PoolSlots(n_slots)
         self._sequences: dict[str, Sequence] = {}
         self._allotment = Allotment(self.pool, self.slots, config.block_tokens)
@@ -108,7 +112,9 @@ class Engine:
         fit the model or this machine. Sets torch's threads, for the whole process. `clock` times steps."""
         torch.set_num_threads(config.compute_threads)
         model_config = ModelConfig.from_folder(folder)
-        weights = load_weights(folder, model_config, DTYPES[config.dtype])
+        check_ranks(model_config, config.tensor_parallel)
+        share = HeadShare(0, config.tensor_parallel)
+        weights = load_weights(folder, model_config, DTYPES[config.dtype], share.tensor)
         tokenizer = Tokenizer.from_folder(folder)
         return cls(config, model_config, weights, tokenizer, clock or MonotonicClock())
 
@@ -367,13 +373,8 @@ class Engine:
         return events
 
     def _copy_out(self, sequence: Sequence, indexes: Collection[int]) -> None:
-        request = sequence.request
-        self._copies.begin(
-            [
-                FullBlock(request.request_id, request.attempt, index, sequence.slots[index])
-                for index in indexes
-            ]
-        )
+        name, attempt = sequence.request.request_id, sequence.request.attempt
+        self._copies.begin([FullBlock(name, attempt, index, sequence.slots[index]) for index in indexes])
 
     def _goes_on(self, request_id: str) -> bool:
         """Will steps to come compute it?"""

@@ -11,6 +11,7 @@
         +-- ChatTemplateError  INVALID_ARGUMENT     the template is missing, wrong, or refuses the messages
     +-- RequestAborted         ABORTED              aborted, or superseded by a newer attempt, while it ran
     +-- Unavailable
+        +-- RanksLost          UNAVAILABLE          a process with a share of the model ended, or hangs
         +-- WeightsChanged     UNAVAILABLE          the weights changed before it was in the engine
 
 Every ModelError says what happened (`problem`) and what to do next (`cure`); str() gives both. Both are plain
@@ -30,6 +31,7 @@ __all__ = [
     "ModelFetchFailed",
     "ModelNotFound",
     "ModelUnsupported",
+    "RanksLost",
     "RequestAborted",
     "WeightsChanged",
 ]
@@ -81,6 +83,10 @@ class RequestAborted(KVStrataError):
     """The worker gave the request up because it was told to. All that it held is freed."""
 
     status = "ABORTED"
+
+
+class RanksLost(Unavailable):
+    """The model's ranks are no whole any more: this engine computes nothing from here on."""
 
 
 class WeightsChanged(Unavailable):

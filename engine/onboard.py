@@ -18,12 +18,12 @@ from typing import cast
 import structlog
 
 from engine.background import Background
+from engine.parallel.session import Session
 from engine.store_link import StoreLink
 from kvstore.answers import BlockMiss, Match, VerifiedBlock
 from kvstore.errors import KVStrataError
 from kvstore.lineage import Lineage
 from kvstore.nouns import BlockKey, Epoch, MissReason, PinnedBlock, Quality
-from kvstore.session import StoreSession
 
 __all__ = ["Onboarded", "Onboarding", "misses_of"]
 
@@ -57,7 +57,7 @@ class Onboarding:
 
     async def match(
         self,
-        session: StoreSession,
+        session: Session,
         keys: Sequence[BlockKey],
         *,
         owner: str,
@@ -80,7 +80,7 @@ class Onboarding:
 
     async def read(
         self,
-        session: StoreSession,
+        session: Session,
         blocks: Sequence[PinnedBlock],
         lineage: Lineage,
         *,
@@ -107,7 +107,7 @@ class Onboarding:
             onboarded.miss = MissReason.SHARD_UNAVAILABLE
         return onboarded
 
-    async def _release_matched(self, session: StoreSession, task: asyncio.Task[Match]) -> None:
+    async def _release_matched(self, session: Session, task: asyncio.Task[Match]) -> None:
         await session.release((await task).leases)
 
 

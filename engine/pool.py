@@ -75,6 +75,11 @@ class KVPool:
         self._flat = data.view(layout.layers, 2, n_slots * layout.block_tokens, *data.shape[-2:])
 
     @property
+    def layouts(self) -> tuple[KVLayout, ...]:
+        """Of each rank's part of a block outside: the parts stand one behind the other."""
+        return (self.layout,)
+
+    @property
     def hot(self) -> str:
         """What KV is held as: `model`, its own dtype; or the codec of engine/quantised_pool.py."""
         return "model"

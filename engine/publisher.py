@@ -18,6 +18,7 @@ from typing import Final
 import structlog
 
 from engine.background import Background
+from engine.parallel.session import Session
 from engine.store_link import StoreLink
 from engine.types import CompletedBlock
 from kvstore.answers import PublishBlock, Published
@@ -25,7 +26,6 @@ from kvstore.errors import KVStrataError
 from kvstore.hashing import KeyChain
 from kvstore.lineage import Lineage
 from kvstore.nouns import LeaseId, PinnedBlock, Refusal, ShardId
-from kvstore.session import StoreSession
 
 __all__ = ["Publication", "PublishLimits", "Publisher"]
 
@@ -56,7 +56,7 @@ class Publisher:
 
     def open(
         self,
-        session: StoreSession | None,
+        session: Session | None,
         chain: KeyChain,
         lineage: Lineage,
         *,
@@ -73,7 +73,7 @@ class Publication:
     def __init__(
         self,
         publisher: Publisher,
-        session: StoreSession | None,
+        session: Session | None,
         chain: KeyChain,
         lineage: Lineage,
         owner: str,
@@ -135,7 +135,7 @@ class Publication:
         if self._session is not None:
             self._publisher.store.release(self._session, leases)
 
-    async def _drain(self, session: StoreSession) -> None:
+    async def _drain(self, session: Session) -> None:
         limits = self._publisher.limits
         while self._pending:
             count = min(len(self._pending), limits.batch_blocks_max)
@@ -145,7 +145,7 @@ class Publication:
             finally:
                 self._publisher.inflight_nbytes -= sum(block.payload.nbytes for block in batch)
 
-    async def _publish(self, session: StoreSession, batch: list[CompletedBlock]) -> None:
+    async def _publish(self, session: Session, batch: list[CompletedBlock]) -> None:
         assert self._quality is not None, "offer takes nothing from such a lineage"
         blocks = [self._describe(block) for block in batch]
         async with self._publisher.slots:

@@ -23,7 +23,7 @@ from engine.device import CudaDevice, Device, resolve_device
 from engine.device_runner import DeviceRunner
 from engine.linear import PackedLinear, Rowwise, check_row_invariance
 from engine.models.config import ModelConfig
-from engine.models.llama import LlamaModel, StepInput
+from engine.models.llama import LlamaModel, StepInput, SumParts
 from engine.pool import KVPool
 from engine.quantised_pool import make_pool
 from engine.sampling.rows import Drawn, SamplingRow
@@ -87,9 +87,11 @@ class ModelRunner:
         layout: KVLayout,
         n_slots: int,
         max_model_len: int,
+        sum_parts: SumParts | None = None,
     ) -> None:
+        """`weights` and `model_config` may be one rank's share, whose parts `sum_parts` makes whole."""
         self._config, self._max_model_len = config, max_model_len
-        self._model = LlamaModel(model_config, weights.tensors, max_model_len)
+        self._model = LlamaModel(model_config, weights.tensors, max_model_len, sum_parts=sum_parts)
         windows = model_config.windows
         if config.batch_invariant:
             _check_invariance(self._model, layout)

@@ -23,6 +23,10 @@ class StepGate:
         self._quiet = asyncio.Event()
         self._calls = 0
 
+    @property
+    def is_open(self) -> bool:
+        return self._open.is_set()
+
     async def opened(self) -> None:
         """Wait while it is held. In the turn in which this returns `passing` may be entered."""
         while not self._open.is_set():

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 import structlog
 
 from engine.background import Background
+from engine.parallel.session import RankedSession, Session
 from kvstore.client import StoreClient
 from kvstore.clock import Clock
 from kvstore.errors import EpochConflict, Incomplete, KVStrataError, Unavailable
@@ -28,7 +29,6 @@ from kvstore.nouns import (
     Revision,
     ShardId,
 )
-from kvstore.session import StoreSession
 from kvstore.topology import Topology
 
 __all__ = ["Connect", "Leases", "StoreLink"]
@@ -55,12 +55,14 @@ class StoreLink:
         *,
         min_quality: Quality = Quality.LOSSLESS,
         stale_lag_max: int = 0,
+        other_ranks: Sequence[NamespaceSpec] = (),
         connect_timeout_s: float = 5.0,
         retry_s: float = 1.0,
         retry_s_max: float = 15.0,
     ) -> None:
         self.counters: Counter[str] = Counter()
         self.spec = spec
+        self._specs = (spec, *other_ranks)
         self.epoch = epoch
         self._connect = connect
         self._topology = topology
@@ -73,13 +75,13 @@ class StoreLink:
         self._not_before = clock.now()
         self._opening = asyncio.Lock()
         self._client: StoreClient | None = None
-        self._sessions: OrderedDict[str, StoreSession] = OrderedDict()
+        self._sessions: OrderedDict[str, Session] = OrderedDict()
 
     @property
     def client_counters(self) -> Counter[str]:
         return Counter() if self._client is None else self._client.counters
 
-    async def session(self, tenant: str) -> StoreSession | None:
+    async def session(self, tenant: str) -> Session | None:
         """The tenant's session. None: the store is not reachable now. Bounded by `connect_timeout_s`."""
         session = self._sessions.get(tenant)
         if session is not None:
@@ -115,12 +117,12 @@ class StoreLink:
                         "new weights"
                     )
 
-    async def sessions_of(self, epoch: Epoch) -> dict[str, StoreSession]:
+    async def sessions_of(self, epoch: Epoch) -> dict[str, Session]:
         """Register an epoch that is to come, and open it for every tenant that has a session now: those of
         `change_epoch`. Others, and all behind a store that does not answer, are opened when they are needed.
 
         Raises EpochConflict when the number stands for other weights in the store."""
-        sessions: dict[str, StoreSession] = {}
+        sessions: dict[str, Session] = {}
         if self._client is None:
             return sessions
         try:
@@ -133,7 +135,7 @@ class StoreLink:
             log.warning("the store does not know the epoch to come yet", error=str(error))
         return sessions
 
-    def change_epoch(self, epoch: Epoch, sessions: Mapping[str, StoreSession]) -> None:
+    def change_epoch(self, epoch: Epoch, sessions: Mapping[str, Session]) -> None:
         """From here on sessions are of this epoch. Those given out before stay what they are."""
         self.epoch = epoch
         self._sessions = OrderedDict(sessions)
@@ -162,7 +164,7 @@ class StoreLink:
     def _failing(self) -> bool:
         return self._delay_s > self._retry_s
 
-    def release(self, session: StoreSession, leases: Leases) -> None:
+    def release(self, session: Session, leases: Leases) -> None:
         """Drop leases in the background. Those of a shard that is away expire by themselves."""
         if leases:
             self._background.spawn(session.release(tuple(leases)), "release leases")
@@ -183,7 +185,7 @@ class StoreLink:
         else:
             await session.release(leases)
 
-    async def _open(self, tenant: str) -> StoreSession | None:
+    async def _open(self, tenant: str) -> Session | None:
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 if self._client is None:
@@ -204,11 +206,15 @@ class StoreLink:
             self._sessions.popitem(last=False)
         return session
 
-    async def _opened(self, client: StoreClient, tenant: str, epoch: Epoch) -> StoreSession:
-        return await client.open(
-            self.spec,
-            epoch,
-            tenant=tenant,
-            min_quality=self._min_quality,
-            stale_lag_max=self._stale_lag_max,
-        )
+    async def _opened(self, client: StoreClient, tenant: str, epoch: Epoch) -> Session:
+        ranks = [
+            await client.open(
+                spec,
+                epoch,
+                tenant=tenant,
+                min_quality=self._min_quality,
+                stale_lag_max=self._stale_lag_max,
+            )
+            for spec in self._specs
+        ]
+        return RankedSession(ranks) if len(ranks) > 1 else ranks[0]

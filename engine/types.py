@@ -197,6 +197,12 @@ class WorkerInfo:
     node_id: str  # of the cluster's node it runs on; empty outside a cluster
     edge_address: str = ""  # where other workers read its pool; empty: nowhere
     epoch_number: int = 0  # of the weights loaded now
+    ranks: int = 1  # `layout` is the first one's; the others' have as many heads
+
+    @property
+    def token_nbytes(self) -> int:
+        """Of KV outside the engine, all ranks' together."""
+        return self.ranks * self.layout.token_nbytes
 
 
 @dataclass(frozen=True, slots=True)

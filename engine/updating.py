@@ -38,7 +38,6 @@ from engine.types import UpdateMode
 from engine.weights import DTYPES, load_weights
 from kvstore.errors import ConfigError, DeadlineExceeded, EpochConflict, KVStrataError, Unavailable
 from kvstore.nouns import Epoch, WeightsDigest
-from kvstore.session import StoreSession
 
 if TYPE_CHECKING:
     from engine.boot import Worker
@@ -218,7 +217,7 @@ class WeightsUpdate:
             self._prepared = prepared
         return prepared
 
-    async def _bind(self, worker: Worker, epoch: Epoch) -> dict[str, StoreSession]:
+    async def _bind(self, worker: Worker, epoch: Epoch) -> dict[str, Session]:
         """The number to its weights, for ever: nothing but waiting lies between this and the change."""
         sessions = await worker.store.sessions_of(epoch)
         if worker.edge is not None:
@@ -255,7 +254,7 @@ class WeightsUpdate:
         role: ChangingRole,
         mode: UpdateMode,
         prepared: _Prepared,
-        sessions: dict[str, StoreSession],
+        sessions: dict[str, Session],
     ) -> None:
         """No step and no admission runs. Behind the engine's own change there is no wait: one turn."""
         old = worker.store.epoch

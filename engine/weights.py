@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +54,14 @@ _DIGEST_TAG: Final = b"kvstrata.weights.1\0"
 _FETCH_AGAIN: Final = "The file is incomplete or damaged: fetch the model again"
 
 
+Share = Callable[[str, torch.Tensor], torch.Tensor]
+"""Of a tensor, by its name, the part that one rank computes with."""
+
+
+def _whole(_name: str, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Weights:
     """Tensors under Hugging Face names, on the CPU, in the compute dtype, read-only by agreement.
@@ -62,21 +70,23 @@ class Weights:
     """
 
     tensors: dict[str, torch.Tensor]
-    digest: WeightsDigest
+    digest: WeightsDigest  # of the whole model, also where `tensors` are one rank's share
+    folder: Path | None = None  # where other ranks read their shares
 
 
-def load_weights(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Weights:
-    """Map, check, digest and (if stored in another dtype) cast the weights of a model folder.
+def load_weights(folder: Path, config: ModelConfig, dtype: torch.dtype, share: Share = _whole) -> Weights:
+    """Map, check, digest and (if stored in another dtype) cast the weights of a model folder; of each tensor
+    what `share` keeps of it.
 
     Raises ModelNotFound if there are no safetensors, ModelCorrupt for a truncated file or a tensor that is
     missing or of another shape (named), ModelUnsupported for tensors the runner would ignore.
     """
     stored = open_weights(folder, config)
     digest = _digest(stored, config, dtype)
-    tensors = {name: tensor.to(dtype) for name, tensor in stored.items()}
+    tensors = {name: share(name, tensor).to(dtype) for name, tensor in stored.items()}
     if config.tie_word_embeddings:
         tensors[LM_HEAD] = tensors[EMBEDDING]
-    return Weights(tensors, digest)
+    return Weights(tensors, digest, folder)
 
 
 def open_weights(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:

@@ -14,18 +14,16 @@ from typing import Final
 from engine.boot import Worker
 from engine.errors import WeightsChanged
 from engine.onboard import Onboarded, misses_of
+from engine.parallel.session import NO_NAMESPACE, key_chain
 from engine.types import FirstToken, Handoff, PrefillStats, TokenEvent
 from engine.updating import BEGINNINGS_MAX
 from kvstore.answers import Match
 from kvstore.errors import DeadlineExceeded, Unavailable
 from kvstore.hashing import KeyChain
-from kvstore.nouns import MissReason, NamespaceId, PinnedBlock, Tier
+from kvstore.nouns import MissReason, PinnedBlock, Tier
 from prefill.sequence import Prefilling
 
 __all__ = ["assemble_handoff", "compute_first_token"]
-
-_NO_NAMESPACE: Final = NamespaceId(bytes(16))
-"""Of a chain that was made while the store was away: none of its blocks leaves this process."""
 
 _GONE_THERE: Final = frozenset({MissReason.ABSENT, MissReason.OTHER_EPOCH, MissReason.LOW_QUALITY})
 """The store has looked, and has no such block. (A shard that is away has not.)"""
@@ -52,7 +50,7 @@ async def _compute(worker: Worker, run: Prefilling, arrived: float) -> FirstToke
         run.begin_again(worker.store.epoch)
     run.lineage = run.lineage.absorb(run.lineage.epoch, worker.kv_quality)  # all it reads lies in our pool
     run.session = await worker.store.session(run.request.tenant)
-    chain = KeyChain(run.session.namespace if run.session else _NO_NAMESPACE, worker.info.layout.block_tokens)
+    chain = key_chain(run.session, worker.info.layout.block_tokens)
     chain.extend(run.tokens)
     if worker.loading.locked():
         worker.announcer.announce(run.session, chain.keys[: _usable_blocks(run, chain)])
@@ -177,7 +175,7 @@ async def assemble_handoff(worker: Worker, run: Prefilling, first: FirstToken) -
     output_ids = (*run.request.output_ids, first.event.token_id)
     return Handoff(
         request=replace(run.request, output_ids=output_ids),
-        namespace=run.session.namespace if run.session else _NO_NAMESPACE,
+        namespace=run.session.namespace if run.session else NO_NAMESPACE,
         epoch=run.lineage.epoch,
         floor=run.lineage.floor,
         foreign=run.lineage.foreign,
@@ -210,7 +208,7 @@ async def _match_again(
     asked for several answers at once, mostly. It may be there by now."""
     if run.session is None:
         return blocks
-    chain = KeyChain(run.session.namespace, worker.info.layout.block_tokens)
+    chain = key_chain(run.session, worker.info.layout.block_tokens)
     chain.extend(run.tokens)
     match = await worker.onboarding.match(
         run.session,

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from engine.local_run import LocalRun
+from engine.parallel.session import Session
 from engine.publisher import Publication
 from engine.store_link import Leases
 from engine.types import CompletedBlock, FinishReason, FirstToken, GenerationRequest, TokenEvent
 from kvstore.lineage import Lineage
 from kvstore.nouns import Epoch, PinnedBlock
-from kvstore.session import StoreSession
 
 if TYPE_CHECKING:
     from engine.boot import Worker
@@ -36,7 +36,7 @@ class Prefilling:
     log: Any = field(init=False)
     drawn: asyncio.Future[TokenEvent] = field(init=False)
     task: asyncio.Task[Any] | None = None  # the call that works on it now
-    session: StoreSession | None = None
+    session: Session | None = None
     leases: Leases = ()  # of the match; at the handoff, of the publications as well
     leased_at: float = 0.0
     local: LocalRun | None = None  # its share of the worker's own pool

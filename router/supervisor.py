@@ -19,6 +19,7 @@ from typing import Any, Final, TypeVar
 
 import structlog
 
+from engine.errors import RanksLost
 from kvstore.clock import Clock, MonotonicClock
 from kvstore.errors import KVStrataError
 from kvstore.nouns import Epoch, ShardId
@@ -212,6 +213,8 @@ class Supervisor:
                     self._metrics.totals.fold(running.facts.worker_id, counters)
         except WorkerError as error:
             return error
+        except RanksLost as error:
+            return WorkerGone(f"{place.name} computes no more: {error}")
         except KVStrataError as error:
             log.warning("ping was refused", place=place.name, error=str(error))
         except Exception as error:

@@ -24,7 +24,9 @@ from engine.models.rope import attention_factor, inverse_frequencies
 from engine.pool import KVPool
 from engine.weights import EMBEDDING, LM_HEAD
 
-__all__ = ["LlamaModel", "StepInput"]
+__all__ = ["LlamaModel", "StepInput", "SumParts"]
+
+SumParts = Callable[[torch.Tensor], torch.Tensor]
 
 
 _WIDTH_MULTIPLE: Final = 64
@@ -62,8 +64,11 @@ class LlamaModel:
         tensors: Mapping[str, torch.Tensor],
         max_model_len: int,
         linear: Callable[..., Linear] = PackedLinear,
+        sum_parts: SumParts | None = None,
     ) -> None:
+        """`sum_parts` makes of one rank's part of a product the sum over ranks (engine/parallel)."""
         self.config = config
+        self._sum_parts = sum_parts or _whole
         self._embedding = tensors[EMBEDDING]
         self._norm = tensors["model.norm.weight"]
         self._head = linear(tensors[LM_HEAD])
@@ -108,9 +113,9 @@ class LlamaModel:
             queries, keys = torch.split(_rotate(rotating, cos, sin), self._heads, 1)
             pool.write(index, step.pool_rows, keys, values)
             plan.attend(index, queries, attended)
-            hidden = hidden + layer.output(attended.flatten(1))
+            hidden = hidden + self._sum_parts(layer.output(attended.flatten(1)))
             gate, up = layer.gate_up(self._rms_norm(hidden, layer.inner_norm)).chunk(2, dim=1)
-            hidden = hidden + layer.down(F.silu(gate).mul_(up))
+            hidden = hidden + self._sum_parts(layer.down(F.silu(gate).mul_(up)))
         return hidden
 
     def logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -129,6 +134,11 @@ class LlamaModel:
 
     def _rms_norm(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(rows, weight.shape, weight, self.config.rms_norm_eps)
+
+
+def _whole(part: torch.Tensor) -> torch.Tensor:
+    """The sum over one rank."""
+    return part
 
 
 def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import pytest
 
 from engine.background import Background
 from engine.onboard import Onboarding, misses_of
+from engine.parallel.session import Session
 from engine.store_link import StoreLink
 from kvstore import failpoints
 from kvstore.answers import Match, PublishBlock
@@ -17,7 +18,6 @@ from kvstore.clock import MonotonicClock
 from kvstore.hashing import KeyChain
 from kvstore.lineage import Lineage
 from kvstore.nouns import Epoch, KVLayout, MissReason, NamespaceSpec, Quality, WeightsDigest
-from kvstore.session import StoreSession
 from kvstore.topology import Topology
 from tests.gates import GatedShard
 from tests.role_parts import WAIT_S, over
@@ -30,7 +30,7 @@ BLOCKS = 6
 @dataclass
 class Scene:
     shard: GatedShard
-    session: StoreSession
+    session: Session
     onboarding: Onboarding
     background: Background
     chain: KeyChain

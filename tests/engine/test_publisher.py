@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from engine.background import Background
+from engine.parallel.session import Session
 from engine.publisher import Publication, Publisher, PublishLimits
 from engine.store_link import StoreLink
 from engine.types import CompletedBlock
@@ -17,7 +18,6 @@ from kvstore.clock import MonotonicClock
 from kvstore.hashing import KeyChain
 from kvstore.lineage import Lineage
 from kvstore.nouns import BlockKey, Epoch, KVLayout, NamespaceSpec, Quality, WeightsDigest
-from kvstore.session import StoreSession
 from kvstore.topology import Topology
 from tests.gates import GatedShard
 from tests.role_parts import WAIT_S, assert_store_is_free, over
@@ -29,7 +29,7 @@ EPOCH = Epoch(1, WeightsDigest(b"weights of a day"))
 @dataclass
 class Scene:
     shard: GatedShard
-    session: StoreSession
+    session: Session
     background: Background
     publisher: Publisher
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import ModelNotFound
+from engine.errors import ModelNotFound, RanksLost
 from engine.types import UpdateMode, WorkerInfo
 from kvstore.clock import ManualClock
 from kvstore.nouns import Epoch, Incarnation, ShardId
@@ -34,6 +34,7 @@ class FakeProcess:
     topologies: list[Topology] = field(default_factory=list)
     deaf: int = 0  # topologies it does not hear
     nonsense: bool = False
+    ranks_lost: bool = False
     telling: asyncio.Event | None = None  # held up while it is told
 
     async def set_topology(self, topology: Topology) -> None:
@@ -53,6 +54,8 @@ class FakeProcess:
     async def _alive(self) -> None:
         if self.dead:
             raise WorkerGone(f"{self.name} is dead")
+        if self.ranks_lost:
+            raise RanksLost("rank 1 has ended")
         if self.nonsense:
             raise TypeError("not what was expected")
         if self.hung:
@@ -252,6 +255,13 @@ async def test_nonsense_counts_as_silence(house: House) -> None:
     for _ in range(3):
         assert "prefill-0.1" in house.workers
         await house.supervisor.check()
+    assert "prefill-0.1" not in house.workers
+
+
+async def test_a_worker_that_lost_a_rank_is_replaced(house: House) -> None:
+    await house.supervisor.start()
+    house.launcher.newest("prefill-0").ranks_lost = True
+    await house.supervisor.check()
     assert "prefill-0.1" not in house.workers
 
 

@@ -1,0 +1,1 @@
+"""One model over several processes, each with a range of its heads."""
