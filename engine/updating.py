@@ -32,6 +32,7 @@ import torch
 
 from engine.models.config import ModelConfig
 from engine.models.llama import LlamaModel
+from engine.parallel.session import Session
 from engine.registry import resolve_model
 from engine.tokenizer import Tokenizer
 from engine.types import UpdateMode
