@@ -113,3 +113,8 @@ class ParallelPool(KVPool):
         for rank, share in enumerate(others, 1):
             self._processes.give(rank, slot, tokens, share)
         self._own.write_tail(slot, first, tokens)
+
+    def copy_block(self, source: int, target: int, tokens: int) -> None:
+        """Each rank its own share, where it lies; nothing of it goes over a link."""
+        self._processes.copy(source, target, tokens)
+        self._own.copy_block(source, target, tokens)

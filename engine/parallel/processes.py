@@ -156,6 +156,10 @@ class RankProcesses:
         head = with_checksum({"command": "write", "slot": slot, "tokens": tokens}, share)
         self._send(rank, head, share)
 
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """A slot's first tokens into another, in every rank."""
+        self._tell({"command": "copy", "source": source, "target": target, "tokens": tokens})
+
     def lost(self, why: str) -> RanksLost:
         """End all; the error to raise, from here on always."""
         if self._lost is None:

@@ -84,6 +84,8 @@ class _Rank:
                     self._runner.run(unpacked_step(head, body))
                 case "write":
                     self._runner.pool.write_tail(head["slot"], checked(head, body), head["tokens"])
+                case "copy":
+                    self._runner.pool.copy_block(head["source"], head["target"], head["tokens"])
                 case "read":
                     self._read(head)
                 case command:
