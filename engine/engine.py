@@ -235,7 +235,8 @@ class Engine:
         if not chunks:
             return StepResult(blocks=tuple(self._copies.take(self._goes_on)), preempted=preempted)
         if self._speculator is not None:
-            chunks = self._speculator.draft(chunks)
+            decoding = sum(chunk.draws for chunk in chunks)
+            chunks = self._speculator.draft(chunks, decoding + self._prompt_rows(decoding))
         began = self._clock.now()
         logits = self._runner.run(make_batch(chunks, self.config.block_tokens))
         rows = [row for chunk in chunks if chunk.draws for row in chunk.sequence.sampling_rows(chunk.drafts)]

@@ -42,10 +42,11 @@ class Speculator:
         self._experience = Experience()
         self._cost = StepCost()
 
-    def draft(self, chunks: Seq[Chunk]) -> list[Chunk]:
-        """The same chunks, some with drafts."""
+    def draft(self, chunks: Seq[Chunk], rows_max: int | None = None) -> list[Chunk]:
+        """The same chunks, some with drafts: at most `rows_max` rows in all; None: as any step has."""
         rows, tokens = sum(chunk.rows for chunk in chunks), sum(chunk.draws for chunk in chunks)
-        budget, fixed_rows = self._step_tokens_max - rows, self._cost.fixed_rows
+        rows_max = self._step_tokens_max if rows_max is None else rows_max
+        budget, fixed_rows = max(0, rows_max - rows), self._cost.fixed_rows
         offers = []
         for index, chunk in enumerate(chunks):
             room = min(self._room(chunk), budget)
