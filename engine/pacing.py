@@ -5,12 +5,14 @@
 
 What a row costs grows with its context and with who else uses the machine; fading by 5 % a step lets the fit
 follow both. While all steps had about as many rows, b is taken for the mean cost of a row: too much, so the
-first prompts come in small pieces, and by them the fit learns. Cost: ten multiplications a step.
+first prompts come in small pieces, and by them the fit learns.
 """
 
 from __future__ import annotations
 
 from typing import Final
+
+from engine.fading_line import FadingLine
 
 __all__ = ["StepPacing"]
 
@@ -25,25 +27,21 @@ class StepPacing:
     def __init__(self, target_s: float, rows_min: int) -> None:
         self._target_s = target_s
         self._rows_min = rows_min
-        self._weight = self._rows = self._seconds = self._rows_squared = self._product = 0.0
+        self._line = FadingLine(FADING)
 
     def took(self, rows: int, seconds: float) -> None:
         """A step of `rows` took so long."""
-        self._weight = self._weight * FADING + 1
-        self._rows = self._rows * FADING + rows
-        self._seconds = self._seconds * FADING + seconds
-        self._rows_squared = self._rows_squared * FADING + rows * rows
-        self._product = self._product * FADING + rows * seconds
+        self._line.observe(rows, seconds)
 
     def fit(self) -> tuple[float, float]:
         """(a, b) in seconds, neither negative; (0, 0) before the first step."""
-        if not self._weight:
+        line = self._line
+        if not line.weight:
             return 0.0, 0.0
-        mean_rows, mean_s = self._rows / self._weight, self._seconds / self._weight
-        variance = self._rows_squared / self._weight - mean_rows**2
-        if variance <= (SPREAD_MIN * mean_rows) ** 2:
+        mean_rows, mean_s = line.means
+        if line.variance <= (SPREAD_MIN * mean_rows) ** 2:
             return 0.0, mean_s / mean_rows
-        slope = max(0.0, (self._product / self._weight - mean_rows * mean_s) / variance)
+        slope = max(0.0, line.covariance / line.variance)
         return max(0.0, mean_s - slope * mean_rows), slope
 
     def prompt_rows(self, decoding: int, rows_max: int) -> int:

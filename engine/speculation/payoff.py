@@ -19,6 +19,8 @@ import heapq
 from collections.abc import Sequence
 from typing import Final
 
+from engine.fading_line import FadingLine
+
 __all__ = ["Acceptance", "StepCost", "allot"]
 
 FIXED_ROWS_PRIOR: Final = 8.0
@@ -30,34 +32,28 @@ _SECONDS_CLIP: Final = 3.0  # a step that took longer than so many times the mea
 
 
 class StepCost:
-    """A line through (rows, seconds) of the last steps, by least squares with forgetting. While all steps
-    have the same number of rows they say nothing of the slope: then the prior does."""
+    """While all steps have the same number of rows they say nothing of the slope: then the prior does."""
 
-    __slots__ = ("_rows", "_rows_rows", "_rows_seconds", "_seconds", "_weight")
+    __slots__ = ("_line",)
 
     def __init__(self) -> None:
-        self._weight = self._rows = self._seconds = self._rows_rows = self._rows_seconds = 0.0
+        self._line = FadingLine(_MEMORY)
 
     def observe(self, rows: int, seconds: float) -> None:
         """A step of `rows` decoding rows (no prompts: theirs cost otherwise) took `seconds`."""
-        if self._weight:
-            seconds = min(seconds, _SECONDS_CLIP * self._seconds / self._weight)
-        self._weight = self._weight * _MEMORY + 1
-        self._rows = self._rows * _MEMORY + rows
-        self._seconds = self._seconds * _MEMORY + seconds
-        self._rows_rows = self._rows_rows * _MEMORY + rows * rows
-        self._rows_seconds = self._rows_seconds * _MEMORY + rows * seconds
+        if self._line.weight:
+            seconds = min(seconds, _SECONDS_CLIP * self._line.means[1])
+        self._line.observe(rows, seconds)
 
     @property
     def fixed_rows(self) -> float:
         """F: what a step costs before its first row, in rows."""
-        if not self._seconds:
+        line = self._line
+        if not line.weight or not line.means[1]:
             return FIXED_ROWS_PRIOR
-        rows, seconds = self._rows / self._weight, self._seconds / self._weight
-        variance = self._rows_rows / self._weight - rows * rows
-        covariance = self._rows_seconds / self._weight - rows * seconds
+        rows, seconds = line.means
         prior = seconds / (FIXED_ROWS_PRIOR + rows)
-        slope = (covariance + _PRIOR_STRENGTH * prior) / (variance + _PRIOR_STRENGTH)
+        slope = (line.covariance + _PRIOR_STRENGTH * prior) / (line.variance + _PRIOR_STRENGTH)
         if slope * (FIXED_ROWS_MAX + rows) <= seconds:
             return FIXED_ROWS_MAX
         return max(0.0, seconds / slope - rows)
