@@ -65,7 +65,15 @@ class _Rank:
                 env=os.environ | environment,
             )
         self.link = RankLink(ours, timeout_s)
+        self._failure: str | None = None
         self.link.send({"command": "start", **asdict(start)})
+
+    def receive(self, timeout_s: float) -> tuple[Head, memoryview]:
+        """Its next message; one that says what went wrong is kept for `last_words`."""
+        head, body = self.link.receive(timeout_s)
+        if "error" in head:
+            self._failure = f"failed: {head['error']}"
+        return head, body
 
     def how_it_ended(self) -> str | None:
         """None: it has not."""
@@ -78,12 +86,11 @@ class _Rank:
     def last_words(self) -> str | None:
         """What it says went wrong, if it says so."""
         try:
-            while True:
-                head, _ = self.link.receive(_ENDED_S)
-                if "error" in head:
-                    return f"failed: {head['error']}"
+            while self._failure is None:
+                self.receive(_ENDED_S)
         except RanksLost:
             return None
+        return self._failure
 
 
 class RankProcesses:
@@ -199,11 +206,11 @@ class RankProcesses:
         if self._lost is not None:
             raise RanksLost(self._lost)
         try:
-            head, body = self._others[number - 1].link.receive(timeout_s)
+            head, body = self._others[number - 1].receive(timeout_s)
         except RanksLost as error:
             raise self.lost(str(error)) from error
         if "error" in head and head.get("kind") != ConfigError.__name__:
-            raise self.lost(f"rank {number} failed: {head['error']}")
+            raise self.lost("a rank failed")
         return head, body
 
 
