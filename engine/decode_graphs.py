@@ -74,7 +74,8 @@ class DecodeGraphs:
             return compute(step, attention.decode_plan(tables, step.positions, pool))
 
         for size in reversed(self.sizes):  # the largest first: the others fit into its memory
-            step = StepInput(token_ids[:size], positions[:size], pool_rows[:size])
+            every = torch.arange(size, device=device.torch_device)
+            step = StepInput(token_ids[:size], positions[:size], pool_rows[:size], every)
             self._recorded[size] = device.record(partial(work, step, tables[:size]))
 
     def can_run(self, batch: Batch) -> bool:

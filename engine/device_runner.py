@@ -118,10 +118,7 @@ class DeviceRunner:
         there = pinned.to(self._device.torch_device, non_blocking=True)
         token_ids, positions, pool_rows = there[: 3 * rows].view(3, rows)
         plan = self._attention.plan(batch.segments, self.pool)
-        hidden = self._model.forward(StepInput(token_ids, positions, pool_rows), self.pool, plan)
-        if not len(batch.logits_rows):
-            return hidden.new_empty(0, self._model.config.vocab_size, dtype=torch.float32)
-        return self._model.logits(hidden, there[3 * rows :])
+        return self._compute(StepInput(token_ids, positions, pool_rows, there[3 * rows :]), plan)
 
     def _record(self) -> DecodeGraphs:
         block_tokens = self.pool.layout.block_tokens
@@ -129,15 +126,14 @@ class DeviceRunner:
             self._device,
             self.pool,
             self._attention,
-            self._decode,
+            self._compute,
             rows_max=self._rows_max,
             blocks_max=-(-self._max_model_len // block_tokens),
             spare_slot=self.pool.n_slots - 1,
         )
 
-    def _decode(self, step: StepInput, plan: AttentionPlan) -> torch.Tensor:
-        hidden = self._model.forward(step, self.pool, plan)
-        return self._model.logits(hidden, torch.arange(len(step.token_ids), device=hidden.device))
+    def _compute(self, step: StepInput, plan: AttentionPlan) -> torch.Tensor:
+        return self._model.logits(self._model.forward(step, self.pool, plan))
 
 
 def _pool_on(device: Device, layout: KVLayout, n_slots: int, hot: str) -> KVPool:

@@ -118,12 +118,14 @@ class ModelRunner:
     def run(self, batch: Batch) -> torch.Tensor:
         """Compute the batch's KV into the pool; float32 [len(logits_rows), vocabulary]."""
         with torch.inference_mode():
+            return self._model.logits(self.compute(batch))
+
+    def compute(self, batch: Batch) -> torch.Tensor:
+        """As `run`, but the hidden states that logits are made of: what a rank does for others."""
+        with torch.inference_mode():
             plan = self._attention.plan(batch.segments, self.pool)
-            step = StepInput(batch.token_ids, batch.positions, batch.pool_rows)
-            hidden = self._model.forward(step, self.pool, plan)
-            if not len(batch.logits_rows):
-                return hidden.new_empty(0, self._model.config.vocab_size, dtype=torch.float32)
-            return self._model.logits(hidden, batch.logits_rows)
+            step = StepInput(batch.token_ids, batch.positions, batch.pool_rows, batch.logits_rows)
+            return self._model.forward(step, self.pool, plan)
 
     def begin_draw(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Callable[[], list[Drawn]]:
         """As Runner has it: there is nothing to wait for but the drawing itself."""

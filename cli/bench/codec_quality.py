@@ -72,8 +72,8 @@ class Quality:
         segment = Segment(0, len(tokens), 0, tuple(range(self._blocks)))
         plan: AttentionPlan = SdpaAttention(self._model.config.windows).plan([segment], self._pool)
         lossy = _LossyPlan(plan, self._pool, codec, self.layout)
-        hidden = self._model.forward(StepInput(tokens, rows, rows), self._pool, lossy)
-        logits = self._model.logits(hidden, rows[:-1])
+        step = StepInput(tokens, rows, rows, rows[:-1])
+        logits = self._model.logits(self._model.forward(step, self._pool, lossy))
         loss = F.cross_entropy(logits, tokens[1:], reduction="sum")
         return float(loss), logits.argmax(-1), lossy.kept_lossless
 

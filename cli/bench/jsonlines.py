@@ -45,8 +45,7 @@ class Child:
     def of_module(cls, module: str) -> Child:
         """A module of ours in this interpreter, which finds what this process finds."""
         paths = os.pathsep.join(path for path in sys.path if path)
-        env = {"PYTHONPATH": paths, "OMP_WAIT_POLICY": "PASSIVE"}  # who waits leaves the cores to who works
-        return cls(module, [sys.executable, "-m", module], env)
+        return cls(module, [sys.executable, "-m", module], {"PYTHONPATH": paths})
 
     def ask(self, what: str, timeout_s: float, **fields: object) -> dict[str, Any]:
         """Send one line and wait for its answer. Raises ChildFailed."""

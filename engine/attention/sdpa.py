@@ -3,12 +3,18 @@
 What EngineConfig.batch_invariant = false uses, and what the invariant way is measured against. A segment
 whose slots are adjacent is read in place; others are gathered, once a layer. Of a windowed layer only what
 the segment sees is read.
+
+A decode step is hundreds of small calls, one a sequence and layer, each some 20 us of work for one query:
+what stands around a call costs as much. So a layer's tensors are turned once, sequences are narrow views of
+them, and all their answers are joined by one copy: 16 sequences of 160 tokens take 0.75 of the time
+(docs/devlog.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +29,8 @@ __all__ = ["SdpaAttention"]
 class _SegmentPlan:
     segment: Segment
     index: torch.Tensor | slice  # flat positions in the pool
-    visible: torch.Tensor | None  # bool [rows, tokens read]; None when one row sees them all
+    visible: torch.Tensor | None  # bool [rows, tokens read]; None where one row sees all, or is_causal says
+    is_causal: bool = False  # the segment is all there is, and each row sees those up to itself
 
 
 class SdpaAttention:
@@ -43,21 +50,67 @@ class SdpaAttention:
 
 class SdpaPlan:
     def __init__(self, plans: list[list[_SegmentPlan]], pool: KVPool) -> None:
-        self._plans = plans  # by layer
+        runs = {id(segments): list(_runs(segments)) for segments in plans}
+        self._runs = [runs[id(segments)] for segments in plans]  # by layer
         self._pool = pool
 
     def attend(self, layer: int, queries: torch.Tensor, out: torch.Tensor) -> None:
-        keys, values = self._pool.keys(layer), self._pool.values(layer)
-        for plan in self._plans[layer]:
-            rows = slice(plan.segment.row, plan.segment.row + plan.segment.rows)
-            result = F.scaled_dot_product_attention(
-                queries[rows].transpose(0, 1).unsqueeze(0),
-                keys[plan.index].transpose(0, 1).unsqueeze(0),
-                values[plan.index].transpose(0, 1).unsqueeze(0),
-                attn_mask=plan.visible,
-                enable_gqa=queries.shape[1] != keys.shape[1],
-            )
-            out[rows] = result.squeeze(0).transpose(0, 1)
+        keys, values = _Side(self._pool.keys(layer)), _Side(self._pool.values(layer))
+        grouped = queries.shape[1] != self._pool.layout.kv_heads
+        for run in self._runs[layer]:
+            begin, end = run[0].segment.row, run[-1].segment.row + run[-1].segment.rows
+            if len(run) == 1:
+                asked = [_turned(queries[begin:end])]
+            else:
+                asked = list(torch.split(queries[begin:end].unsqueeze(2), 1))
+            answers = [
+                F.scaled_dot_product_attention(
+                    query,
+                    keys.taken(plan.index),
+                    values.taken(plan.index),
+                    attn_mask=plan.visible,
+                    is_causal=plan.is_causal,
+                    enable_gqa=grouped,
+                )
+                for query, plan in zip(asked, run, strict=True)
+            ]
+            if len(run) == 1:
+                out[begin:end] = answers[0].squeeze(0).transpose(0, 1)
+            else:
+                torch.cat(answers, out=out[begin:end].unsqueeze(2))
+
+
+def _runs(plans: Sequence[_SegmentPlan]) -> Iterator[list[_SegmentPlan]]:
+    """Segments of one row each, in rows one after another, together; any other alone."""
+    rows = {id(plan): index for index, plan in enumerate(plans)}
+
+    def place(plan: _SegmentPlan) -> tuple[bool, int]:
+        one = plan.segment.rows == 1
+        return one, plan.segment.row - rows[id(plan)] if one else plan.segment.row
+
+    for _, run in groupby(plans, place):
+        yield list(run)
+
+
+def _turned(rows: torch.Tensor) -> torch.Tensor:
+    """[tokens, heads, head_dim] as [1, heads, tokens, head_dim], in place."""
+    return rows.transpose(0, 1).unsqueeze(0)
+
+
+class _Side:
+    """A layer's keys, or its values: [tokens, kv_heads, head_dim]."""
+
+    __slots__ = ("_flat", "_turned")
+
+    def __init__(self, flat: torch.Tensor) -> None:
+        self._flat = flat
+        self._turned = _turned(flat)
+
+    def taken(self, index: torch.Tensor | slice) -> torch.Tensor:
+        """[1, kv_heads, len(index), head_dim]"""
+        if isinstance(index, slice):
+            return self._turned.narrow(2, index.start, index.stop - index.start)
+        return _turned(self._flat.index_select(0, index))
 
 
 def _plan(segment: Segment, pool: KVPool, window: int | None, sinks: int) -> _SegmentPlan:
@@ -68,6 +121,8 @@ def _plan(segment: Segment, pool: KVPool, window: int | None, sinks: int) -> _Se
         index = index.to(pool.device)
     if segment.rows == 1:
         return _SegmentPlan(segment, index, None)
+    if segment.start == 0 and (window is None or window >= segment.rows):
+        return _SegmentPlan(segment, index, None, is_causal=True)
     positions = torch.arange(segment.start, segment.context).unsqueeze(1)
     tokens = torch.cat([torch.arange(seen.start, seen.stop) for seen in ranges])
     visible = ~hidden_tokens(positions, tokens, window, sinks)

@@ -36,11 +36,12 @@ otherwise than its vectors do, and no share shall end inside one."""
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """One step's rows."""
+    """One step's rows. Of those that need no logits the last layer computes K and V alone."""
 
     token_ids: torch.Tensor  # int64 [rows]
     positions: torch.Tensor  # int64 [rows]
     pool_rows: torch.Tensor  # int64 [rows]: where each row's K and V go
+    logits_rows: torch.Tensor  # int64, rising
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ class LlamaModel:
         yield self._head
 
     def forward(self, step: StepInput, pool: KVPool, plan: AttentionPlan) -> torch.Tensor:
-        """Compute the rows, write their K and V into the pool. The last hidden states."""
+        """Compute the rows, write their K and V into the pool. The last hidden states of `logits_rows`."""
         config = self.config
         hidden = F.embedding(step.token_ids, self._embedding)
         cos, sin = self._cos[step.positions].unsqueeze(1), self._sin[step.positions].unsqueeze(1)
@@ -112,15 +113,23 @@ class LlamaModel:
             rotating, values = self._heads_of(projected, layer)
             queries, keys = torch.split(_rotate(rotating, cos, sin), self._heads, 1)
             pool.write(index, step.pool_rows, keys, values)
-            plan.attend(index, queries, attended)
+            if index + 1 == config.layers:
+                if not len(step.logits_rows):
+                    return hidden[:0]
+                plan.attend(index, queries, attended)
+                hidden, attended = _kept(hidden, step.logits_rows), _kept(attended, step.logits_rows)
+            else:
+                plan.attend(index, queries, attended)
             hidden = hidden + self._sum_parts(layer.output(attended.flatten(1)))
             gate, up = layer.gate_up(self._rms_norm(hidden, layer.inner_norm)).chunk(2, dim=1)
             hidden = hidden + self._sum_parts(layer.down(F.silu(gate).mul_(up)))
         return hidden
 
-    def logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """float32 [len(rows), vocabulary] for the rows (int64) that need them."""
-        return self._head(self._rms_norm(hidden[rows], self._norm)).float()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 [rows, vocabulary] of what `forward` returns."""
+        if not len(hidden):
+            return hidden.new_empty(0, self.config.vocab_size, dtype=torch.float32)
+        return self._head(self._rms_norm(hidden, self._norm)).float()
 
     def _heads_of(self, projected: torch.Tensor, layer: _Layer) -> tuple[torch.Tensor, torch.Tensor]:
         """[rows, heads, head_dim]: queries and keys, in this order and not rotated yet; and values."""
@@ -134,6 +143,10 @@ class LlamaModel:
 
     def _rms_norm(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(rows, weight.shape, weight, self.config.rms_norm_eps)
+
+
+def _kept(all_rows: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return all_rows if len(rows) == len(all_rows) else all_rows[rows]
 
 
 def _whole(part: torch.Tensor) -> torch.Tensor:

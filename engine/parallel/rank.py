@@ -81,7 +81,7 @@ class _Rank:
                 case "connect":
                     self._group.connect(Path(head["rendezvous"]))
                 case "step":
-                    self._runner.run(unpacked_step(head, body))
+                    self._runner.compute(unpacked_step(head, body))
                 case "write":
                     self._runner.pool.write_tail(head["slot"], checked(head, body), head["tokens"])
                 case "copy":

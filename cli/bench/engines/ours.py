@@ -50,16 +50,22 @@ def prefill(tokens: int, seed: int, vocabulary: int) -> dict[str, float]:
 
 
 def decode(batch: int, prompt: int, tokens: int, seed: int, vocabulary: int) -> dict[str, float]:
-    """Tokens a second from the moment when every prompt has its first token."""
+    """Tokens a second while all sequences decode: from the moment when every prompt has its first token to
+    the end of the first answer."""
     (engine,) = _engine
     _admit(engine, prompts(batch, prompt, seed, vocabulary), tokens)
     waiting = batch
     while waiting:
         waiting -= sum(event.index == 0 for event in engine.step().events)
-    began, drawn = time.perf_counter(), 0
+    began, drawn, has_ended = time.perf_counter(), 0, False
+    while not has_ended:
+        events = engine.step().events
+        drawn += len(events)
+        has_ended = any(event.index == tokens - 1 for event in events)
+    seconds = time.perf_counter() - began
     while engine.has_work():
-        drawn += len(engine.step().events)
-    return {"tokens_s": drawn / (time.perf_counter() - began)}
+        engine.step()
+    return {"tokens_s": drawn / seconds}
 
 
 def _admit(engine: Engine, ids_of_each: list[list[int]], tokens: int) -> None:

@@ -49,21 +49,27 @@ def prefill(tokens: int, seed: int, vocabulary: int) -> dict[str, float]:
 
 
 def decode(batch: int, prompt: int, tokens: int, seed: int, vocabulary: int) -> dict[str, float]:
-    """Tokens a second from the moment when every prompt has its first token."""
+    """Tokens a second while all sequences decode: from the moment when every prompt has its first token to
+    the end of the first answer."""
     (engine,) = _engine
     _admit(engine, prompts(batch, prompt, seed, vocabulary), tokens)
     had: dict[str, int] = {}
     while len(had) < batch:
         _count(engine, had)
     began, before = time.perf_counter(), sum(had.values())
+    while not _count(engine, had):
+        pass
+    seconds, drawn = time.perf_counter() - began, sum(had.values()) - before
     while engine.has_unfinished_requests():
-        _count(engine, had)
-    return {"tokens_s": (sum(had.values()) - before) / (time.perf_counter() - began)}
+        engine.step()
+    return {"tokens_s": drawn / seconds}
 
 
-def _count(engine: Any, had: dict[str, int]) -> None:
-    for output in engine.step():
-        had[output.request_id] = len(output.outputs[0].token_ids)
+def _count(engine: Any, had: dict[str, int]) -> bool:
+    """Step; has an answer ended?"""
+    outputs = engine.step()
+    had.update((output.request_id, len(output.outputs[0].token_ids)) for output in outputs)
+    return any(output.finished for output in outputs)
 
 
 def _admit(engine: Any, ids_of_each: list[list[int]], tokens: int) -> None:

@@ -18,8 +18,8 @@ __all__ = ["Load", "Save", "StepPlan", "StepReport"]
 class Load:
     """Fill tokens `begin .. end` of a request's blocks, which nobody reads until it is reported as loaded.
 
-    `runs` has of each rank the pinned blocks of ours, the first of which holds token `begin` (tokens before it
-    that this block holds, too, are there already). `block_ids` are the request's vLLM blocks from its
+    `runs` has of each rank the pinned blocks of ours, the first of which holds token `begin` (tokens before
+    it that this block holds, too, are there already). `block_ids` are the request's vLLM blocks from its
     first token on; `begin` and `end` are multiples of vLLM's block size.
     """
 

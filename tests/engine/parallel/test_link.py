@@ -35,7 +35,7 @@ def test_a_step_arrives_as_it_was(ends: Ends) -> None:
     assert came.segments == segments
     for column, sent in ((came.token_ids, ids), (came.positions, ids + 1), (came.pool_rows, ids + 2)):
         assert torch.equal(column, sent)
-    assert len(came.logits_rows) == 0
+    assert came.logits_rows.tolist() == [3, 4]
 
 
 def test_kv_that_was_damaged_is_no_kv(ends: Ends) -> None:
