@@ -12,7 +12,7 @@ import os
 
 from engine.process import SPIN_COUNT
 
-os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # before torch is loaded, as workers do
+os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # before torch is loaded
 
 import argparse
 import json

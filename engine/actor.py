@@ -101,7 +101,7 @@ class WorkerActor(ABC, Generic[R]):
 
     async def _role(self) -> R:
         if self._starting is None:
-            prepare_process()
+            prepare_process(self._config.engine.wait_policy)
             self._starting = asyncio.create_task(self._make_role(), name="start worker")
         return await asyncio.shield(self._starting)
 

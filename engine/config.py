@@ -42,6 +42,12 @@ class EngineConfig(BaseModel):
         "tensor_parallel its share of them, but at most two in batch-invariant mode, which is proved for no "
         "more",
     )
+    wait_policy: Literal["passive", "active"] = Field(
+        "passive",
+        description="How threads wait for each other within a step. active: spinning for some 20 us, where "
+        "they have cores to themselves: a decode step takes 0.75 of the time. Beside other work it takes 3 "
+        "times as long so",
+    )
     batch_invariant: bool = Field(
         True,
         description="Logits that do not depend, to the bit, on batch or chunk shapes. False is faster "

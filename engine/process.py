@@ -2,28 +2,31 @@
 
 OpenMP's threads spin while they wait for each other. On a machine whose cores are shared (prefill, decode,
 shards and router on a laptop) a spinning thread takes the core that the awaited one needs; one that sleeps
-at once is woken hundreds of times a step. So they spin for about the gap between two operations, some 20 us,
-then sleep. Measured on two cores (docs/devlog.md): a decode step of 4 sequences takes 50 ms so, as with
-unbounded spinning, and 66 asleep; with another busy process beside, a prompt of 1,024 tokens 5 s, asleep 4,
-spinning 6 to 14.
+is woken hundreds of times a step. Measured on two cores (docs/devlog.md), a decode step:
+
+                                  asleep      for some 20 us    without end
+    4 sequences, alone             66 ms            50 ms          50 ms
+    16 sequences, other work      157 ms           471 ms       1,577 ms
 """
 
 from __future__ import annotations
 
 import os
+from typing import Literal
 
 from kvstore.memory import keep_freed_buffers
 
 __all__ = ["SPIN_COUNT", "prepare_process"]
 
 SPIN_COUNT = "10000"
-"""Turns of libgomp's waiting loop."""
+"""Turns of libgomp's waiting loop: about the gap between two operations."""
 
 
-def prepare_process() -> None:
-    """Idempotent. Too late for the threads once torch is imported; what the user chose for waiting stays."""
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # of runtimes that count no turns
+def prepare_process(wait_policy: Literal["passive", "active"] = "passive") -> None:
+    """`wait_policy` is EngineConfig's. Idempotent. Too late for the threads once torch is imported; what the
+    user chose for waiting stays."""
+    if wait_policy == "active":
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a spin count outweighs it
     os.environ.pop("OMP_NUM_THREADS", None)  # Ray sets 1 for actors without a CPU; EngineConfig decides
     keep_freed_buffers()

@@ -20,7 +20,7 @@ def start(
 ) -> dict[str, Any]:
     from engine.process import prepare_process
 
-    prepare_process()  # before torch is loaded
+    prepare_process("active")  # before torch is loaded; the others spin as well
     from engine.config import EngineConfig
     from engine.engine import Engine
     from kvstore.memory import keep_freed_buffers
@@ -32,6 +32,7 @@ def start(
         threads=threads,
         pool_blocks=sequences * -(-context_max // size),
         local_cache=False,
+        wait_policy="active",
         speculation="off",  # nobody here guesses: greedy answers to random prompts loop, and are soon known
         max_model_len=context_max,
         **mode,
