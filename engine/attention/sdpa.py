@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.attention.base import Segment, Windows, hidden_tokens, visible_ranges
+from engine.attention.sdpa_split import SPLIT_TOKENS_MIN, SplitRun
 from engine.pool import KVPool
 
 __all__ = ["SdpaAttention"]
@@ -50,34 +51,50 @@ class SdpaAttention:
 
 class SdpaPlan:
     def __init__(self, plans: list[list[_SegmentPlan]], pool: KVPool) -> None:
-        runs = {id(segments): list(_runs(segments)) for segments in plans}
+        runs = {id(segments): [_Run(run, pool) for run in _runs(segments)] for segments in plans}
         self._runs = [runs[id(segments)] for segments in plans]  # by layer
         self._pool = pool
 
     def attend(self, layer: int, queries: torch.Tensor, out: torch.Tensor) -> None:
         keys, values = _Side(self._pool.keys(layer)), _Side(self._pool.values(layer))
-        grouped = queries.shape[1] != self._pool.layout.kv_heads
         for run in self._runs[layer]:
-            begin, end = run[0].segment.row, run[-1].segment.row + run[-1].segment.rows
-            if len(run) == 1:
-                asked = [_turned(queries[begin:end])]
-            else:
-                asked = list(torch.split(queries[begin:end].unsqueeze(2), 1))
-            answers = [
-                F.scaled_dot_product_attention(
-                    query,
-                    keys.taken(plan.index),
-                    values.taken(plan.index),
-                    attn_mask=plan.visible,
-                    is_causal=plan.is_causal,
-                    enable_gqa=grouped,
-                )
-                for query, plan in zip(asked, run, strict=True)
-            ]
-            if len(run) == 1:
-                out[begin:end] = answers[0].squeeze(0).transpose(0, 1)
-            else:
-                torch.cat(answers, out=out[begin:end].unsqueeze(2))
+            run.attend(keys, values, queries[run.rows], out[run.rows])
+
+
+class _Run:
+    """Rows that are attended together: one segment, or several of one row each."""
+
+    def __init__(self, plans: Sequence[_SegmentPlan], pool: KVPool) -> None:
+        last = plans[-1].segment
+        self.rows = slice(plans[0].segment.row, last.row + last.rows)
+        self._plans = plans
+        self._kv_heads = pool.layout.kv_heads
+        where = [plan.index for plan in plans if isinstance(plan.index, slice)]
+        is_long = last.rows == 1 and any(at.stop - at.start >= SPLIT_TOKENS_MIN for at in where)
+        can_split = len(where) == len(plans) and pool.device.type == "cpu"
+        self._split = SplitRun(where) if is_long and can_split else None
+
+    def attend(self, keys: _Side, values: _Side, queries: torch.Tensor, out: torch.Tensor) -> None:
+        if self._split is not None:
+            out.copy_(self._split.attend(keys.flat, values.flat, queries))
+            return
+        is_one = len(self._plans) == 1
+        asked = [_turned(queries)] if is_one else torch.split(queries.unsqueeze(2), 1)
+        answers = [
+            F.scaled_dot_product_attention(
+                query,
+                keys.taken(plan.index),
+                values.taken(plan.index),
+                attn_mask=plan.visible,
+                is_causal=plan.is_causal,
+                enable_gqa=queries.shape[1] != self._kv_heads,
+            )
+            for query, plan in zip(asked, self._plans, strict=True)
+        ]
+        if is_one:
+            out.copy_(answers[0].squeeze(0).transpose(0, 1))
+        else:
+            torch.cat(answers, out=out.unsqueeze(2))
 
 
 def _runs(plans: Sequence[_SegmentPlan]) -> Iterator[list[_SegmentPlan]]:
@@ -100,17 +117,17 @@ def _turned(rows: torch.Tensor) -> torch.Tensor:
 class _Side:
     """A layer's keys, or its values: [tokens, kv_heads, head_dim]."""
 
-    __slots__ = ("_flat", "_turned")
+    __slots__ = ("_turned", "flat")
 
     def __init__(self, flat: torch.Tensor) -> None:
-        self._flat = flat
+        self.flat = flat
         self._turned = _turned(flat)
 
     def taken(self, index: torch.Tensor | slice) -> torch.Tensor:
         """[1, kv_heads, len(index), head_dim]"""
         if isinstance(index, slice):
             return self._turned.narrow(2, index.start, index.stop - index.start)
-        return _turned(self._flat.index_select(0, index))
+        return _turned(self.flat.index_select(0, index))
 
 
 def _plan(segment: Segment, pool: KVPool, window: int | None, sinks: int) -> _SegmentPlan:

@@ -86,6 +86,27 @@ def test_segments_of_all_kinds_in_one_step(
         assert (out[204:] == 7.0).all(), "padding rows are not touched"
 
 
+@pytest.mark.parametrize("window", [None, 700])
+def test_long_contexts_in_parts(window: int | None, pool: KVPool) -> None:
+    """Whole parts, parts and a rest, and short ones in their company; what lies beyond is not read."""
+    begins = (0, 17, 34, 35, 40)
+    ends = (511, 512, 1, 130, 767)
+    segments = [
+        Segment(row, 1, end, tuple(range(begin, begin + end // BLOCK + 1)))
+        for row, (begin, end) in enumerate(zip(begins, ends, strict=True))
+    ]
+    segments.append(Segment(5, 1, 600, tuple(range(60, 40, -1))[:19]))  # not adjacent: alone in its run
+    queries = torch.randn(6, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(1))
+    for rows in (slice(0, 5), slice(0, 6)):
+        out = torch.empty_like(queries[rows])
+        SdpaAttention((window, window)).plan(segments[rows], pool).attend(1, queries[rows], out)
+        for segment, found in zip(segments[rows], out, strict=True):
+            kept = of_sequence(pool, 1, segment)
+            query = queries[segment.row : segment.row + 1]
+            expected = naive(query, *kept, segment.start, window)[0]
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("sinks", [0, 20])
 @pytest.mark.parametrize("invariant", [True, False])
 def test_blocks_out_of_the_window_are_not_read(invariant: bool, sinks: int, pool: KVPool) -> None:
