@@ -146,16 +146,13 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class PrefillStats:
-    """Where a prompt's KV came from, and what it cost. Seconds are of one worker's monotonic clock."""
+    """Where a prompt's KV came from."""
 
     prompt_tokens: int
     cached_tokens: int
     cached_by_tier: dict[str, int] = field(default_factory=dict)  # tier name -> tokens
     misses: dict[str, int] = field(default_factory=dict)  # MissReason value -> blocks
     epochs: tuple[int, ...] = ()  # epoch numbers of everything the sequence attended to
-    lookup_s: float = 0.0
-    load_s: float = 0.0
-    compute_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

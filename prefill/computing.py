@@ -58,9 +58,8 @@ async def _compute(worker: Worker, run: Prefilling, arrived: float) -> FirstToke
         stats = await _onboard_and_admit(worker, run, chain, arrived, as_of)
     admitted = worker.clock.now()
     event = await _drawn(worker, run)
-    computing_s = worker.clock.now() - admitted
-    worker.gate.computed(stats.cached_tokens, len(run.tokens), computing_s)
-    stats = replace(stats, epochs=run.epochs, compute_s=stats.compute_s + computing_s)
+    worker.gate.computed(stats.cached_tokens, len(run.tokens), worker.clock.now() - admitted)
+    stats = replace(stats, epochs=run.epochs)
     return FirstToken(replace(event, epochs=run.epochs), stats, run.lineage.epoch)
 
 
@@ -71,7 +70,6 @@ async def _onboard_and_admit(
     begins now. All is matched, also what lies here: decode may be elsewhere, and goes on from what is
     pinned."""
     clock, limits = worker.clock, worker.limits
-    started = clock.now()
     usable = _usable_blocks(run, chain)
     run.local = worker.lend(run.session, run.request.tenant, chain, usable, _owner(worker, run))
     match = await _match(worker, run, chain)
@@ -126,9 +124,6 @@ async def _onboard_and_admit(
                 len(tiers) - worth,
             )
         ),
-        lookup_s=matched - started,
-        load_s=loaded - matched,
-        compute_s=clock.now() - loaded,
     )
 
 
