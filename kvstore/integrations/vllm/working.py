@@ -41,6 +41,7 @@ class Worker:
         self._setup = setup
         self._store = store or StoreSide(setup.config)
         self._tallies = Tallies()
+        self._store.count = self._tallies.count
         self._floor = Floor()
         self._saver: Saver | None = None
         self._loader: Loader | None = None
