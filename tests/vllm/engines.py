@@ -92,6 +92,10 @@ class VllmEngine:
             )
         return bool(asked["unfinished"])
 
+    def idle_steps(self, count: int = 4) -> None:
+        """Steps without requests, in which what ended last is told between the halves of a connector."""
+        self._child.ask("idle", CALL_S, count=count)
+
     def abort(self, ids: Sequence[str]) -> None:
         self._child.ask("abort", CALL_S, ids=list(ids))
 
