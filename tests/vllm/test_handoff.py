@@ -25,13 +25,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
 
 @pytest.fixture(scope="module")
 def prefill(tiny: Path, shared: Store) -> Iterator[VllmEngine]:
-    with engine(tiny, ours(shared, role="kv_producer")) as started:
+    with engine(tiny, ours(shared, role="kv_producer", handoff_timeout_s=5.0)) as started:
         yield started
 
 
 @pytest.fixture(scope="module")
 def decode(tiny: Path, shared: Store) -> Iterator[VllmEngine]:
-    with engine(tiny, ours(shared, role="kv_consumer", min_load_tokens=0)) as started:
+    with engine(tiny, ours(shared, role="kv_consumer", min_load_tokens=0, handoff_timeout_s=5.0)) as started:
         yield started
 
 
