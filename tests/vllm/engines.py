@@ -113,6 +113,10 @@ class VllmEngine:
     def reload(self, folder: Path) -> None:
         self._child.ask("reload", CALL_S, folder=str(folder))
 
+    def counted(self, event: str) -> float:
+        """Of the connector's counters, as Prometheus has it."""
+        return self.counters().get(f"vllm:kvstrata_events_total{{event={event}}}", 0.0)
+
     def counters(self) -> dict[str, float]:
         found: dict[str, float] = self._child.ask("counters", CALL_S)["counters"]
         return found
