@@ -23,6 +23,9 @@ from typing import Any, Final
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # so that the weights are in reach
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # on shared cores threads that spin cost ten times as much
 
 from vllm import LLM, SamplingParams
 from vllm.config import KVTransferConfig
