@@ -18,8 +18,8 @@ __all__ = ["Load", "Save", "StepPlan", "StepReport"]
 class Load:
     """Fill tokens `begin .. end` of a request's blocks, which nobody reads until it is reported as loaded.
 
-    `runs` has of each rank the pinned blocks of ours, the first of which holds token `begin` (tokens before it
-    that this block holds, too, are there already). `block_ids` are the request's vLLM blocks from its
+    `runs` has of each rank the pinned blocks of ours, the first of which holds token `begin` (tokens before
+    it that this block holds, too, are there already). `block_ids` are the request's vLLM blocks from its
     first token on; `begin` and `end` are multiples of vLLM's block size.
     """
 
@@ -30,6 +30,7 @@ class Load:
     runs: tuple[tuple[PinnedBlock, ...], ...]
     leases: tuple[Leases, ...]  # of each rank: to be given back by the scheduler's half, renewed by it, too
     block_ids: tuple[int, ...]
+    adapter: str = ""  # hex digest of the adapter's files; empty: none
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +49,15 @@ class Save:
     end: int
     token_ids: bytes  # u32, little-endian
     block_ids: tuple[int, ...]
-    salt: str = ""  # vLLM's cache_salt: into the first block's extra digest
+    salt: str = ""  # vLLM's cache_salt: into the first block's extra digest (keys.py)
     adapter: str = ""  # hex digest of the adapter's files; empty: none
+    pin_for_s: float | None = None  # of a handoff: what is published stays at least so long
 
 
 @dataclass(slots=True)
 class StepPlan:
-    """One step's. `ended`: requests that finished or were preempted; their chains are forgotten."""
+    """One step's. `ended`, before anything else of the plan: requests that finished or were preempted, whose
+    chains are forgotten. A load of theirs that is under way is reported all the same."""
 
     loads: list[Load] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
@@ -68,6 +71,8 @@ class StepPlan:
 class StepReport:
     """A worker's answer, of what ended since the last one."""
 
-    loaded: set[str] = field(default_factory=set)
+    loaded: set[str] = field(default_factory=set)  # every load once, also a failed one
     failed_blocks: set[int] = field(default_factory=set)  # vLLM's ids
     counters: dict[str, int] = field(default_factory=dict)  # differences
+    seconds: dict[str, list[float]] = field(default_factory=dict)  # how long each took: "load", "publish"
+    stored: list[tuple[str, int, int]] = field(default_factory=list)  # request, begin, end: in the store now
