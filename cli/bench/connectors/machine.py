@@ -1,4 +1,4 @@
-"""What a run is made of on this machine: vLLM's processes in their environment, shards in ours, a folder each.
+"""What a run is made of on this machine: vLLM's processes in their environment, shards in ours.
 
 Nothing is kept: shards, files of the example connector and what lay on disk go with the run.
 """
@@ -107,7 +107,8 @@ class ThisMachine:
                 "kv_connector": "ExampleConnector",
                 "kv_role": "kv_both",
                 "kv_connector_extra_config": {"shared_storage_path": str(files)},
-            }
+            },
+            self._plan.context_max,  # it fails on a prompt that takes more than one step
         )
 
     @property
@@ -133,8 +134,9 @@ class ThisMachine:
         reach = {"store": [shard.address], "token_file": str(shard.token_file)}
         return transfer_config(self._setup.identity, "both", reach | options)
 
-    def _vllm(self, transfer: dict[str, Any] | None) -> VllmProcess:
-        return VllmProcess(self._setup, self._plan, self._folder, transfer)
+    def _vllm(self, transfer: dict[str, Any] | None, step_tokens: int = STEP_TOKENS_MAX) -> VllmProcess:
+        env = {"PYTHONPATH": str(self._folder)}
+        return VllmProcess(self._setup, env, self._plan.context_max, step_tokens, transfer)
 
     def _nbytes(self, tokens: int) -> int:
         """Of so many tokens' frames, with what pages and extents take."""
@@ -172,12 +174,18 @@ class SavedShard:
 class VllmProcess:
     """A `Vllm`."""
 
-    def __init__(self, setup: Setup, plan: Plan, source: Path, transfer: dict[str, Any] | None) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        env: dict[str, str],
+        context_max: int,
+        step_tokens: int,
+        transfer: dict[str, Any] | None,
+    ) -> None:
         python = setup.vllm / "bin/python"
         if not python.exists():
             raise ChildFailed(f"not installed in {setup.vllm}: add --install-peers")
-        env = {
-            "PYTHONPATH": str(source),
+        env |= {
             "PATH": f"{python.parent}{os.pathsep}{os.environ.get('PATH', '')}",
             "OMP_NUM_THREADS": str(setup.threads),
         }
@@ -186,7 +194,7 @@ class VllmProcess:
         try:
             started = self._child.ask(
                 "start", START_S, folder=str(setup.folder), dtype=setup.identity.dtype, threads=setup.threads,
-                context_max=plan.context_max, step_tokens=STEP_TOKENS_MAX, transfer=transfer,
+                context_max=context_max, step_tokens=step_tokens, transfer=transfer,
             )  # fmt: skip
         except ChildFailed:
             self._child.close()

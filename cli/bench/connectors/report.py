@@ -36,7 +36,9 @@ def document(result: Result, dtype: str) -> dict[str, Any]:
             promise.name: {str(n): _ratio(kept(result, promise, n)) for n in _present(result, promise)}
             for promise in PROMISES
         }
-        | {"times faster than cold": {name: _faster(result, name, lengths) for name in names if name != COLD}},
+        | {
+            "times faster than cold": {name: _faster(result, name, lengths) for name in names if name != COLD}
+        },
         "dtype": dtype,
         "rounds": result.plan.rounds,
         "tail_tokens": TAIL_TOKENS,
@@ -106,7 +108,9 @@ def draw(result: Result, dtype: str, console: Console) -> None:
         cells = []
         for tokens in result.plan.lengths:
             ms = Spread.of(1000 * seconds for seconds in result.ttft_s[case, tokens])
-            faster = "" if case == COLD else f"{said['ratios']['times faster than cold'][case][str(tokens)]:.2f}"
+            faster = (
+                "" if case == COLD else f"{said['ratios']['times faster than cold'][case][str(tokens)]:.2f}"
+            )
             cells += [f"{ms:.0f}", faster]
         table.add_row(case, *cells)
     console.print(table)
@@ -122,4 +126,5 @@ def _line(promise: Promise, tokens: int, kept: Kept) -> str:
     verdict = "not promised"
     if kept.bound is not None:
         verdict = f"{least} {kept.bound:g}: {'met' if kept.met else 'NOT met'}"
-    return f"{promise.name}, {tokens:,} tokens: {kept.of_medians:.3f} of medians, {kept.of_pairs:.3f} of pairs; {verdict}"
+    figures = f"{kept.of_medians:.3f} of medians, {kept.of_pairs:.3f} of pairs"
+    return f"{promise.name}, {tokens:,} tokens: {figures}; {verdict}"

@@ -16,7 +16,7 @@ from cli.bench.connectors.plan import SETTLE_S
 from cli.bench.jsonlines import Child, ChildFailed
 
 if TYPE_CHECKING:
-    from kvstore.nouns import Epoch, NamespaceSpec
+    from kvstore.nouns import NamespaceSpec
     from kvstore.sync import StoreClient, StoreSession
 
 __all__ = ["Shard"]
@@ -83,7 +83,9 @@ class Shard:
         before = self._lowest(here)
         here.put(ids, hit.kv)
         wanted = before + len(ids) // size
-        _until(lambda: self._lowest(here) >= wanted, lambda: f"{self._lowest(here)} of {wanted} blocks on NVMe")
+        _until(
+            lambda: self._lowest(here) >= wanted, lambda: f"{self._lowest(here)} of {wanted} blocks on NVMe"
+        )
 
     def _lowest(self, session: StoreSession) -> int:
         """Versions of the namespace that lie on NVMe alone."""
