@@ -30,6 +30,12 @@ demo: setup  ## serve a conversation through the store and check every token of 
 test: setup  ## run the tests (offline once set up)
 	$(BIN)/python -m pytest
 
+.PHONY: test-vllm
+test-vllm: setup  ## the connector under real vLLM, installed if it can be (3 GB)
+	@if $(BIN)/python -m cli.bench.peers.vllm_environment; \
+	then $(BIN)/python -m pytest -m vllm tests/vllm; \
+	else echo "test-vllm: nothing was run, for the reason above"; fi
+
 $(PACKAGES): pyproject.toml constraints.txt
 	@scripts/setup.sh serve,test
 	@touch $@

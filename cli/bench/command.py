@@ -144,7 +144,11 @@ def engine(
         bool, typer.Option("--install-peers", help="First install vLLM's CPU build into its folder (3 GB).")
     ] = False,
     vllm_venv: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="vLLM's environment; in the user's cache unless said.")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="vLLM's environment: $KVSTRATA_VLLM_VENV, or in the user's cache, unless said.",
+        ),
     ] = None,
     no_peers: Annotated[bool, typer.Option("--no-peers", help="Leave the other engines out.")] = False,
     json_out: Annotated[bool, typer.Option("--json", help="One JSON document; on an error none.")] = False,
@@ -158,14 +162,13 @@ def engine(
     from cli.bench.engines.plan import QUICK, Plan
     from cli.bench.engines.run import Setup, run, threads_here
     from cli.bench.jsonlines import ChildFailed
-    from cli.bench.peers.install import install_vllm
-    from cli.bench.peers.start import default_folder
+    from cli.bench.peers.vllm_environment import install_vllm, vllm_folder
     from engine.registry import DEFAULT_MODEL, resolve_model
     from kvstore.errors import KVStrataError
 
     plan = QUICK if quick else Plan()
     plan = dataclasses.replace(plan, rounds=rounds or plan.rounds)
-    peers = None if no_peers else (vllm_venv or default_folder() / "vllm").absolute()
+    peers = None if no_peers else (vllm_venv or vllm_folder()).absolute()
     if dtype not in ("float32", "bfloat16"):
         raise typer.BadParameter("say float32 or bfloat16", param_hint="--dtype")
     if peers is not None and install_peers:

