@@ -48,7 +48,7 @@ def vllm(
 
     Takes half an hour and about 14 GiB of memory.
     """
-    from cli.bench.peers.vllm_environment import install_vllm, vllm_folder
+    from cli.bench.peers.vllm_environment import install_vllm, vllm_folder, what_lacks
 
     environment = (vllm_venv or vllm_folder()).absolute()
     if dtype not in ("float32", "bfloat16"):
@@ -56,6 +56,8 @@ def vllm(
     plan = _plan(rounds, codecs, quick)
     if install_peers:
         install_vllm(environment, note)
+    if (reason := what_lacks(environment)) is not None:
+        fail(f"{reason}; or add --install-peers")
     result = _measured(plan, model, dtype, threads, environment)
     if json_out:
         from cli.bench.connectors.report import document

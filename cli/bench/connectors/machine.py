@@ -183,8 +183,6 @@ class VllmProcess:
         transfer: dict[str, Any] | None,
     ) -> None:
         python = setup.vllm / "bin/python"
-        if not python.exists():
-            raise ChildFailed(f"not installed in {setup.vllm}: add --install-peers")
         env |= {
             "PATH": f"{python.parent}{os.pathsep}{os.environ.get('PATH', '')}",
             "OMP_NUM_THREADS": str(setup.threads),

@@ -210,6 +210,8 @@ def test_the_document_and_the_table_say_what_was_promised_and_what_was_kept() ->
     console = Console(file=StringIO(), width=160)
     draw(result, "bfloat16", console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "looking up in vain, of cold, 512 tokens: 1.040 of medians, 1.040 (1.040 to 1.040) of pairs" in shown
+    assert (
+        "looking up in vain, of cold, 512 tokens: 1.040 of medians, 1.040 (1.040 to 1.040) of pairs" in shown
+    )
     assert shown.count("at most 1.03: NOT met") == 2
     assert "times faster than recomputing, 2,048 tokens: 10.000" in shown
