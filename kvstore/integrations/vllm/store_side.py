@@ -100,6 +100,10 @@ class StoreSide:
 
     # -- on the loop -------------------------------------------------------------------------------
 
+    def spawn(self, work: Coroutine[Any, Any, object]) -> None:
+        """As `begin`, for who is on the loop already."""
+        self._spawn(work, concurrent.futures.Future())
+
     async def client(self) -> StoreClient | None:
         """None: the store is not reachable now. Bounded by `connect_timeout_s`."""
         if self._client is not None:

@@ -1,0 +1,74 @@
+"""What an adapter's KV is called: the digest of its files, bound to vLLM's number for it at first sight.
+
+vLLM may keep an adapter loaded while its files change, and read them again when it likes: from then on nobody
+can say which of both it computes with. So an adapter whose files change, or that is loaded in place, has no
+name any more, and its requests stay out of the store. So do those of an adapter that cannot be read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Final, Protocol
+
+import structlog
+
+from kvstore.integrations.vllm.file_digests import adapter_digest, adapter_signature
+
+__all__ = ["Adapters", "LoraRequest"]
+
+ADAPTERS_MAX: Final = 4_096
+
+log = structlog.get_logger(__name__)
+
+
+class LoraRequest(Protocol):
+    """What is read of vLLM's own."""
+
+    lora_int_id: int
+    lora_path: str
+    load_inplace: bool
+
+
+class Adapters:
+    """One event loop's."""
+
+    def __init__(self) -> None:
+        self._names: dict[int, tuple[str, tuple[tuple[str, int, int], ...], str | None]] = {}
+        self._asking = asyncio.Lock()
+
+    async def name_of(self, lora: LoraRequest | None) -> str | None:
+        """32 hex digits; empty without an adapter; None for one whose KV has no name."""
+        if lora is None:
+            return ""
+        async with self._asking:
+            known = self._names.get(lora.lora_int_id)
+            if known is not None and known[2] is None:
+                return None
+            try:
+                name = await self._read(lora, known)
+            except OSError as error:
+                log.warning("an adapter's KV is not shared", adapter=lora.lora_path, error=str(error))
+                return None
+            return name
+
+    async def _read(
+        self, lora: LoraRequest, known: tuple[str, tuple[tuple[str, int, int], ...], str | None] | None
+    ) -> str | None:
+        folder = Path(lora.lora_path)
+        signature = adapter_signature(folder)
+        if known is not None:
+            if known[:2] == (lora.lora_path, signature) and not lora.load_inplace:
+                return known[2]
+            name = None
+        elif lora.load_inplace or len(self._names) >= ADAPTERS_MAX:
+            name = None
+        else:
+            name = await asyncio.to_thread(adapter_digest, folder)
+            if adapter_signature(folder) != signature:
+                name = None  # it changed while it was read
+        if name is None:
+            log.warning("nobody can say which files an adapter is of: not shared", adapter=lora.lora_path)
+        if len(self._names) < ADAPTERS_MAX:
+            self._names[lora.lora_int_id] = (lora.lora_path, signature, name)
+        return name
