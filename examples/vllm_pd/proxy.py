@@ -3,9 +3,9 @@
     python examples/vllm_pd/proxy.py --prefill http://127.0.0.1:8001 --decode http://127.0.0.1:8002
 
 A request goes to a prefill server first, for one token. Its answer's `kv_transfer_params` say what now lies
-in the store; with these the request goes to a decode server, whose answer is streamed back as it comes. Servers
-of a kind take turns. Where prefill fails, decode computes the prompt itself: slower, not wrong. A client that
-hangs up ends the request at the server that works on it.
+in the store; with these the request goes to a decode server, whose answer is streamed back as it comes.
+Servers of a kind take turns. Where prefill fails, decode computes the prompt itself: slower, not wrong. A
+client that hangs up ends the request at the server that works on it.
 """
 
 from __future__ import annotations

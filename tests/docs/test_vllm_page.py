@@ -91,7 +91,8 @@ def test_its_commands_run(tmp_path: Path) -> None:
         store, server = ran(line, folder).stdout.splitlines()
         shown = blocks("text")[0].splitlines()
         assert shown[0] == store
-        pattern = re.escape(shown[1].replace("MODEL_FOLDER", str(folder))).replace(re.escape(" ...}'"), ".+}'")
+        expected = re.escape(shown[1].replace("MODEL_FOLDER", str(folder)))
+        pattern = expected.replace(re.escape(" ...}'"), ".+}'")
         assert re.fullmatch(pattern, server), server
 
 

@@ -1,4 +1,4 @@
-"""A vLLM engine as a process, asked by JSON lines. It runs in vLLM's environment, and imports nothing of ours.
+"""A vLLM engine as a process, asked by JSON lines. It runs in vLLM's environment.
 
 The engine's core is in this process too, so that a test may look at both halves of the connector and steps
 one by one. Nothing here knows our connector: it comes by the transfer configuration, as for any user.
@@ -74,6 +74,12 @@ def step(count: int) -> dict[str, Any]:
     return {"finished": finished, "unfinished": _engine().has_unfinished_requests()}
 
 
+def idle(count: int) -> dict[str, Any]:
+    for _ in range(count):
+        _engine().step()
+    return {}
+
+
 def abort(ids: list[str]) -> dict[str, Any]:
     _engine().abort_request(ids)
     return {}
@@ -137,5 +143,5 @@ if __name__ == "__main__":
         VLLM_NO_USAGE_STATS="1",
         HF_HUB_OFFLINE="1",
     )
-    handlers = (start, add, step, abort, reset, perturb, reload, counters)
+    handlers = (start, add, step, idle, abort, reset, perturb, reload, counters)
     answer({handler.__name__: handler for handler in handlers})

@@ -92,6 +92,10 @@ class VllmEngine:
             )
         return bool(asked["unfinished"])
 
+    def idle_steps(self, count: int = 4) -> None:
+        """Steps without requests, in which what ended last is told between the halves of a connector."""
+        self._child.ask("idle", CALL_S, count=count)
+
     def abort(self, ids: Sequence[str]) -> None:
         self._child.ask("abort", CALL_S, ids=list(ids))
 
@@ -108,6 +112,10 @@ class VllmEngine:
 
     def reload(self, folder: Path) -> None:
         self._child.ask("reload", CALL_S, folder=str(folder))
+
+    def counted(self, event: str) -> float:
+        """Of the connector's counters, as Prometheus has it."""
+        return self.counters().get(f"vllm:kvstrata_events_total{{event={event}}}", 0.0)
 
     def counters(self) -> dict[str, float]:
         found: dict[str, float] = self._child.ask("counters", CALL_S)["counters"]

@@ -22,8 +22,6 @@ def prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
     return [prompt(length, seed) for length in lengths]
 
 
-def loadable(length: int, block_size: int, least: int = 0) -> int:
-    """Tokens of a prompt that was stored whole which a load brings at least: whole vLLM blocks, and vLLM
-    computes the last token itself. Hits of fewer than `least` are not loaded."""
-    tokens = (length - 1) // block_size * block_size
-    return tokens if tokens >= least else 0
+def loadable(length: int, block_size: int) -> int:
+    """Tokens of a prompt that was stored whole which a load brings: whole vLLM blocks."""
+    return length // block_size * block_size

@@ -22,9 +22,9 @@ class Store:
 
     def __init__(self, folder: Path, capacity_nbytes: int = 64 << 20, shared_memory: bool = True) -> None:
         self.token_file = folder / "token"
-        self._token = secrets.token_urlsafe(16)
+        self.token = secrets.token_urlsafe(16)
         with os.fdopen(os.open(self.token_file, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
-            file.write(self._token)
+            file.write(self.token)
         self._settings = {"capacity_nbytes": capacity_nbytes, "shared_memory": shared_memory}
         self.maps_memory = shared_memory
         self._port = 0
@@ -32,7 +32,7 @@ class Store:
 
     def start(self) -> None:
         self._child = Child.of_module("tests.vllm.store_child")
-        asked = self._settings | {"port": self._port, "token": self._token}
+        asked = self._settings | {"port": self._port, "token": self.token}
         started = self._child.ask("start", START_S, **asked)
         self.address: str = started["address"]
         self.admin: str = started["admin"]

@@ -42,7 +42,7 @@ def vllm_folder() -> Path:
 
 
 def what_lacks(folder: Path) -> str | None:
-    """Why our connector cannot run in `folder`; None: it can. Asks its Python what it has, imports nothing."""
+    """Why our connector cannot run in `folder`; None: it can. Asks its Python what it has."""
     python = folder / "bin/python"
     if not python.exists():
         return (
