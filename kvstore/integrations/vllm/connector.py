@@ -118,7 +118,7 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._worker.save(self._get_connector_metadata().plan)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        self._report = self._worker.report(finished_req_ids)
+        self._report = self._worker.report()
         return None, self._report.loaded
 
     def get_block_ids_with_load_errors(self) -> set[int]:
