@@ -24,6 +24,7 @@ except ImportError as error:
     ) from error
 
 from kvstore.integrations.vllm.config import read_config
+from kvstore.integrations.vllm.events import StoredEvent
 from kvstore.integrations.vllm.facts import read_facts, refuse, setup_of, weights_of
 from kvstore.integrations.vllm.plans import StepReport
 from kvstore.integrations.vllm.scheduling import Scheduling
@@ -51,7 +52,8 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if role == KVConnectorRole.SCHEDULER:
             setup, weights = setup_of(vllm_config, facts, config, 0), weights_of(vllm_config, config)
             self._side = StoreSide(config)
-            self._scheduling = Scheduling(setup, self._side, weights, self._is_cache_free)
+            hash_tokens = _hash_tokens(vllm_config, kv_cache_config, facts.block_tokens)
+            self._scheduling = Scheduling(setup, self._side, weights, self._is_cache_free, hash_tokens)
         else:
             self._worker = Worker(setup_of(vllm_config, facts, config, _rank()))
 
@@ -88,6 +90,9 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def update_connector_output(self, connector_output: Any) -> None:
         self._scheduling.loaded(connector_output.finished_recving or (), connector_output.invalid_block_ids)
+        stored, events = connector_output.kv_connector_worker_meta, self._scheduling.events
+        if stored is not None and events is not None:
+            events.stored(stored.by_worker)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return False, self._scheduling.finished(request)
@@ -125,7 +130,8 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return self._report.failed_blocks
 
     def build_connector_worker_meta(self) -> Stored | None:
-        return Stored(self._report.stored) if self._report.stored else None
+        stored = self._report.stored if _wants_events(self._vllm_config) else None
+        return Stored(stored) if stored else None
 
     # -- of both -----------------------------------------------------------------------------------
 
@@ -136,7 +142,8 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return _figures_of(self._report)
 
     def take_events(self) -> Iterable[Any]:
-        return ()
+        events = self._scheduling.events
+        return [] if events is None else [_in_vllms_words(event) for event in events.take()]
 
     def shutdown(self) -> None:
         if self._role == KVConnectorRole.SCHEDULER:
@@ -163,6 +170,35 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if pool is None or pool.num_gpu_blocks - pool.get_num_free_blocks() != 1:  # one is a placeholder
             return False
         return all(block.block_hash is None for block in pool.blocks)
+
+
+def _wants_events(vllm_config: Any) -> bool:
+    wanted = vllm_config.kv_events_config
+    return wanted is not None and bool(wanted.enable_kv_cache_events)
+
+
+def _hash_tokens(vllm_config: Any, kv_cache_config: Any, block_tokens: int) -> int | None:
+    if not _wants_events(vllm_config):
+        return None
+    return kv_cache_config.hash_block_size or block_tokens
+
+
+def _in_vllms_words(event: StoredEvent) -> Any:
+    from vllm.distributed.kv_events import BlockStored
+    from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
+
+    parent = event.parent_block_hash
+    return BlockStored(
+        block_hashes=[maybe_convert_block_hash(each) for each in event.block_hashes],
+        parent_block_hash=maybe_convert_block_hash(parent) if parent is not None else None,
+        token_ids=event.token_ids,
+        block_size=event.block_size,
+        lora_id=event.lora_id,
+        medium=event.medium,
+        lora_name=event.lora_name,
+        extra_keys=event.extra_keys,
+        group_idx=0,
+    )
 
 
 def _rank() -> int:

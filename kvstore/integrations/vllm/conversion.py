@@ -93,6 +93,11 @@ class Pool:
         """Elements of K of one layer of a payload: V lies as far behind it."""
         return self._half_numel
 
+    def tables(self) -> list[Index]:
+        """Of K and V: where the elements of a piece lie in the pool, in the order payloads have them."""
+        halves = (self.layout.key, self.layout.value)
+        return [(half.offsets()[: self.piece_tokens] - half.base).reshape(-1) for half in halves]
+
     def pieces(self, block_ids: Sequence[int], begin: int, end: int, slots: Sequence[int]) -> Pieces:
         """Tokens `begin .. end` of a sequence, multiples of the piece.
 

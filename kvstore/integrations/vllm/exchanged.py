@@ -16,6 +16,7 @@ from kvstore.integrations.vllm.plans import StepPlan
 __all__ = ["Figures", "Metadata", "Metrics", "Stored"]
 
 COUNTED: Final = "vllm:kvstrata_events"
+TIMED: Final = "vllm:kvstrata_timed"
 SECONDS: Final = "vllm:kvstrata_seconds"
 
 
@@ -52,7 +53,7 @@ class Figures(KVConnectorStats):  # type: ignore[misc]
 
 
 class Metrics(KVConnectorPromMetrics):  # type: ignore[misc]
-    """Two families: what was counted, by `event`, and how long things took, by `what`, with their count."""
+    """What was counted, by `event`; how often things were timed and how long they took, by `what`."""
 
     def __init__(self, vllm_config: Any, metric_types: Any, labelnames: list[str], labels: Any) -> None:
         super().__init__(vllm_config, metric_types, labelnames, labels)
@@ -61,9 +62,14 @@ class Metrics(KVConnectorPromMetrics):  # type: ignore[misc]
             documentation="What the kvstrata connector counted: hits, tokens, misses by reason, drops.",
             labelnames=[*labelnames, "event"],
         )
+        self._timed = self._counter_cls(
+            name=TIMED,
+            documentation="How many look-ups, loads, copies and publications vllm:kvstrata_seconds is of.",
+            labelnames=[*labelnames, "what"],
+        )
         self._seconds = self._counter_cls(
             name=SECONDS,
-            documentation="Seconds that the kvstrata connector's look-ups, loads and saves took, summed.",
+            documentation="Seconds that look-ups, loads, copies and publications took, summed.",
             labelnames=[*labelnames, "what"],
         )
 
@@ -73,4 +79,4 @@ class Metrics(KVConnectorPromMetrics):  # type: ignore[misc]
             self._events.labels(*labels, event).inc(count)
         for what, (count, total, _) in transfer_stats_data.get("seconds", {}).items():
             self._seconds.labels(*labels, what).inc(total)
-            self._events.labels(*labels, f"{what}s").inc(count)
+            self._timed.labels(*labels, what).inc(count)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
@@ -22,6 +23,7 @@ import structlog
 from kvstore.answers import BlockMiss, VerifiedBlock
 from kvstore.errors import KVStrataError
 from kvstore.integrations.vllm.conversion import Pool
+from kvstore.integrations.vllm.copies import Copies
 from kvstore.integrations.vllm.floor import Floor
 from kvstore.integrations.vllm.plans import Load
 from kvstore.integrations.vllm.setup import Setup
@@ -44,8 +46,8 @@ _GRACE_S: Final = 1.0
 class _UnderWay:
     """One load. `good`: tokens up to here are in vLLM's blocks, verified."""
 
-    def __init__(self, load: Load, began: float, deadline: float) -> None:
-        self.load = load
+    def __init__(self, load: Load, began: float, deadline: float, after: Callable[[], None] | None) -> None:
+        self.load, self.after = load, after
         self.began, self.deadline = began, deadline
         self.good = load.begin
         self._is_over = False
@@ -80,9 +82,11 @@ class Loader:
     """One worker's. `counters` of the tallies: loaded_blocks, loaded_bytes, and missed_blocks by reason."""
 
     def __init__(
-        self, setup: Setup, store: StoreSide, pool: Pool, floor: Floor, tallies: Tallies, *, pinned: bool
-    ) -> None:
-        self._setup, self._store, self._pool = setup, store, pool
+        self, setup: Setup, store: StoreSide, pool: Pool, copies: Copies, floor: Floor, tallies: Tallies,
+        *, pinned: bool,
+    ) -> None:  # fmt: skip
+        self._setup, self._store = setup, store
+        self._pool, self._copies = pool, copies
         self._floor, self._tallies = floor, tallies
         self._chunk = max(1, _CHUNK_NBYTES // setup.layout.block_nbytes)
         self._staging = Staging(
@@ -100,7 +104,7 @@ class Loader:
     def start(self, load: Load) -> None:
         self._floor.lower(load.epoch, ((block.epoch, block.quality) for run in load.runs for block in run))
         now = self._store.clock.now()
-        under_way = _UnderWay(load, now, now + self._setup.config.load_timeout_s)
+        under_way = _UnderWay(load, now, now + self._setup.config.load_timeout_s, self._copies.mark())
         self._under_way.append(under_way)
         self._store.begin(self._load(under_way))
 
@@ -177,9 +181,9 @@ class Loader:
         begin, end = max(load.begin, first * size), min(load.end, (first + len(good)) * size)
         if end > begin:
             pieces = self._pool.pieces(load.block_ids[begin // theirs :], begin, end, slots)
-            scatter = lambda: self._pool.scatter(pieces, self._staging.memory)  # noqa: E731
+            into = functools.partial(self._copies.into, pieces, self._staging.memory, under_way.after)
             loop = asyncio.get_running_loop()
-            writing = loop.run_in_executor(None, under_way.write, scatter, end)
+            writing = loop.run_in_executor(None, under_way.write, into, end)
             await all_done([writing])
             if writing.result():
                 self._tallies.count("loaded_blocks", len(good))

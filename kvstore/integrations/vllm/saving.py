@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -23,6 +23,7 @@ from kvstore.answers import PublishBlock
 from kvstore.errors import KVStrataError
 from kvstore.hashing import STRIPE_BLOCKS
 from kvstore.integrations.vllm.conversion import Pool
+from kvstore.integrations.vllm.copies import Copies
 from kvstore.integrations.vllm.floor import Floor
 from kvstore.integrations.vllm.keys import chain_keys, tokens_of
 from kvstore.integrations.vllm.plans import Save
@@ -32,6 +33,7 @@ from kvstore.integrations.vllm.store_side import StoreSide
 from kvstore.integrations.vllm.tallies import Tallies
 from kvstore.nouns import ROOT_KEY, BlockKey, PinnedBlock, Quality, Refusal
 from kvstore.session import StoreSession
+from kvstore.tiers.copying import all_done
 
 __all__ = ["Saver"]
 
@@ -53,6 +55,7 @@ class _Copied:
     save: Save
     slots: list[int]
     quality: Quality
+    wait: Callable[[], None] | None  # until it lies there
 
 
 @dataclass(slots=True)
@@ -72,10 +75,11 @@ class Saver:
     refused_blocks by its reason; dropped_blocks by what they found none of: room, store, order, lineage."""
 
     def __init__(
-        self, setup: Setup, store: StoreSide, pool: Pool, staging: Staging, floor: Floor, tallies: Tallies
-    ) -> None:
+        self, setup: Setup, store: StoreSide, pool: Pool, copies: Copies, floor: Floor, tallies: Tallies,
+        staging: Staging,
+    ) -> None:  # fmt: skip
         self._setup, self._store = setup, store
-        self._pool, self._staging = pool, staging
+        self._pool, self._copies, self._staging = pool, copies, staging
         self._floor, self._tallies = floor, tallies
         self._size = setup.layout.block_tokens
         self._chains: dict[str, _Chain] = {}
@@ -121,13 +125,13 @@ class Saver:
         try:
             end = save.wanted + room * self._size
             pieces = self._pool.pieces(save.block_ids, save.wanted, end, slots)
-            self._pool.gather(pieces, self._staging.memory)
+            wait = self._copies.out(pieces, self._staging.memory)
         except BaseException:
             self._staging.give_back(slots)
             raise
         with self._lock:
             self._waiting += 1
-            chain.waiting.append(_Copied(save, slots, quality))
+            chain.waiting.append(_Copied(save, slots, quality, wait))
             begins, chain.is_draining = not chain.is_draining, True
         if begins:
             self._store.begin(self._drain(chain))
@@ -164,6 +168,8 @@ class Saver:
     async def _publish(self, chain: _Chain, copied: _Copied) -> None:
         """Gives slots back as it goes; `copied` keeps those that it did not get to."""
         save, size, slots = copied.save, self._size, copied.slots
+        if copied.wait is not None:
+            await all_done([asyncio.get_running_loop().run_in_executor(None, copied.wait)])
         session = None if chain.is_broken else await self._session(save)
         if session is None:
             chain.is_broken = True

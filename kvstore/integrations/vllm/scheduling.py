@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 import structlog
 
+from kvstore.integrations.vllm.events import StoreEvents
 from kvstore.integrations.vllm.figures import Figures
 from kvstore.integrations.vllm.handoff import announced, answered
 from kvstore.integrations.vllm.identity import Identity
@@ -49,7 +50,8 @@ class StepOutput(Protocol):
 
 
 class Scheduling:
-    """`has_free_cache` says whether none of vLLM's blocks is in use or cached any more."""
+    """`has_free_cache` says whether none of vLLM's blocks is in use or cached any more; `hash_tokens`, how
+    many tokens one of its hashes is of, where its KV events are wanted (None: they are not)."""
 
     def __init__(
         self,
@@ -57,6 +59,7 @@ class Scheduling:
         side: StoreSide,
         weights: Callable[[], WeightsDigest],
         has_free_cache: Callable[[], bool],
+        hash_tokens: int | None = None,
     ) -> None:
         self.figures = Figures()
         self.identity = Identity(side, setup, weights)
@@ -70,6 +73,9 @@ class Scheduling:
         self._requests: dict[str, Tracked] = {}
         self._gone_loading: dict[str, Tracked] = {}  # ended, but the workers still write into their blocks
         self._asked = 0
+        self.events: StoreEvents | None = None
+        if hash_tokens is not None:
+            self.events = StoreEvents(self._block, hash_tokens, len(setup.specs), self.figures)
         self._loads: list[Load] = []
         self._ended: list[str] = []
         self._may_save = setup.saves and setup.config.save != "none"
@@ -150,6 +156,8 @@ class Scheduling:
                 tracked.adapter or "",
             )
         )
+        if self.events is not None:
+            self.events.found(tracked.request, hit.runs[0], begin, end)
         self.figures.count("hits")
         self.figures.count("hit_tokens", tokens)
 
@@ -329,6 +337,8 @@ class Scheduling:
         end = min(after, request.num_tokens, tracked.save_until) // block * block
         if end <= tracked.kept:
             return
+        if self.events is not None:
+            self.events.saving(request)
         begin, wanted = tracked.chained, tracked.kept
         plan.saves.append(
             Save(

@@ -9,6 +9,7 @@ everything back within twice `store_side.CLOSE_S`.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable, Mapping
 
 import structlog
@@ -16,6 +17,7 @@ import torch
 
 from kvstore.errors import ConfigError
 from kvstore.integrations.vllm.conversion import Pool
+from kvstore.integrations.vllm.copies import copies_of
 from kvstore.integrations.vllm.floor import Floor
 from kvstore.integrations.vllm.layout import AttentionLayer, BlockLayout, by_index, probe_all
 from kvstore.integrations.vllm.loading import Loader
@@ -49,16 +51,12 @@ class Worker:
         names = by_index([*kv_caches])
         self.layout = probe_all({name: kv_caches[name] for name in names}, layers, setup.vllm_block_tokens)
         pool = Pool([kv_caches[name] for name in names], self.layout, setup.layout)
-        device = kv_caches[names[0]].device
-        if device.type not in ("cpu", "cuda"):
-            raise ConfigError(f"KV on {device.type} is not served: it is on CPUs and on CUDA")
+        copies, pinned = copies_of(pool), kv_caches[names[0]].is_cuda
+        shared = setup, self._store, pool, copies, self._floor, self._tallies
         if setup.saves:
-            staging = Staging(setup.config.staging_nbytes, setup.layout, pinned=device.type == "cuda")
-            self._saver = Saver(setup, self._store, pool, staging, self._floor, self._tallies)
+            self._saver = Saver(*shared, Staging(setup.config.staging_nbytes, setup.layout, pinned=pinned))
         if setup.loads:
-            self._loader = Loader(
-                setup, self._store, pool, self._floor, self._tallies, pinned=device.type == "cuda"
-            )
+            self._loader = Loader(*shared, pinned=pinned)
         log.info("vLLM's blocks are known", layout=self.layout.fingerprint, groups=len(pool.groups))
 
     def start(self, plan: StepPlan) -> None:
@@ -70,7 +68,7 @@ class Worker:
                     raise ConfigError("a load was planned for a worker that takes none: see kv_role")
                 self._loader.start(load)
             except Exception:
-                log.exception("a load did not begin", request=load.request_id)
+                log.error("a load did not begin", request=load.request_id, trace=traceback.format_exc())
                 self._tallies.count("unexpected_errors")
                 blocks = load.block_ids[load.begin // self._setup.vllm_block_tokens :]
                 self._tallies.loaded(load.request_id, set(blocks))
@@ -83,7 +81,7 @@ class Worker:
         try:
             self._saver.save(plan.saves)
         except Exception:
-            log.exception("a step's blocks were not saved", saves=len(plan.saves))
+            log.error("a step's blocks were not saved", trace=traceback.format_exc())
             self._tallies.count("unexpected_errors")
         self._tallies.took("copy", self._store.clock.now() - began)
 

@@ -103,9 +103,10 @@ class FakeEngine:
             del self.requests[request.request_id]
 
     def preempt(self, request: FakeRequest) -> None:
-        self.settle_outputs()
-        if request not in self.running:
-            return
+        """Its output in flight is delivered; it is scheduled again from nothing."""
+        for _, _, produced in [each for each in self.outputs if each[0] is request]:
+            request.all_token_ids += produced
+        self.outputs = [each for each in self.outputs if each[0] is not request]
         self.running.remove(request)
         self.give_back(request)
         request.state, request.computed, request.device_computed = "waiting", 0, 0
@@ -147,6 +148,15 @@ class FakeEngine:
                 self.free[block] = None
         request.block_ids = []
 
+    def _missing(self, request: FakeRequest) -> int:
+        """Blocks that it needs yet, to its end."""
+        tokens = request.num_prompt_tokens + request.max_tokens + 2 * (1 + self.drafts)
+        return max(0, -(-tokens // self.block) - len(request.block_ids))
+
+    def _reserved(self) -> int:
+        """For those that hold blocks and cannot be preempted: loads must not starve each other."""
+        return sum(self._missing(request) for request in self.waiting if request.computed)
+
     def _local(self, request: FakeRequest) -> int:
         """vLLM's own prefix cache: whole blocks, never the last token."""
         count = 0
@@ -171,14 +181,14 @@ class FakeEngine:
     # -- a step ------------------------------------------------------------------------------------
 
     def step(self) -> StepPlan:
-        output = Output(preempted_req_ids=self.preempted)
-        self.preempted = set()
+        output = Output(preempted_req_ids=self.preempted)  # those of this step, too
         forwards: list[tuple[FakeRequest, int, int]] = []
         for request in list(self.running):
             self._schedule_running(request, output, forwards)
         for request in list(self.waiting):
             self._schedule_waiting(request, output, forwards)
         plan = self.scheduling.plan(output)
+        self.preempted = set()
         produced = [self._forward(*each) for each in forwards]
         self.workers.save(plan)
         if self.ahead:
@@ -242,7 +252,8 @@ class FakeEngine:
         else:
             computed = request.computed
         count = 0 if external else min(self.chunk, request.num_tokens - computed)
-        if not self._take(request, computed + count):
+        is_admitted = not external or self._missing(request) + self._reserved() <= len(self.free)
+        if not is_admitted or not self._take(request, computed + count):
             if request.computed == 0:
                 self.give_back(request)
             return

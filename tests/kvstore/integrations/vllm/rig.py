@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -19,8 +20,19 @@ from kvstore.integrations.vllm.plans import Load, Save, StepPlan, StepReport
 from kvstore.integrations.vllm.setup import Setup
 from kvstore.integrations.vllm.store_side import StoreSide
 from kvstore.integrations.vllm.working import Worker
-from kvstore.nouns import Epoch, KVLayout, NamespaceSpec, PinnedBlock, ShardId, WeightsDigest
+from kvstore.nouns import (
+    BlockKey,
+    Epoch,
+    KVLayout,
+    MissReason,
+    NamespaceSpec,
+    PinnedBlock,
+    ShardId,
+    WeightsDigest,
+)
 from kvstore.tiers.host import HostTier
+from kvstore.topology import ShardEntry, Topology
+from tests.kvstore.conftest import TOKEN, Served
 from tests.kvstore.integrations.vllm.backends import Backend, layer_of
 
 Value = TypeVar("Value")
@@ -46,6 +58,28 @@ class Store:
 
     def side(self, config: ConnectorConfig) -> StoreSide:
         return StoreSide(config, self.connect)
+
+
+class Remote(Store):
+    """The same behind a port, its frames in an arena."""
+
+    def __init__(self, shared_memory: bool) -> None:
+        self.shared_memory = shared_memory
+        self.served: Served | None = None
+
+    async def connect(self) -> StoreClient:
+        if self.served is None:
+            self.served = await Served.start("one", frames=100_000)
+            self.driver = self.served.driver
+        entry = ShardEntry(self.served.driver.shard, self.served.address)
+        return await StoreClient.connect(Topology(1, (entry,)), token=TOKEN, shared_memory=self.shared_memory)
+
+    async def restart(self) -> None:
+        """A new process's worth of forgetting on the same port; `stop` it before."""
+        assert self.served is not None
+        port = int(self.served.address.rpartition(":")[2])
+        self.served = await Served.start("one", frames=100_000, port=port)
+        self.driver = self.served.driver
 
 
 class Rig:
@@ -123,6 +157,19 @@ class Rig:
             return tuple(found.blocks)
 
         return self.run(ask())
+
+    def until_reachable(self) -> None:
+        """gRPC waits before it connects again: ask until the shard says that it has nothing."""
+
+        async def ask() -> None:
+            session = await self.side.session(self.setup.specs[0], EPOCH)
+            assert session is not None
+            miss: MissReason | None = MissReason.SHARD_UNAVAILABLE
+            while miss is MissReason.SHARD_UNAVAILABLE:
+                keys = [BlockKey(bytes(32))]
+                miss = (await session.match(keys, owner="t", lease_s=1.0, timeout_s=BOUND_S)).miss
+
+        self.run(asyncio.wait_for(ask(), BOUND_S))
 
     def load(
         self, run: tuple[PinnedBlock, ...], block_ids: list[int], begin: int, end: int, request: str = "r"

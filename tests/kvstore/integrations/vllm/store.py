@@ -31,7 +31,8 @@ class LocalStore:
     def __init__(self, shards: int = 2) -> None:
         self.is_down = False
         configs = [DriverConfig(ShardId(f"s{i}"), 8 << 20, b"a secret of the tests") for i in range(shards)]
-        self.drivers = [ShardDriver(config, HostTier()) for config in configs]
+        self.clock = ManualClock()
+        self.drivers = [ShardDriver(config, HostTier(), self.clock) for config in configs]
         for driver in self.drivers:
             on_loop(driver.start())
         self.admin = StoreClient.over(self.drivers)
@@ -43,6 +44,17 @@ class LocalStore:
             return StoreClient.over([Shared(driver) for driver in self.drivers])
 
         return StoreSide(config, connect, clock)
+
+    def expire(self, seconds: float) -> None:
+        """So long passes, in steps that no shard takes for a pause of its own."""
+
+        async def pass_time() -> None:
+            for _ in range(int(4 * seconds)):
+                self.clock.advance(0.25)
+                for driver in self.drivers:
+                    driver.reap()
+
+        on_loop(pass_time())
 
     def leases(self) -> int:
         return sum(status.leases for status in on_loop(self.admin.status()))

@@ -113,11 +113,11 @@ class Workers:
         first = load.begin // block
         for index, answer in enumerate(answers, first):
             if not hasattr(answer, "payload") or index * block in self.broken:
-                return max(load.begin, index * block // engine.block * engine.block)
+                return int(max(load.begin, index * block // engine.block * engine.block))
             payload = np.frombuffer(answer.payload, np.uint32).reshape(2, block)
             for offset in range(block):
                 position = index * block + offset
                 if load.begin <= position < load.end:
                     target = load.block_ids[position // engine.block]
                     engine.pool[rank, target, :, position % engine.block] = payload[:, offset]
-        return int(load.end)
+        return load.end

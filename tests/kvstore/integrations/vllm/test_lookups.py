@@ -1,0 +1,161 @@
+"""Look-ups and their leases: renewed while they are held, released on every way out, or said to be lost."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from kvstore.clock import ManualClock
+from kvstore.integrations.vllm.adapters import Adapters
+from kvstore.integrations.vllm.lookups import Lookup, Question
+from tests.kvstore.integrations.vllm.engine import FakeEngine
+from tests.kvstore.integrations.vllm.parts import PROMPT, counted, engine_of, serve, setup_of
+from tests.kvstore.integrations.vllm.request import FakeRequest
+from tests.kvstore.integrations.vllm.store import LocalStore, on_loop
+
+TOKENS = np.array(PROMPT, "<u4")
+
+
+class TickingClock(ManualClock):
+    """Whoever looks is half a second later."""
+
+    def now(self) -> float:
+        self.advance(0.5)
+        return super().now()
+
+
+def looked_up(engine: FakeEngine, **question: object) -> Lookup:
+    lookup = engine.scheduling.lookups.begin(Question(TOKENS, **question))  # type: ignore[arg-type]
+    assert engine.side.settle()
+    assert lookup.done
+    return lookup
+
+
+@pytest.fixture
+def engine(store: LocalStore) -> FakeEngine:
+    one = engine_of(store)
+    serve(one, PROMPT)
+    return one
+
+
+def test_a_hit_is_held_until_it_is_dropped_and_dropping_twice_is_once(
+    store: LocalStore, engine: FakeEngine
+) -> None:
+    lookup = looked_up(engine)
+    assert lookup.hit is not None
+    assert (lookup.hit.tokens, engine.scheduling.lookups.held) == (36, 1)
+    assert store.leases() > 0
+    for _ in range(2):
+        engine.scheduling.lookups.drop(lookup)
+    assert engine.side.settle()
+    assert (store.leases(), engine.scheduling.lookups.held) == (0, 0)
+    engine.close()
+
+
+def test_what_only_counts_is_not_held(store: LocalStore, engine: FakeEngine) -> None:
+    lookup = looked_up(engine, hold=False)
+    assert (lookup.hit, lookup.found, store.leases()) == (None, 36, 0)
+    engine.close()
+
+
+def test_a_lease_that_is_gone_is_a_hit_of_nothing(store: LocalStore, engine: FakeEngine) -> None:
+    request = FakeRequest("again", list(PROMPT))
+    engine.cached.clear()
+    engine.cached_as.clear()
+    engine.add(request)
+    engine.side.settle()
+    tracked = engine.scheduling._requests["again"]
+    assert tracked.lookup is not None
+    hit = tracked.lookup.hit
+    assert hit is not None
+    on_loop(engine.scheduling.lookups.renew())
+    assert engine.scheduling.lookups.held == 1, "renewed"
+    on_loop(hit.session.release(tuple(lease for of_rank in hit.leases for lease in of_rank)))
+    on_loop(engine.scheduling.lookups.renew())
+    assert engine.scheduling.lookups.held == 0
+    engine.run()
+    assert request.loaded == 0
+    assert counted(engine)["leases_lost"] == 1
+    engine.close()
+
+
+def test_a_handoff_is_waited_for(store: LocalStore) -> None:
+    decode = engine_of(store)
+    lookup = decode.scheduling.lookups.begin(Question(TOKENS, at_least=36, wait_s=20.0))
+    prefill = engine_of(store)
+    serve(prefill, PROMPT, max_tokens=1)
+    assert decode.side.settle()
+    assert lookup.found == 36
+    decode.scheduling.lookups.drop(lookup)
+    prefill.close()
+    decode.close()
+
+
+def test_a_handoff_that_never_comes_is_computed(store: LocalStore) -> None:
+    decode = engine_of(store, clock=TickingClock())
+    decode.side.settle()
+    lookup = looked_up(decode, at_least=36, wait_s=3.0)
+    assert lookup.hit is None
+    assert counted(decode)["handoffs_incomplete"] == 1
+    decode.close()
+
+
+def test_prefill_tells_decode_and_its_blocks_stay_for_it(store: LocalStore) -> None:
+    """As through a proxy: what the producer answers is what the consumer is given."""
+    prefill = engine_of(store, setup=setup_of(loads=False))
+    serve(prefill, PROMPT, "p", max_tokens=1, kv_transfer_params={"do_remote_decode": True})
+    told = prefill.finished["p"]
+    assert told is not None
+    assert (told["do_remote_prefill"], told["kvstrata_tokens"]) == (True, 36)
+    assert all(save.pin_for_s == 30.0 for save in prefill.workers.saves)
+    decode = engine_of(store, setup=setup_of(saves=False))
+    assert serve(decode, PROMPT, "d", kv_transfer_params=told).loaded == 36
+    other = engine_of(store, b"9" * 16)
+    other.side.settle()
+    stranger = serve(other, PROMPT, "x", kv_transfer_params=told)
+    assert stranger.loaded == 0, "of other weights: neither waited for nor used"
+    for each in (prefill, decode, other):
+        each.close()
+
+
+def test_what_prefill_found_stays_pinned_for_decode(store: LocalStore) -> None:
+    serve(first := engine_of(store), PROMPT, "a")
+    prefill = engine_of(store, setup=setup_of(loads=False))
+    serve(prefill, PROMPT, "p", max_tokens=1, kv_transfer_params={"do_remote_decode": True})
+    prefill.side.settle()
+    assert prefill.workers.saves == []
+    assert store.leases() > 0, "until it expires"
+    store.expire(29.0)
+    assert store.leases() > 0
+    store.expire(2.0)
+    assert store.leases() == 0
+    first.close()
+    prefill.close()
+
+
+@pytest.mark.parametrize("deed", ["touch", "replace", "in_place"])
+async def test_an_adapter_whose_files_change_has_no_name(tmp_path: Path, deed: str) -> None:
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(b"tensors")
+    adapters = Adapters()
+    lora = SimpleNamespace(lora_int_id=1, lora_path=str(tmp_path), load_inplace=False)
+    name = await adapters.name_of(lora)
+    assert name is not None
+    assert len(name) == 32
+    assert await adapters.name_of(lora) == name
+    assert await adapters.name_of(None) == ""
+    if deed == "replace":
+        file.write_bytes(b"other tensors")
+    elif deed == "touch":
+        os.utime(file, ns=(1, 1))
+    else:
+        lora.load_inplace = True
+    assert await adapters.name_of(lora) is None
+    lora.load_inplace = False
+    assert await adapters.name_of(lora) is None, "vLLM may have either"
+    again = SimpleNamespace(lora_int_id=2, lora_path=str(tmp_path), load_inplace=False)
+    assert await Adapters().name_of(again) is not None
