@@ -123,6 +123,10 @@ class Loader:
                 self._end(under_way, "deadline", may_wait=False)
         self._under_way = [under_way for under_way in self._under_way if not under_way.is_over]
 
+    @property
+    def is_loading(self) -> bool:
+        return any(not under_way.is_over for under_way in self._under_way)
+
     def close(self) -> None:
         """No load writes after this."""
         for under_way in self._under_way:

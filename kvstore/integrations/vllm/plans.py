@@ -62,6 +62,7 @@ class StepPlan:
     loads: list[Load] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
+    is_idle: bool = False  # nothing is computed in this step
 
     def __bool__(self) -> bool:
         return bool(self.loads or self.saves or self.ended)

@@ -188,7 +188,7 @@ class Scheduling:
     # -- a step ------------------------------------------------------------------------------------
 
     def plan(self, output: StepOutput) -> StepPlan:
-        plan = StepPlan(self._loads, [], self._ended)
+        plan = StepPlan(self._loads, [], self._ended, is_idle=not output.num_scheduled_tokens)
         self._loads, self._ended = [], []
         for request_id in output.preempted_req_ids or ():
             if (preempted := self._requests.get(request_id)) is not None:

@@ -21,6 +21,7 @@ class Tallies:
         self._stored: list[tuple[str, int, int]] = []
         self._loaded: set[str] = set()
         self._failed: set[int] = set()
+        self._has_loaded = threading.Event()
 
     def count(self, name: str, by: int = 1) -> None:
         if by:
@@ -43,6 +44,11 @@ class Tallies:
         with self._lock:
             self._loaded.add(request_id)
             self._failed |= failed
+        self._has_loaded.set()
+
+    def wait_for_a_load(self, seconds: float) -> None:
+        """Until one has ended since the last report."""
+        self._has_loaded.wait(seconds)
 
     def report(self) -> StepReport:
         """Everything since the last one."""
@@ -50,4 +56,5 @@ class Tallies:
             report = StepReport(self._loaded, self._failed, dict(self._counters), self._seconds, self._stored)
             self._loaded, self._failed, self._seconds, self._stored = set(), set(), {}, []
             self._counters.clear()
+            self._has_loaded.clear()
         return report

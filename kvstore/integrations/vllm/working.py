@@ -3,14 +3,16 @@
     register -> each step: start(plan), save(plan), report() -> close
 
 All of it is called on vLLM's thread, and nothing raises there once `register` has returned: what goes wrong
-costs misses and counters. Waits on that thread: one strided copy a step, never the store. `close` gives
-everything back within twice `store_side.CLOSE_S`.
+costs misses and counters. Waits on that thread: one strided copy a step, never the store; `IDLE_S` in a step
+without work while something is loaded, since vLLM would ask again at once and take a core and the interpreter
+from whoever loads. `close` gives everything back within twice `store_side.CLOSE_S`.
 """
 
 from __future__ import annotations
 
 import traceback
 from collections.abc import Iterable, Mapping
+from typing import Final
 
 import structlog
 import torch
@@ -28,7 +30,9 @@ from kvstore.integrations.vllm.staging import Staging
 from kvstore.integrations.vllm.store_side import StoreSide
 from kvstore.integrations.vllm.tallies import Tallies
 
-__all__ = ["Worker"]
+__all__ = ["IDLE_S", "Worker"]
+
+IDLE_S: Final = 0.002
 
 log = structlog.get_logger(__name__)
 
@@ -42,6 +46,7 @@ class Worker:
         self._store = store or StoreSide(setup.config)
         self._tallies = Tallies()
         self._floor = Floor()
+        self._is_idle = False
         self._saver: Saver | None = None
         self._loader: Loader | None = None
 
@@ -62,6 +67,7 @@ class Worker:
     def start(self, plan: StepPlan) -> None:
         """Begin the loads of a step; first, forget who ended."""
         self._forget(plan.ended)
+        self._is_idle = plan.is_idle
         for load in plan.loads:
             try:
                 if self._loader is None:
@@ -88,6 +94,8 @@ class Worker:
     def report(self) -> StepReport:
         """What ended since the last one."""
         if self._loader is not None:
+            if self._is_idle and self._loader.is_loading:
+                self._tallies.wait_for_a_load(IDLE_S)
             self._loader.end_overdue()
         return self._tallies.report()
 
