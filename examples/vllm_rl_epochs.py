@@ -28,7 +28,8 @@ from vllm import LLM, SamplingParams
 from vllm.config import KVTransferConfig
 from vllm.inputs import TokensPrompt
 
-from kvstore import Epoch, WeightsDigest
+from kvstore import Epoch
+from kvstore.nouns import WeightsDigest
 from kvstore.sync import StoreClient
 
 SHARED_TOKENS: Final = 256  # what all prompts begin with

@@ -23,7 +23,7 @@ def start(folder: str, transfer: dict[str, Any] | None, options: dict[str, Any])
 
     configured = KVTransferConfig(**transfer) if transfer is not None else None
     llm = LLM(
-        model=folder, enforce_eager=True, seed=0, disable_log_stats=False, kv_transfer_config=configured,
+        model=folder, enforce_eager=True, seed=0, kv_transfer_config=configured,
         skip_tokenizer_init=True, **options,
     )  # fmt: skip
     _llm[:] = [llm]

@@ -36,7 +36,7 @@ class VllmEngine:
     def __init__(self, folder: Path, transfer: dict[str, Any] | None = None, **options: Any) -> None:
         python = vllm_folder() / "bin/python"
         self._child = Child("vllm", [str(python), "-m", "tests.vllm.engine_child"], environment())
-        defaults = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 8}
+        defaults = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 8, "disable_log_stats": False}
         asked = {"folder": str(folder), "transfer": transfer, "options": defaults | options}
         try:
             started = self._child.ask("start", START_S, **asked)

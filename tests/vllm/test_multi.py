@@ -35,11 +35,13 @@ def test_with_the_example_connector(plain: VllmEngine, tiny: Path, tmp_path: Pat
             "kv_load_failure_policy": "recompute",
             "kv_connector_extra_config": {"connectors": children},
         }
-        with engine(tiny, transfer, disable_hybrid_kv_cache_manager=True, disable_log_stats=True) as one:
+        with engine(tiny, transfer, disable_hybrid_kv_cache_manager=True) as one:
             assert [answer.tokens for answer in one.generate(asked)] == expected
             shared.until_versions(sum((length + 7) // 32 for length in LENGTHS))
             one.forget()
             again = one.generate(asked)
             assert [answer.tokens for answer in again] == expected
-            assert [answer.cached for answer in again] == [loadable(n, one.block_size) for n in LENGTHS]
+            assert [answer.cached for answer in again] == [loadable(n, one.block_size) for n in LENGTHS], (
+                one.counters()
+            )
             shared.until_idle()

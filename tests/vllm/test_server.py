@@ -33,8 +33,12 @@ class Service(NamedTuple):
 def service(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with ExitStack() as stack:
         shared = stack.enter_context(store(tmp_path_factory.mktemp("store")))
-        prefill = stack.enter_context(vllm_server(tiny, ours(shared, role="kv_producer")))
-        decode = stack.enter_context(vllm_server(tiny, ours(shared, role="kv_consumer")))
+        prefill = stack.enter_context(
+            vllm_server(tiny, ours(shared, role="kv_producer", handoff_timeout_s=5.0))
+        )
+        decode = stack.enter_context(
+            vllm_server(tiny, ours(shared, role="kv_consumer", handoff_timeout_s=5.0))
+        )
         yield Service(prefill, decode, stack.enter_context(proxy(prefill, decode)), shared)
 
 
