@@ -10,8 +10,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import cli.bench.connectors.plan as bench_plan
 from cli.main import app
