@@ -55,6 +55,8 @@ class Adapters:
     async def _read(
         self, lora: LoraRequest, known: tuple[str, tuple[tuple[str, int, int], ...], str | None] | None
     ) -> str | None:
+        if not lora.lora_path:
+            raise FileNotFoundError("an adapter without a path")
         folder = Path(lora.lora_path)
         signature = adapter_signature(folder)
         if known is not None:

@@ -36,6 +36,15 @@ class StoredEvent:
     extra_keys: list[tuple[Any, ...] | None] | None
 
 
+@dataclass(slots=True)
+class _Saved:
+    """Tokens of one request: `told .. end` are in the store, and not told yet."""
+
+    request: Any
+    told: int = 0
+    end: int = -1
+
+
 class StoreEvents:
     """Of vLLM's scheduler thread. `ranks`: how many workers must have saved a block for it to be there."""
 
@@ -44,13 +53,14 @@ class StoreEvents:
         self._block, self._hash_tokens = block_tokens, hash_tokens
         self._ranks = ranks
         self._figures = figures
-        self._requests: OrderedDict[str, Any] = OrderedDict()
+        self._requests: OrderedDict[str, _Saved] = OrderedDict()
         self._said: dict[tuple[str, int, int], int] = {}
         self._events: deque[StoredEvent] = deque()
 
     def saving(self, request: Any) -> None:
         """Its saves will be reported."""
-        self._requests[request.request_id] = request
+        if request.request_id not in self._requests:
+            self._requests[request.request_id] = _Saved(request)
         self._requests.move_to_end(request.request_id)
         if len(self._requests) > REQUESTS_MAX:
             gone, _ = self._requests.popitem(last=False)
@@ -61,11 +71,11 @@ class StoreEvents:
         for report in by_worker:
             for key in report:
                 said = self._said.pop(key, 0) + 1
-                request = self._requests.get(key[0])
-                if request is not None and said < self._ranks:
+                saved = self._requests.get(key[0])
+                if saved is not None and said < self._ranks:
                     self._said[key] = said
-                elif request is not None:
-                    self._tell(request, key[1], key[2], MEDIUMS[Tier.HOST])
+                elif saved is not None:
+                    self._saved(saved, key[1], key[2])
 
     def found(self, request: Any, run: Sequence[PinnedBlock], begin: int, end: int) -> None:
         """Tokens `begin .. end` lie in the store, each where its block says."""
@@ -83,16 +93,23 @@ class StoreEvents:
         self._events.clear()
         return taken
 
-    def _tell(self, request: Any, begin: int, end: int, medium: str) -> None:
+    def _saved(self, saved: _Saved, begin: int, end: int) -> None:
+        """Parts of a piece come one after the other: it is told with the last of them."""
+        if begin != saved.end:
+            saved.told = begin
+        saved.end = end
+        saved.told = max(saved.told, self._tell(saved.request, saved.told, end, MEDIUMS[Tier.HOST]))
+
+    def _tell(self, request: Any, begin: int, end: int, medium: str) -> int:
+        """Where the last whole piece ends; 0 where there is none."""
         piece, every = self._piece, self._hash_tokens
-        first, last = -(-begin // piece), end // piece
         hashes = request.block_hashes
-        last = min(last, len(hashes) * every // piece)
+        first, last = -(-begin // piece), min(end // piece, len(hashes) * every // piece)
         if first >= last:
-            return
+            return 0
         if len(self._events) >= EVENTS_MAX:
             self._figures.count("events_dropped")
-            return
+            return last * piece
         lora = request.lora_request
         name = lora.lora_name if lora is not None else None
         extra = [
@@ -110,6 +127,7 @@ class StoreEvents:
                 extra if any(extra) else None,
             )
         )
+        return last * piece
 
 
 def _extra_keys(lora_name: str | None, salt: str | None) -> tuple[Any, ...] | None:

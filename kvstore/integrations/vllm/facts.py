@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from kvstore.errors import ConfigError
 from kvstore.integrations.vllm.config import ConnectorConfig
-from kvstore.integrations.vllm.file_digests import tokenizer_digest, weights_digest
+from kvstore.integrations.vllm.file_digests import tokenizer_digest, weight_files, weights_digest
 from kvstore.integrations.vllm.setup import Setup, head_range
 from kvstore.nouns import DTYPE_NBYTES, KVLayout, NamespaceSpec, WeightsDigest
 
@@ -163,7 +163,10 @@ def weights_of(vllm_config: Any, config: ConnectorConfig) -> Callable[[], Weight
         str(model.quantization or ""),
         json.dumps({} if callable(overrides) else overrides, sort_keys=True, default=str),
     )
-    return lambda: weights_digest(_folder(str(model.model), model.revision), *how)
+    folder = _folder(str(model.model), model.revision)
+    if config.epoch == "weights":
+        weight_files(folder)  # refused now, and not when somebody asks
+    return lambda: weights_digest(folder, *how)
 
 
 def _is_quantised(cache_dtype: str, spec: Any) -> bool:

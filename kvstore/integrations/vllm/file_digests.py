@@ -17,7 +17,7 @@ from kvstore.errors import ConfigError
 from kvstore.hashing import digest16
 from kvstore.nouns import WeightsDigest
 
-__all__ = ["adapter_digest", "adapter_signature", "tokenizer_digest", "weights_digest"]
+__all__ = ["adapter_digest", "adapter_signature", "tokenizer_digest", "weight_files", "weights_digest"]
 
 THREADS_MAX: Final = 4
 _TOKENIZER_FILES: Final = (
@@ -33,6 +33,11 @@ def weights_digest(folder: Path, *how: str) -> WeightsDigest:
 
     Raises ConfigError where there is no such folder or no safetensors in it.
     """
+    return digest16("kvstrata.vllm.weights.1", *how, *_named(weight_files(folder)))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """What `weights_digest` is of. Raises as it does."""
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     if not files:
         raise ConfigError(
@@ -40,9 +45,7 @@ def weights_digest(folder: Path, *how: str) -> WeightsDigest:
             "in kv_connector_extra_config, another one for other weights"
         )
     config = folder / "config.json"
-    return digest16(
-        "kvstrata.vllm.weights.1", *how, *_named([*files, *([config] if config.exists() else [])])
-    )
+    return [*files, config] if config.exists() else files
 
 
 def tokenizer_digest(folder: Path) -> bytes:

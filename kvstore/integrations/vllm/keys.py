@@ -30,7 +30,7 @@ def tokens_of(token_ids: bytes) -> Tokens:
 
 def salt_digest(salt: str) -> bytes:
     """The first block's extra digest: zeros without a salt, as text has everywhere."""
-    return hashlib.sha256(_SALT_TAG + salt.encode()).digest() if salt else _NO_EXTRA
+    return hashlib.sha256(_SALT_TAG + salt.encode(errors="surrogatepass")).digest() if salt else _NO_EXTRA
 
 
 def chain_keys(

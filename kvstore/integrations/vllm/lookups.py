@@ -25,7 +25,7 @@ from kvstore.integrations.vllm.identity import Identity
 from kvstore.integrations.vllm.keys import Tokens, chain_keys
 from kvstore.integrations.vllm.setup import Setup
 from kvstore.integrations.vllm.store_side import StoreSide
-from kvstore.nouns import Epoch, PinnedBlock
+from kvstore.nouns import KEYS_MAX, Epoch, PinnedBlock
 from kvstore.peers import this_process
 from kvstore.session import StoreSession
 
@@ -117,13 +117,17 @@ class Lookups:
                 lookup.hit = None
 
     async def _look_up(self, lookup: Lookup) -> None:
-        began = self._side.clock.now()
+        """An error that is none of the store's is the caller's to log; it answers all the same."""
+        began, hit = self._side.clock.now(), None
         try:
             hit = await self._awaited(lookup, began)
         except (KVStrataError, OSError) as error:
             self._figures.count("lookups_failed")
             log.warning("a look-up failed", error=str(error))
-            hit = None
+        finally:
+            await self._answer(lookup, hit, began)
+
+    async def _answer(self, lookup: Lookup, hit: Hit | None, began: float) -> None:
         self._figures.took("lookup", self._side.clock.now() - began)
         if hit is not None and (lookup.is_dropped or not lookup.question.hold):
             await hit.session.release(_all(hit.leases))
@@ -173,7 +177,10 @@ class Lookups:
     async def _match_of(self, session: StoreSession, question: Question) -> Match:
         keys = chain_keys(session.namespace, question.tokens, session.layout.block_tokens, question.salt)
         return await session.match(
-            keys, owner=this_process(), lease_s=LEASE_S, timeout_s=self._setup.config.lookup_timeout_s
+            keys[:KEYS_MAX],
+            owner=this_process(),
+            lease_s=LEASE_S,
+            timeout_s=self._setup.config.lookup_timeout_s,
         )
 
     async def _shortest(

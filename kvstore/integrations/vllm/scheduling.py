@@ -62,6 +62,7 @@ class Scheduling:
         hash_tokens: int | None = None,
     ) -> None:
         self.figures = Figures()
+        side.count = self.figures.count
         self.identity = Identity(side, setup, weights)
         self.lookups = Lookups(side, setup, self.identity, self.figures)
         self._side = side
@@ -108,7 +109,7 @@ class Scheduling:
             return 0, False
         if tracked.phase is Phase.NEW:
             if self._asked >= ASKED_MAX:
-                return None, False
+                return self._wait_for_a_turn(tracked)
             self._ask(tracked)
         lookup = tracked.lookup
         if lookup is None or not self._loads_of(tracked):
@@ -254,6 +255,15 @@ class Scheduling:
         self._gone_loading.clear()
 
     # -- inside ------------------------------------------------------------------------------------
+
+    def _wait_for_a_turn(self, tracked: Tracked) -> tuple[int | None, bool]:
+        now = self._clock.now()
+        tracked.give_up_at = tracked.give_up_at or now + self._setup.config.lookup_timeout_s
+        if now < tracked.give_up_at:
+            return None, False
+        self.figures.count("miss:no_turn")
+        tracked.phase = Phase.OVER
+        return 0, False
 
     def _ask(self, tracked: Tracked) -> None:
         request, config = tracked.request, self._setup.config

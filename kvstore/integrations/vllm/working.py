@@ -45,6 +45,7 @@ class Worker:
         self._setup = setup
         self._store = store or StoreSide(setup.config)
         self._tallies = Tallies()
+        self._store.count = self._tallies.count
         self._floor = Floor()
         self._is_idle = False
         self._saver: Saver | None = None

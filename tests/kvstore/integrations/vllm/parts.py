@@ -19,7 +19,8 @@ PROMPT = list(range(100, 137))  # 9 blocks of 4, and a token
 def setup_of(
     ranks: int = 1, vllm_block: int = 4, loads: bool = True, saves: bool = True, **config: Any
 ) -> Setup:
-    settings = ConnectorConfig(**({"block_tokens": 4, "min_load_tokens": 1} | config))
+    defaults = {"block_tokens": 4, "min_load_tokens": 1, "lookup_timeout_s": 20.0}  # on a busy machine
+    settings = ConnectorConfig(**(defaults | config))
     specs = tuple(
         NamespaceSpec("m", KVLayout(1, rank, rank + 1, 1, "float32", 4), bytes(16)) for rank in range(ranks)
     )

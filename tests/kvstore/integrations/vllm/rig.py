@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -86,13 +87,20 @@ class Rig:
     """One worker: its pool, and what a scheduler's half would tell it."""
 
     def __init__(
-        self, backend: Backend, store: Store, theirs: int, layout: KVLayout | None = None, **settings: Any
-    ) -> None:
-        self.frames = layout or layout_of()
+        self, backend: Backend, store: Store, theirs: int, layout: KVLayout | None = None, rank: int = 0,
+        **settings: Any,
+    ) -> None:  # fmt: skip
+        """Of two ranks where `rank` is 1, each with as many heads."""
+        self.frames = layout or layout_of(heads=(rank * HEADS, (rank + 1) * HEADS))
         self.theirs = theirs
-        spec = NamespaceSpec("m", self.frames, bytes(16))
+        specs = tuple(
+            NamespaceSpec(
+                "m", replace(self.frames, head_begin=r * HEADS, head_end=(r + 1) * HEADS), bytes(16)
+            )
+            for r in range(rank + 1)
+        )
         self.config = read_config({"load_timeout_s": 10.0, "staging_nbytes": 8 << 20} | settings)
-        self.setup = Setup(self.config, (spec,), 0, theirs, loads=True, saves=True)
+        self.setup = Setup(self.config, specs, rank, theirs, loads=True, saves=True)
         self.side = store.side(self.config)
         self.worker = Worker(self.setup, self.side)
         dtype = getattr(torch, self.frames.dtype)
@@ -147,7 +155,7 @@ class Rig:
 
     def match(self, tokens: list[int], salt: str = "") -> tuple[PinnedBlock, ...]:
         async def ask() -> tuple[PinnedBlock, ...]:
-            session = await self.side.session(self.setup.specs[0], EPOCH)
+            session = await self.side.session(self.setup.specs[self.setup.rank], EPOCH)
             assert session is not None
             keys = chain_keys(
                 session.namespace, np.array(tokens, dtype="<u4"), self.frames.block_tokens, salt
@@ -162,7 +170,7 @@ class Rig:
         """gRPC waits before it connects again: ask until the shard says that it has nothing."""
 
         async def ask() -> None:
-            session = await self.side.session(self.setup.specs[0], EPOCH)
+            session = await self.side.session(self.setup.specs[self.setup.rank], EPOCH)
             assert session is not None
             miss: MissReason | None = MissReason.SHARD_UNAVAILABLE
             while miss is MissReason.SHARD_UNAVAILABLE:
@@ -175,7 +183,8 @@ class Rig:
         self, run: tuple[PinnedBlock, ...], block_ids: list[int], begin: int, end: int, request: str = "r"
     ) -> None:
         first, last = begin // self.frames.block_tokens, -(-end // self.frames.block_tokens)
-        load = Load(request, EPOCH, begin, end, (run[first:last],), ((),), tuple(block_ids))
+        runs = ((),) * self.setup.rank + (run[first:last],)
+        load = Load(request, EPOCH, begin, end, runs, ((),) * len(runs), tuple(block_ids))
         self.worker.start(StepPlan(loads=[load]))
 
     def loaded(self, until: Callable[[StepReport], bool] = lambda report: bool(report.loaded)) -> StepReport:

@@ -58,6 +58,17 @@ def test_saved_blocks_are_told_by_vllms_hashes(
     assert events.take() == []
 
 
+def test_a_piece_that_is_saved_in_parts_is_told_with_the_last() -> None:
+    events = StoreEvents(8, 32, 1, Figures())
+    events.saving(request(32, tokens=128))
+    told = []
+    for begin, end in ((16, 40), (40, 64), (64, 72), (72, 80), (80, 104), (120, 128)):
+        events.saving(request(32, tokens=128))
+        events.stored([[("r", begin, end)]])
+        told.append([(event.token_ids[0], event.token_ids[-1]) for event in events.take()])
+    assert told == [[], [(32, 63)], [], [], [(64, 95)], []]
+
+
 def test_a_block_is_there_when_all_ranks_have_it() -> None:
     events = StoreEvents(8, 8, 2, Figures())
     events.saving(request(8))

@@ -139,7 +139,8 @@ def test_weights_that_nobody_can_name_must_be_named_by_the_user(tmp_path: Path) 
         with pytest.raises(ConfigError, match="give weights_digest"):
             weights_of(config, read_config({}))
     with pytest.raises(ConfigError, match="no safetensors"):
-        weights_of(engine(tmp_path)[0], read_config({}))()
+        weights_of(engine(tmp_path)[0], read_config({}))
+    weights_of(engine(tmp_path)[0], read_config({"epoch": "store"}))
     config, cache = engine(tmp_path)
     with pytest.raises(ConfigError, match="no tokenizer's files"):
         setup_of(config, read_facts(config, cache), read_config({}), 0)

@@ -119,6 +119,21 @@ def test_what_the_store_has_is_not_saved_again_and_what_is_wanted_may_begin_late
         assert worker.holds(kv, [20, 21, 22, 23], 0, 256)
 
 
+def test_each_rank_saves_and_loads_its_own_heads() -> None:
+    chance, store = seeded(), Store()
+    tokens, of_rank = some_tokens(chance, 128), [some_kv(128), some_kv(128)]
+    with rig(NHD, store, 64) as one, rig(TRANSPOSED, store, 64, rank=1) as other:
+        for worker, kv in zip((one, other), of_rank, strict=True):
+            worker.compute(kv, [5, 3], 0, 128)
+            worker.save(tokens, [5, 3], 0, 128)
+            worker.settle()
+            assert written(worker) == 4
+        for worker, kv in zip((one, other), of_rank, strict=True):
+            worker.load(worker.match(tokens), [1, 0], 0, 128)
+            assert worker.loaded().failed_blocks == set()
+            assert worker.holds(kv, [1, 0], 0, 128)
+
+
 def written(worker: Rig) -> int:
     """Blocks whose bytes went to the store."""
     assert worker.side._client is not None
