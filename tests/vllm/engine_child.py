@@ -128,6 +128,22 @@ def counters() -> dict[str, Any]:
     return {"counters": found}
 
 
+def held() -> dict[str, Any]:
+    """What both halves of the connector, and vLLM's pool, hold for requests. All 0: nothing leaked."""
+    from vllm.distributed.kv_transfer.kv_transfer_state import get_kv_transfer_group
+
+    core = _engine().engine_core.engine_core.scheduler
+    scheduling, worker = core.connector._scheduling, get_kv_transfer_group()._worker
+    pool = core.kv_cache_manager.block_pool
+    staging = {"loads": worker._loader._staging, "saves": worker._saver._staging}
+    return {
+        "requests": len(scheduling._requests) + len(scheduling._gone_loading),
+        "look-ups": scheduling._asked,
+        **{f"staged for {what}": of.slots - len(of._free) for what, of in staging.items()},
+        "vLLM's blocks": pool.num_gpu_blocks - pool.get_num_free_blocks() - 1,  # one is a placeholder
+    }
+
+
 _VLLM_LABELS = ("engine", "model_name")
 _original: dict[str, Any] = {}
 
@@ -143,5 +159,5 @@ if __name__ == "__main__":
         VLLM_NO_USAGE_STATS="1",
         HF_HUB_OFFLINE="1",
     )
-    handlers = (start, add, step, idle, abort, reset, perturb, reload, counters)
+    handlers = (start, add, step, idle, abort, reset, perturb, reload, counters, held)
     answer({handler.__name__: handler for handler in handlers})

@@ -121,6 +121,12 @@ class VllmEngine:
         found: dict[str, float] = self._child.ask("counters", CALL_S)["counters"]
         return found
 
+    def until_nothing_is_held(self) -> None:
+        """By the connector's halves or in vLLM's pool: threads beside the steps give things back."""
+        deadline = monotonic() + FINISH_S
+        while held := {what: count for what, count in self._child.ask("held", CALL_S).items() if count}:
+            assert monotonic() < deadline, f"after {FINISH_S} s: {held}"
+
     def close(self) -> None:
         self._child.close()
 

@@ -72,7 +72,9 @@ def goes_on(one: VllmEngine, shared: Store, asked: list[list[int]]) -> None:
     """Nothing is held, and all that is known is still hit: with vLLM's blocks leaked it would run out."""
     one.idle_steps()
     shared.until_idle()
+    one.until_nothing_is_held()
     one.forget()
     again = one.generate(asked)
     assert [answer.cached for answer in again] == [loadable(n, one.block_size) for n in LENGTHS]
     shared.until_idle()
+    one.until_nothing_is_held()
