@@ -6,15 +6,20 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from io import StringIO
+from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from cli.bench.connectors import plan as cases
+from cli.bench.connectors.command import _plan
 from cli.bench.connectors.plan import PROMISES, Plan
 from cli.bench.connectors.report import document, draw, kept
 from cli.bench.connectors.run import ConnectorBench, FirstToken, Prompt, Result
 from cli.bench.jsonlines import ChildFailed
+from cli.main import app
+from kvstore.codecs import CODECS
 
 PLAN = Plan(rounds=3, lengths=(512, 2048), codecs=("lossless", "int8"))
 
@@ -215,3 +220,19 @@ def test_the_document_and_the_table_say_what_was_promised_and_what_was_kept() ->
     )
     assert shown.count("at most 1.03: NOT met") == 2
     assert "times faster than recomputing, 2,048 tokens: 10.000" in shown
+
+
+def test_without_vllm_it_says_what_to_do(tmp_path: Path) -> None:
+    asked = ["bench", "vllm", "--quick", "--json", "--vllm-venv", str(tmp_path)]
+    done = CliRunner().invoke(app, asked)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert f"not installed in {tmp_path}" in done.stderr
+    assert "--install-peers" in done.stderr
+
+
+def test_codecs_are_chosen_by_name(tmp_path: Path) -> None:
+    assert _plan(None, "all", quick=True).codecs == tuple(CODECS)
+    assert _plan(7, "none", quick=False) == Plan(rounds=7)
+    assert _plan(None, "int8, k4v4", quick=False).codecs == ("int8", "k4v4")
+    done = CliRunner().invoke(app, ["bench", "vllm", "--codecs", "zip", "--vllm-venv", str(tmp_path)])
+    assert (done.exit_code, "zip is no codec" in done.stderr) == (2, True)
