@@ -18,6 +18,7 @@ from cli.replay.command import replay
 from cli.status import status
 from cli.store import store
 from cli.up import up
+from cli.vllm_config import vllm_config
 from cli.weights import weights
 
 __all__ = ["app", "main"]
@@ -53,6 +54,7 @@ app.command()(status)
 app.command()(store)
 app.command()(purge)
 app.command()(replay)
+app.command("vllm-config")(vllm_config)
 app.add_typer(epoch, name="epoch")
 app.add_typer(model, name="model")
 app.add_typer(weights, name="weights")

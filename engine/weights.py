@@ -89,6 +89,11 @@ def load_weights(folder: Path, config: ModelConfig, dtype: torch.dtype, share: S
     return Weights(tensors, digest, folder)
 
 
+def weights_digest(folder: Path, config: ModelConfig, dtype: torch.dtype) -> WeightsDigest:
+    """What an engine in that dtype would name them. Reads them once; raises what `load_weights` raises."""
+    return _digest(open_weights(folder, config), config, dtype)
+
+
 def open_weights(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
     """The mapped tensors as stored, checked against the config. Milliseconds: no weight is read.
 

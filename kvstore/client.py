@@ -111,26 +111,34 @@ class StoreClient:
         tls: ClientTls | None = None,
         admin: bool = False,
         limits: ClientLimits | None = None,
+        shared_memory: bool = True,
     ) -> Opening[StoreClient]:
         """A client of a running store, known by the address of any of its shards (more: if that is down).
 
         `async with StoreClient.connect_to(["host:port"], token=...) as client:`, or await it.
         With `admin` the addresses are the admin addresses of all shards: there epochs advance, and purge
-        and compaction work. `tls` names PEM files. Raises Unavailable when nobody answers, Unauthenticated
-        for a wrong token.
+        and compaction work. `tls` names PEM files; `shared_memory` as in `connect`. Raises Unavailable when
+        nobody answers, Unauthenticated for a wrong token.
         """
 
         async def make() -> StoreClient:
             credentials = None if tls is None else tls.channel_credentials()
             timeout_s = (limits or ClientLimits()).connect_timeout_s
             topology = await discover(addresses, token, credentials, admin=admin, timeout_s=timeout_s)
-            return await cls.connect(topology, token=token, credentials=credentials, limits=limits)
+            return await cls.connect(
+                topology, token=token, credentials=credentials, limits=limits, shared_memory=shared_memory
+            )
 
         return Opening(make)
 
     @classmethod
     def connect_running(
-        cls, name: str = "default", *, admin: bool = False, limits: ClientLimits | None = None
+        cls,
+        name: str = "default",
+        *,
+        admin: bool = False,
+        limits: ClientLimits | None = None,
+        shared_memory: bool = True,
     ) -> Opening[StoreClient]:
         """A client of the store that `kvstrata store` runs on this machine, of the same user.
 
@@ -140,7 +148,11 @@ class StoreClient:
         async def make() -> StoreClient:
             file = StoreFile.read(StoreFolder.of(name).file)
             return await cls.connect(
-                file.topology(admin=admin), token=file.token(), tls=file.client_tls(), limits=limits
+                file.topology(admin=admin),
+                token=file.token(),
+                tls=file.client_tls(),
+                limits=limits,
+                shared_memory=shared_memory,
             )
 
         return Opening(make)

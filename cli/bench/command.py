@@ -1,4 +1,4 @@
-"""`kvstrata bench`: what store and codecs do on this machine, beside limits and peers, in the same run."""
+"""`kvstrata bench`: what store, codecs and engines do here, beside limits and peers, in the same run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli.bench.connectors.command import vllm
 from cli.say import fail, note, one_json
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ bench = typer.Typer(no_args_is_help=True, help="Measure this installation, on th
 @bench.callback()
 def options() -> None:
     """Measure this installation, on this machine."""
+
+
+bench.command()(vllm)
 
 
 @bench.command()

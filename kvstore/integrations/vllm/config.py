@@ -48,6 +48,9 @@ class ConnectorConfig(BaseModel):
     )
     tls_cert: Path | None = Field(None, description="This client's own certificate, where shards ask for one")
     tls_key: Path | None = Field(None, description="Its key")
+    shared_memory: bool = Field(
+        True, description="Move the bytes of shards on this machine through shared memory, where that works"
+    )
     tenant: str = Field("default", min_length=1, description="Whose KV it is; others never see it")
 
     model_id: str | None = Field(

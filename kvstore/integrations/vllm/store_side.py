@@ -44,9 +44,15 @@ def connect_as(config: ConnectorConfig) -> Connect:
     async def connect() -> StoreClient:
         limits = ClientLimits(connect_timeout_s=config.connect_timeout_s)
         if not config.addresses:
-            return await StoreClient.connect_running(str(config.store), limits=limits)
+            return await StoreClient.connect_running(
+                str(config.store), limits=limits, shared_memory=config.shared_memory
+            )
         return await StoreClient.connect_to(
-            config.addresses, token=config.shown_token(), tls=config.client_tls(), limits=limits
+            config.addresses,
+            token=config.shown_token(),
+            tls=config.client_tls(),
+            limits=limits,
+            shared_memory=config.shared_memory,
         )
 
     return connect
