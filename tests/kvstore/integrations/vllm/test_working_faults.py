@@ -17,7 +17,17 @@ from kvstore.integrations.vllm import loading
 from kvstore.integrations.vllm.plans import Load, StepPlan
 from kvstore.nouns import Epoch, PinnedBlock, Quality
 from tests.kvstore.integrations.vllm.backends import BACKENDS
-from tests.kvstore.integrations.vllm.rig import EPOCH, Remote, Rig, Store, rig, seeded, some_kv, some_tokens
+from tests.kvstore.integrations.vllm.rig import (
+    BOUND_S,
+    EPOCH,
+    Remote,
+    Rig,
+    Store,
+    rig,
+    seeded,
+    some_kv,
+    some_tokens,
+)
 
 NHD = BACKENDS[0]
 TOKENS = 256
@@ -283,8 +293,13 @@ def test_a_store_of_its_own_process_that_dies_and_comes_back(shared_memory: bool
         worker.run(remote.restart())
         worker.until_reachable()
         tokens = some_tokens(seeded(), TOKENS)
-        worker.save(tokens, BLOCKS, 0, TOKENS, request="found")
-        worker.settle()
+        began, stored, tries = worker.side.clock.now(), False, 0
+        while not stored:  # bytes travel on a connection of their own, which waits before it connects, too
+            assert worker.side.clock.now() - began < BOUND_S
+            tries += 1
+            worker.save(tokens, BLOCKS, 0, TOKENS, request=f"found {tries}")
+            worker.settle()
+            stored = bool(worker.worker.report().stored)
         worker.load(worker.match(tokens), OTHERS, 0, TOKENS)
         assert worker.loaded().failed_blocks == set()
         worker.run(remote.served.stop())
