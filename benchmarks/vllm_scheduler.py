@@ -15,7 +15,9 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import logging
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -27,6 +29,7 @@ from kvstore.integrations.vllm.config import ConnectorConfig
 from kvstore.integrations.vllm.scheduling import Scheduling
 from kvstore.integrations.vllm.setup import Setup
 from kvstore.integrations.vllm.store_side import StoreSide
+from kvstore.logs import log_plainly
 from kvstore.nouns import KVLayout, NamespaceSpec, WeightsDigest
 
 VLLM_BLOCK: Final = 16
@@ -184,6 +187,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     args = parser.parse_args()
+    log_plainly(logging.WARNING, sys.stderr)
     document = run(args.requests, args.steps, args.rounds)
     if args.json:
         print(json.dumps(document))

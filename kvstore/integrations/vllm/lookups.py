@@ -11,6 +11,7 @@ what was dropped meanwhile is released as it comes. Leases are renewed while the
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -86,13 +87,23 @@ class Lookups:
         self._turns = asyncio.Semaphore(AT_ONCE_MAX)
         self._held: set[Lookup] = set()
         self._renewing: asyncio.Task[None] | None = None
+        self._begun = self._answered = 0  # of vLLM's thread, and of the loop
+        self._answer_came = threading.Event()
 
     # -- from vLLM's thread ------------------------------------------------------------------------
 
     def begin(self, question: Question) -> Lookup:
         lookup = Lookup(question)
+        self._begun += 1
         self._side.begin(self._look_up(lookup))
         return lookup
+
+    def wait_for_an_answer(self, timeout_s: float) -> None:
+        """If any is outstanding. For a step without work: vLLM would ask again at once, and take the
+        interpreter from whoever looks up."""
+        self._answer_came.clear()
+        if self._answered < self._begun:
+            self._answer_came.wait(timeout_s)
 
     def drop(self, lookup: Lookup, leave_for_s: float = 0.0) -> None:
         """Let go of what it holds, or will. With `leave_for_s` that is pinned so long, and then expires."""
@@ -137,6 +148,8 @@ class Lookups:
             lookup.hit = hit
         lookup.found = hit.tokens if hit is not None else 0
         lookup.done = True
+        self._answered += 1
+        self._answer_came.set()
 
     async def _awaited(self, lookup: Lookup, began: float) -> Hit | None:
         """Asked again until somebody else's publication is there, or has had its time."""

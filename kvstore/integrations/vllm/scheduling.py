@@ -1,6 +1,7 @@
 """The scheduler's half: which requests' KV lies in the store, what to load and what to save in each step.
 
-Called by vLLM's scheduler, whose thread it never makes wait: what takes time runs beside it (lookups.py).
+Called by vLLM's scheduler, whose thread it never makes wait for the store: what takes time runs beside it
+(lookups.py), and a step that has nothing else to do leaves it the interpreter for IDLE_S at most.
 A step costs a comparison for each running request, and more only for those that complete a block of ours in
 it. What cannot be found, loaded or saved is computed or left out, and counted by its reason.
 """
@@ -28,6 +29,8 @@ __all__ = ["Scheduling", "StepOutput"]
 
 ASKED_MAX: Final = 256
 """Requests whose look-ups run or hold pins at one time; the others ask when vLLM wants to schedule them."""
+IDLE_S: Final = 0.002
+"""What a step in which nothing is computed waits at most for a look-up that is under way."""
 NO_END: Final = 1 << 62
 
 log = structlog.get_logger(__name__)
@@ -190,6 +193,8 @@ class Scheduling:
 
     def plan(self, output: StepOutput) -> StepPlan:
         plan = StepPlan(self._loads, [], self._ended, is_idle=not output.num_scheduled_tokens)
+        if plan.is_idle and not self._loads:
+            self.lookups.wait_for_an_answer(IDLE_S)
         self._loads, self._ended = [], []
         for request_id in output.preempted_req_ids or ():
             if (preempted := self._requests.get(request_id)) is not None:

@@ -12,7 +12,7 @@ import pytest
 from kvstore.clock import ManualClock
 from kvstore.integrations.vllm.adapters import Adapters
 from kvstore.integrations.vllm.lookups import Lookup, Question
-from tests.kvstore.integrations.vllm.engine import FakeEngine
+from tests.kvstore.integrations.vllm.engine import FakeEngine, Output
 from tests.kvstore.integrations.vllm.parts import PROMPT, counted, engine_of, serve, setup_of
 from tests.kvstore.integrations.vllm.request import FakeRequest
 from tests.kvstore.integrations.vllm.store import LocalStore, on_loop
@@ -80,6 +80,21 @@ def test_a_lease_that_is_gone_is_a_hit_of_nothing(store: LocalStore, engine: Fak
     engine.run()
     assert request.loaded == 0
     assert counted(engine)["leases_lost"] == 1
+    engine.close()
+
+
+def test_a_step_without_work_leaves_the_interpreter_to_a_lookup(
+    store: LocalStore, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvstore.integrations.vllm.scheduling.IDLE_S", 20.0)
+    request = FakeRequest("again", list(PROMPT))
+    engine.scheduling.on_new_request(request)
+    engine.scheduling.plan(Output())  # waits until it has answered, not longer
+    tracked = engine.scheduling._requests["again"]
+    assert tracked.lookup is not None
+    assert tracked.lookup.done
+    engine.scheduling.plan(Output())  # nothing to wait for
+    engine.scheduling.finished(request)
     engine.close()
 
 

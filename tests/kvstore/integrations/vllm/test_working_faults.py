@@ -192,6 +192,9 @@ def test_a_store_that_refuses_costs_the_rest_of_the_request_and_no_more(method: 
         worker.settle()
         report = worker.worker.report()
         assert report.counters["refused_blocks:shard_unavailable"] == 4
+        assert report.counters["saved_blocks"] == 8, (
+            "of the other request: nobody could reach the rest of this"
+        )
         assert len(worker.match(tokens)) == 8
 
 
