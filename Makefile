@@ -28,7 +28,7 @@ demo: setup  ## serve a conversation through the store and check every token of 
 
 .PHONY: test
 test: setup  ## run the tests (offline once set up)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not vllm"
 
 .PHONY: test-vllm
 test-vllm: setup  ## the connector under real vLLM, installed if it can be (3 GB)

@@ -4,8 +4,14 @@ half that its process has. vLLM's own interface is kv_connector/v1/base.py; what
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Iterable
 from typing import Any, Final
+
+import structlog
+
+from kvstore.logs import log_plainly
 
 try:
     import vllm
@@ -43,6 +49,8 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        if not structlog.is_configured():  # or its lines would stand between what the program prints
+            log_plainly(logging.INFO, sys.stderr)
         config = read_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
         check_version(vllm.__version__, any_version=config.any_vllm_version)
         facts = read_facts(vllm_config, kv_cache_config)

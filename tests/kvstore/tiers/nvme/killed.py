@@ -63,6 +63,18 @@ async def live(settings: NvmeConfig, expected: Expected, rng: random.Random, pro
     held = dict(zip(keys, range(len(keys)), strict=True))  # key -> slot
     slots, fresh = len(keys), set[int]()
     progress.send("recovered")
+
+    def evict() -> None:
+        one = rng.choice(list(held))
+        expected.tell("maybe", [one])
+        fresh.discard(one)
+        tier.discard(Place(held.pop(one), 1))
+
+    def is_crowded() -> bool:
+        return bool(held) and tier.nbytes() > 0.9 * tier.room_nbytes()
+
+    while is_crowded():  # the last life may have had a larger disk
+        evict()
     while True:
         key = rng.randrange(300)
         step = rng.random()
@@ -90,12 +102,10 @@ async def live(settings: NvmeConfig, expected: Expected, rng: random.Random, pro
             frame = await tier.read(Place(held[one], 1))
             assert frame is not None
             assert verified(frame) == block(one)
-        while held and (step > 0.97 or tier.nbytes() > 0.9 * tier.room_nbytes()):
-            one = rng.choice(list(held))
-            expected.tell("maybe", [one])
-            fresh.discard(one)
-            tier.discard(Place(held.pop(one), 1))
-            step = 0.0
+        if step > 0.97 and held:
+            evict()
+        while is_crowded():
+            evict()
         progress.send("step")
 
 
