@@ -36,6 +36,7 @@ class Disk:
         self.threads = threads
         self.counters = counters
         self.segments: dict[int, Segment] = {}  # by number
+        self.load_nbytes = 0  # what lives here, as last counted, and what was given since
         self.unsure = False  # a removed file may be there again after a crash
         self.wants_room: Callable[[], None] = lambda: None  # somebody waits for room, or soon will
         self.begin_life: Callable[[], Awaitable[None]] | None = None  # before anything is written
@@ -57,6 +58,10 @@ class Disk:
         segment = self._every.add(segment_id, path, nbytes)
         self.segments[segment.number] = segment
         return segment
+
+    def count(self) -> None:
+        """See what lives here: at start, and with every segment made or removed."""
+        self.load_nbytes = sum(segment.live_nbytes for segment in self.segments.values())
 
     @property
     def used_nbytes(self) -> int:
@@ -83,6 +88,7 @@ class Disk:
             self._making -= nbytes
         segment = self.add(segment_id, path, nbytes)
         segment.is_open = True
+        self.count()
         if self.free_segments < 1:
             self.wants_room()
         return segment, handle
@@ -106,6 +112,7 @@ class Disk:
         self.segments.pop(segment.number, None)
         self._every.by_number.pop(segment.number, None)
         self.counters["segments_removed"] += 1
+        self.count()
         self._freed.set()
 
     async def _room(self) -> None:

@@ -155,8 +155,9 @@ class NvmeTier:
             pending = Pending(record, frame.nbytes, sequence, scope, place.slot, place.generation)
             self._index.queue(pending)
             self._unconfirmed[sequence] = place
-            appender = min(self._fresh, key=lambda appender: appender.queued_nbytes)
+            appender = self._least_loaded()
             appender.put(pending)
+            appender.disk.load_nbytes += frame.nbytes
         finally:
             self._beginning.discard(sequence)
         if appender.has_work(min(self.config.batch_nbytes, self.config.queue_nbytes_max)):
@@ -243,6 +244,8 @@ class NvmeTier:
             self._found = None
             for segment in self._opened.every.by_number.values():
                 segment.kill_unadopted()
+            for disk in self._opened.disks:
+                disk.count()
             if self._reclaimer is not None:
                 self._reclaimer.start()
             self._wake()
@@ -250,6 +253,12 @@ class NvmeTier:
         self._sequence += 1
         self._beginning.add(sequence)
         return sequence
+
+    def _least_loaded(self) -> Appender:
+        """Of the disks that keep up, the one with the least on it: a full disk takes nothing while another
+        has room."""
+        batch_nbytes = self.config.batch_nbytes
+        return min(self._fresh, key=lambda each: (each.queued_nbytes // batch_nbytes, each.disk.load_nbytes))
 
     async def _wait_for_room(self, place: Place) -> None:
         try:

@@ -191,6 +191,22 @@ async def test_what_no_segment_can_hold_is_refused(tmp_path: Path) -> None:
         await write(tier, Block(1))
 
 
+async def test_writes_that_never_queue_up_fill_all_disks_alike(tmp_path: Path) -> None:
+    """So that no disk is full while another has room, and all that `room_nbytes` tells can be written."""
+    directories = [tmp_path / name for name in ("a", "b")]
+    settings = config(*directories, disk_nbytes=2 * (8 << 18), batch_nbytes=1 << 14, write_wait_s=1.0)
+    tier = await opened(settings)
+    count = 0
+    while tier.nbytes() + Block(count, nbytes=30_000).frame().nbytes < 0.95 * tier.room_nbytes():
+        await write(tier, Block(count, nbytes=30_000))
+        await tier.sync()  # nothing waits in any queue when the next one comes
+        count += 1
+    assert count > 30
+    on_each = [sum(file.stat().st_size for file in path.glob("segment-*")) for path in directories]
+    assert max(on_each) - min(on_each) <= 2 * settings.segment_nbytes
+    await tier.close()
+
+
 async def test_directories_become_the_first_named_shards_own(tmp_path: Path) -> None:
     for key, owner in enumerate(["", "shard-0", "", "shard-0"]):
         tier = NvmeTier(replace(config(tmp_path), owner=owner))
