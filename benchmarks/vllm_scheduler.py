@@ -49,6 +49,7 @@ class Request:
     kv_transfer_params: dict[str, Any] | None = None
     skip_reading_prefix_cache: bool = False
     num_prompt_tokens: int = PROMPT_TOKENS
+    num_computed_tokens: int = 0
 
     @property
     def num_tokens(self) -> int:

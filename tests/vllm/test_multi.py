@@ -1,4 +1,5 @@
-"""Ours beside vLLM's own example connector, as children of MultiConnector: either may be who hits."""
+"""Ours beside vLLM's own example connector, as children of MultiConnector: either may be who hits. Once the
+other has loaded, nothing is saved until a reset finds vLLM's cache empty."""
 
 from __future__ import annotations
 
@@ -45,3 +46,16 @@ def test_with_the_example_connector(plain: VllmEngine, tiny: Path, tmp_path: Pat
                 one.counters()
             )
             shared.until_idle()
+            blocks = sum((length + 7) // 32 for length in LENGTHS)
+            one.generate(prompts(LENGTHS, seed=71))
+            if ours_first:
+                shared.until_versions(2 * blocks)
+                assert one.counted("other_connector_loads") == 0
+                return
+            one.idle_steps()
+            shared.until_idle()
+            assert shared.status()["versions"] == blocks, "nobody vouches for what the other loaded"
+            assert one.counted("other_connector_loads") >= 1
+            one.reset()
+            one.generate(prompts(LENGTHS, seed=72))
+            shared.until_versions(2 * blocks)

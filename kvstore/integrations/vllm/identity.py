@@ -111,7 +111,9 @@ class Identity:
         if client is None:
             return None
         if config.epoch == "store":
-            return self._current(await self._registered(client))
+            return self._current(
+                await client.epochs(self._setup.model_id, timeout_s=config.connect_timeout_s)
+            )
         digest = await self._digest_in(generation)
         for _ in range(ATTEMPTS_MAX):
             epoch = _bound_or_next(await self._registered(client), digest)
@@ -128,7 +130,7 @@ class Identity:
         return None
 
     async def _registered(self, client: StoreClient) -> Mapping[ShardId, EpochsOfModel]:
-        """Of whichever shards answer; raises when none does."""
+        """Of whichever shards answer: the others refuse a number that is bound there. Raises if none does."""
         try:
             return await client.epochs(self._setup.model_id, timeout_s=self._setup.config.connect_timeout_s)
         except Incomplete as error:
@@ -138,6 +140,7 @@ class Identity:
             return known
 
     def _current(self, known: Mapping[ShardId, EpochsOfModel]) -> Epoch | None:
+        """Of all shards: one that does not answer may be the one that was told of newer weights."""
         current = max(of.current for of in known.values())
         for of in known.values():
             for epoch in of.registered:

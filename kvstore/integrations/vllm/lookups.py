@@ -26,7 +26,7 @@ from kvstore.integrations.vllm.identity import Identity
 from kvstore.integrations.vllm.keys import Tokens, chain_keys
 from kvstore.integrations.vllm.setup import Setup
 from kvstore.integrations.vllm.store_side import StoreSide
-from kvstore.nouns import KEYS_MAX, Epoch, PinnedBlock
+from kvstore.nouns import KEYS_MAX, Epoch, MissReason, PinnedBlock, Tier
 from kvstore.peers import this_process
 from kvstore.session import StoreSession
 
@@ -62,9 +62,19 @@ class Hit:
     leases: tuple[Leases, ...]
     session: StoreSession  # any rank's: leases are the shards'
 
+    def by_tier(self, begin: int, end: int) -> dict[Tier, int]:
+        """Where tokens `begin .. end` lie, by the tier of their blocks on rank 0."""
+        tokens: dict[Tier, int] = {}
+        block = self.tokens // len(self.runs[0])
+        for index in range(begin // block, -(-end // block)):
+            part = min(end, (index + 1) * block) - max(begin, index * block)
+            tier = self.runs[0][index].tier
+            tokens[tier] = tokens.get(tier, 0) + part
+        return tokens
+
 
 class Lookup:
-    """One question. vLLM's thread reads it; the loop alone writes it."""
+    """One question. vLLM's thread reads it; the loop alone writes it, `hit` at any time: read that once."""
 
     __slots__ = ("adapter", "done", "found", "hit", "is_dropped", "question")
 
@@ -117,15 +127,19 @@ class Lookups:
         return len(self._held)
 
     async def renew(self) -> None:
-        """Once, of all that are held. One whose lease is gone is a hit of nothing from then on."""
-        for lookup in tuple(self._held):
+        """Once, of all that are held, side by side: a silent shard holds up nobody else's. One whose lease is
+        gone is a hit of nothing from then on; what was read of it before misses."""
+
+        async def renewed(lookup: Lookup) -> None:
             hit = lookup.hit
             if hit is None or await hit.session.renew(_all(hit.leases), LEASE_S):
-                continue
+                return
             if lookup in self._held:
                 self._figures.count("leases_lost")
                 self._held.discard(lookup)
                 lookup.hit = None
+
+        await asyncio.gather(*(renewed(lookup) for lookup in self._held))
 
     async def _look_up(self, lookup: Lookup) -> None:
         """An error that is none of the store's is the caller's to log; it answers all the same."""
@@ -152,14 +166,14 @@ class Lookups:
         self._answer_came.set()
 
     async def _awaited(self, lookup: Lookup, began: float) -> Hit | None:
-        """Asked again until somebody else's publication is there, or has had its time."""
+        """Asked again until somebody else's publication is there, has had its time, or cannot be seen."""
         question, delay_s = lookup.question, AGAIN_S
         while True:
             async with self._turns:
-                hit = None if lookup.is_dropped else await self._matched(lookup)
+                hit, may_come = (None, False) if lookup.is_dropped else await self._matched(lookup)
             if lookup.is_dropped or (hit.tokens if hit else 0) >= question.at_least:
                 return hit
-            if self._side.clock.now() - began >= question.wait_s:
+            if not may_come or self._side.clock.now() - began >= question.wait_s:
                 self._figures.count("handoffs_incomplete")
                 return hit
             if hit is not None:
@@ -167,22 +181,23 @@ class Lookups:
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, AGAIN_S_MAX)
 
-    async def _matched(self, lookup: Lookup) -> Hit | None:
+    async def _matched(self, lookup: Lookup) -> tuple[Hit | None, bool]:
+        """What is there now, and whether asking again soon may find more: not of a store that is away."""
         question = lookup.question
         lookup.adapter = await self._adapters.name_of(question.lora)
         if lookup.adapter is None:
             self._figures.count("miss:adapter_unknown")
-            return None
+            return None, False
         epoch = await self._identity.known()
         if epoch is None:
             self._figures.count("miss:no_epoch")
-            return None
+            return None, False
         sessions: list[StoreSession] = []
         for rank in range(len(self._setup.specs)):
             session = await self._side.session(self._setup.spec_of(rank, lookup.adapter), epoch)
             if session is None:
                 self._figures.count("miss:store_unreachable")
-                return None
+                return None, False
             sessions.append(session)
         matches = await asyncio.gather(*(self._match_of(session, question) for session in sessions))
         return await self._shortest(epoch, sessions, matches)
@@ -198,19 +213,19 @@ class Lookups:
 
     async def _shortest(
         self, epoch: Epoch, sessions: Sequence[StoreSession], matches: Sequence[Match]
-    ) -> Hit | None:
+    ) -> tuple[Hit | None, bool]:
         run = min(len(match.blocks) for match in matches)
         leases = tuple(match.leases for match in matches)
-        for match in matches:
-            if match.miss is not None and len(match.blocks) == run:
-                self._figures.count(f"miss:{match.miss.value}")
-                break
+        misses = [match.miss for match in matches if match.miss is not None and len(match.blocks) == run]
+        if misses:
+            self._figures.count(f"miss:{misses[0].value}")
+        may_come = MissReason.SHARD_UNAVAILABLE not in misses
         if run == 0:
             if _all(leases):
                 await sessions[0].release(_all(leases))
-            return None
+            return None, may_come
         runs = tuple(tuple(match.blocks[:run]) for match in matches)
-        return Hit(epoch, run * sessions[0].layout.block_tokens, runs, leases, sessions[0])
+        return Hit(epoch, run * sessions[0].layout.block_tokens, runs, leases, sessions[0]), may_come
 
     def _dropped(self, lookup: Lookup, leave_for_s: float) -> None:
         if lookup.is_dropped:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvstore.answers import Leases
 from kvstore.nouns import Epoch, PinnedBlock
 
 __all__ = ["Load", "Save", "StepPlan", "StepReport"]
@@ -28,7 +27,6 @@ class Load:
     begin: int
     end: int
     runs: tuple[tuple[PinnedBlock, ...], ...]
-    leases: tuple[Leases, ...]  # of each rank: to be given back by the scheduler's half, renewed by it, too
     block_ids: tuple[int, ...]
     adapter: str = ""  # hex digest of the adapter's files; empty: none
 

@@ -9,14 +9,15 @@ All of it in tokens from the sequence's first on:
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
 from kvstore.integrations.vllm.adapters import LoraRequest
-from kvstore.integrations.vllm.lookups import Lookup
+from kvstore.integrations.vllm.lookups import Hit, Lookup
 
-__all__ = ["Phase", "Tracked", "VllmRequest", "loadable"]
+__all__ = ["Phase", "StepOutput", "Tracked", "VllmRequest", "loadable", "why_not"]
 
 
 class VllmRequest(Protocol):
@@ -27,13 +28,32 @@ class VllmRequest(Protocol):
     num_prompt_tokens: int
     cache_salt: str | None
     lora_request: LoraRequest | None
-    mm_features: Any
+    mm_features: Any  # a list that grows where input is streamed
     prompt_embeds: Any
     kv_transfer_params: dict[str, Any] | None
     skip_reading_prefix_cache: bool
 
     @property
+    def num_computed_tokens(self) -> int: ...
+
+    @property
     def num_tokens(self) -> int: ...
+
+
+class StepOutput(Protocol):
+    """What is read of vLLM's own `SchedulerOutput`."""
+
+    @property
+    def scheduled_new_reqs(self) -> Sequence[Any]: ...
+
+    @property
+    def scheduled_cached_reqs(self) -> Any: ...
+
+    @property
+    def num_scheduled_tokens(self) -> Mapping[str, int]: ...
+
+    @property
+    def preempted_req_ids(self) -> set[str] | None: ...
 
 
 class Phase(Enum):
@@ -54,6 +74,8 @@ class Tracked:
     may_load: bool = True  # not after a load that failed
     phase: Phase = Phase.NEW
     lookup: Lookup | None = None
+    hit: Hit | None = None  # of the look-up, as vLLM was told of it: a lease that is lost is told no more
+    has_waited: bool = False  # for a prefill instance: once is enough
     give_up_at: float = 0.0  # when an unanswered look-up is a hit of nothing
     adapter: str | None = None  # its name, once it is known
     told: int = 0  # vLLM's own hit, when it was last told what to load
@@ -62,6 +84,14 @@ class Tracked:
     kept: int = 0  # tokens that need no save: found in the store, or saved
     chained: int = 0  # tokens whose keys the workers have: the end of the last save
     save_at: int = 0  # a step that computes so many tokens completes a block to save
+
+
+def why_not(request: VllmRequest) -> str | None:
+    """Why a request stays out of the store: tokens do not say what its KV is made of. Ask again: where input
+    is streamed, an image may follow text."""
+    if request.mm_features:
+        return "multimodal"
+    return "prompt_embeds" if request.prompt_embeds is not None else None
 
 
 def loadable(hit_tokens: int, known_tokens: int, computed: int, vllm_block: int) -> int:

@@ -72,7 +72,8 @@ class _Chain:
 
 class Saver:
     """One worker's. `counters` of the tallies: saved_blocks, which the store has now, whoever wrote them;
-    refused_blocks by its reason; dropped_blocks by what they found none of: room, store, order, lineage."""
+    refused_blocks by its reason; dropped_blocks by what they found none of: room, store, order, lineage, or
+    chain, which is what one of the others, or a refusal, takes with it."""
 
     def __init__(
         self, setup: Setup, store: StoreSide, pool: Pool, copies: Copies, floor: Floor, tallies: Tallies,
@@ -97,8 +98,13 @@ class Saver:
         """Copy out what the step has filled. Never waits for the store."""
         for save in saves:
             chain = self._chain_of(save)
-            if chain.is_cut or chain.is_broken or not self._copy(chain, save):
+            if save.begin != chain.end:
                 chain.is_cut = True
+                self._dropped("order", (save.end - save.wanted) // self._size)
+            elif chain.is_cut or chain.is_broken:
+                self._dropped("chain", (save.end - save.wanted) // self._size)
+            else:
+                chain.is_cut = not self._copy(chain, save)
             chain.end = save.end
 
     def _chain_of(self, save: Save) -> _Chain:
@@ -107,9 +113,6 @@ class Saver:
             chain = self._chains[save.request_id] = _Chain()
             if len(self._chains) > _CHAINS_MAX:
                 del self._chains[next(iter(self._chains))]
-        if save.begin != chain.end:
-            self._dropped("order", (save.end - save.wanted) // self._size)
-            chain.is_cut = True
         return chain
 
     def _copy(self, chain: _Chain, save: Save) -> bool:
@@ -149,11 +152,15 @@ class Saver:
             while (copied := self._next(chain)) is not None:
                 try:
                     await self._publish(chain, copied)
+                except BaseException:
+                    self._dropped("store", len(copied.slots))
+                    raise
                 finally:
                     self._staging.give_back(copied.slots)
         except BaseException:
             chain.is_broken = True
             while (copied := self._next(chain)) is not None:
+                self._dropped("chain", len(copied.slots))
                 self._staging.give_back(copied.slots)
             raise
 
@@ -170,7 +177,10 @@ class Saver:
         save, size, slots = copied.save, self._size, copied.slots
         if copied.wait is not None:
             await all_done([asyncio.get_running_loop().run_in_executor(None, copied.wait)])
-        session = None if chain.is_broken else await self._session(save)
+        if chain.is_broken:
+            self._dropped("chain", len(slots))
+            return
+        session = await self._session(save)
         if session is None:
             chain.is_broken = True
             self._dropped("store", len(slots))
@@ -187,7 +197,7 @@ class Saver:
             if stored:
                 self._tallies.stored(save.request_id, first * size, (first + stored) * size)
             first += len(batch)
-        self._dropped("store", len(slots))
+        self._dropped("chain", len(slots))
 
     async def _session(self, save: Save) -> StoreSession | None:
         try:

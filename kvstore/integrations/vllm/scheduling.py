@@ -8,8 +8,8 @@ it. What cannot be found, loaded or saved is computed or left out, and counted b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final
 
 import numpy as np
 import structlog
@@ -19,37 +19,32 @@ from kvstore.integrations.vllm.figures import Figures
 from kvstore.integrations.vllm.handoff import announced, answered
 from kvstore.integrations.vllm.identity import Identity
 from kvstore.integrations.vllm.lookups import Lookups, Question
-from kvstore.integrations.vllm.plans import Load, Save, StepPlan
-from kvstore.integrations.vllm.requests import Phase, Tracked, VllmRequest, loadable
+from kvstore.integrations.vllm.plans import Load, StepPlan
+from kvstore.integrations.vllm.requests import (
+    Phase,
+    StepOutput,
+    Tracked,
+    VllmRequest,
+    loadable,
+    why_not,
+)
+from kvstore.integrations.vllm.save_plans import NO_END, next_save, save_of
 from kvstore.integrations.vllm.setup import Setup
+from kvstore.integrations.vllm.siblings import Siblings
 from kvstore.integrations.vllm.store_side import StoreSide
-from kvstore.nouns import Epoch, PinnedBlock, Tier, WeightsDigest
+from kvstore.nouns import Epoch, Tier, WeightsDigest
 
-__all__ = ["Scheduling", "StepOutput"]
+__all__ = ["Scheduling"]
 
 ASKED_MAX: Final = 256
-"""Requests whose look-ups run or hold pins at one time; the others ask when vLLM wants to schedule them."""
+"""Requests whose look-ups run or hold pins at one time; the others ask when vLLM wants to schedule them. Half
+of them may ask at their arrival, so that who comes last does not take the turns of those that wait."""
+WAITING_PART: Final = 4
+"""One in so many of them may wait for a prefill instance: any client can say that one is at work."""
 IDLE_S: Final = 0.002
 """What a step in which nothing is computed waits at most for a look-up that is under way."""
-NO_END: Final = 1 << 62
 
 log = structlog.get_logger(__name__)
-
-
-class StepOutput(Protocol):
-    """What is read of vLLM's own `SchedulerOutput`."""
-
-    @property
-    def scheduled_new_reqs(self) -> Sequence[Any]: ...
-
-    @property
-    def scheduled_cached_reqs(self) -> Any: ...
-
-    @property
-    def num_scheduled_tokens(self) -> Mapping[str, int]: ...
-
-    @property
-    def preempted_req_ids(self) -> set[str] | None: ...
 
 
 class Scheduling:
@@ -77,20 +72,21 @@ class Scheduling:
         self._requests: dict[str, Tracked] = {}
         self._gone_loading: dict[str, Tracked] = {}  # ended, but the workers still write into their blocks
         self._asked = 0
+        self._waiting: set[str] = set()  # of those asked, for a prefill instance
+        self._siblings = Siblings()
         self.events: StoreEvents | None = None
         if hash_tokens is not None:
             self.events = StoreEvents(self._block, hash_tokens, len(setup.specs), self.figures)
         self._loads: list[Load] = []
         self._ended: list[str] = []
-        self._may_save = setup.saves and setup.config.save != "none"
+        self._saves = setup.saves and setup.config.save != "none"
+        self._may_save = self._saves
         self.identity.begin()
 
     # -- a request's way ---------------------------------------------------------------------------
 
     def on_new_request(self, request: VllmRequest) -> None:
-        why_not = _why_not(request)
-        if why_not is not None:
-            self.figures.count(f"left_out:{why_not}")
+        if self._is_left_out(request):
             return
         config = self._setup.config
         tracked = Tracked(
@@ -100,23 +96,29 @@ class Scheduling:
             is_handoff=bool((request.kv_transfer_params or {}).get("do_remote_decode")),
         )
         tracked.adapter = None if request.lora_request else ""
-        tracked.save_at = _next_save(tracked, self._block)
+        tracked.save_at = next_save(tracked, self._block)
         self._requests[request.request_id] = tracked
-        if self._asked < ASKED_MAX:
+        if self._asked < ASKED_MAX // 2:
             self._ask(tracked)
 
     def matched(self, request: VllmRequest, computed: int) -> tuple[int | None, bool]:
         """How many tokens behind vLLM's own hit can be loaded; None while that is not known."""
+        self._siblings.asked(request.request_id, computed)
         tracked = self._requests.get(request.request_id)
-        if tracked is None or not tracked.may_load or tracked.phase is Phase.OVER:
+        if tracked is None or tracked.phase is Phase.OVER:
+            return 0, False
+        if self._is_left_out(request):
+            self._let_go(tracked)
             return 0, False
         if tracked.phase is Phase.NEW:
-            if self._asked >= ASKED_MAX:
+            if self._asked < ASKED_MAX:
+                self._ask(tracked)
+            elif self._loads_of(tracked):
                 return self._wait_for_a_turn(tracked)
-            self._ask(tracked)
         lookup = tracked.lookup
         if lookup is None or not self._loads_of(tracked):
-            self._let_go(tracked)
+            if tracked.phase is Phase.ASKED:
+                self._let_go(tracked)
             return 0, False
         if not lookup.done:
             if self._clock.now() < tracked.give_up_at:
@@ -125,12 +127,12 @@ class Scheduling:
             self._let_go(tracked)
             return 0, False
         self._learn(tracked)
-        tokens = 0
-        if lookup.hit is not None:
-            tokens = loadable(lookup.hit.tokens, request.num_tokens, computed, self._vllm_block)
+        hit, tokens = lookup.hit, 0  # read once: the loop takes it away when a lease is lost
+        if hit is not None:
+            tokens = loadable(hit.tokens, request.num_tokens, computed, self._vllm_block)
         if tokens < max(1, self._setup.config.min_load_tokens):
             return 0, False
-        tracked.told = computed
+        tracked.told, tracked.hit = computed, hit
         return tokens, True
 
     def allocated(self, request_id: str, block_ids: Sequence[int], tokens: int) -> None:
@@ -138,12 +140,12 @@ class Scheduling:
         tracked = self._requests.get(request_id)
         if tracked is None or tracked.phase is not Phase.ASKED:
             return
-        lookup = tracked.lookup
-        hit = lookup.hit if lookup is not None and lookup.done else None
+        hit = tracked.hit
         if tokens == 0 or hit is None:
             self._learn(tracked)
             self._let_go(tracked)
             return
+        self._siblings.loading(request_id, tokens)
         begin, end = tracked.told, tracked.told + tokens
         first, last = begin // self._block, -(-end // self._block)
         tracked.block_ids = list(block_ids)
@@ -155,7 +157,6 @@ class Scheduling:
                 begin,
                 end,
                 tuple(run[first:last] for run in hit.runs),
-                hit.leases,
                 tuple(block_ids[: -(-end // self._vllm_block)]),
                 tracked.adapter or "",
             )
@@ -168,18 +169,19 @@ class Scheduling:
     def sources(self, request_id: str, tokens: int) -> dict[Tier, int]:
         """Where `tokens` that are about to be loaded lie, by the tier of their blocks on rank 0."""
         tracked = self._requests.get(request_id)
-        hit = tracked.lookup.hit if tracked is not None and tracked.lookup is not None else None
-        if tracked is None or hit is None:
+        if tracked is None or tracked.hit is None:
             return {}
-        return _by_tier(hit.runs[0], tracked.told, tracked.told + tokens, self._block)
+        return tracked.hit.by_tier(tracked.told, tracked.told + tokens)
 
     def finished(self, request: VllmRequest) -> dict[str, Any] | None:
         """The request ended, however it did. What a decode instance should be told, if one will ask."""
+        if self._siblings.have_loaded(request.request_id, request.num_computed_tokens):
+            self._stop_saving()  # ended before its first step, yet vLLM may keep what was loaded
         tracked = self._requests.pop(request.request_id, None)
         if tracked is None:
             return None
-        answer = None
-        if tracked.is_handoff and (epoch := self.identity.epoch) is not None:
+        epoch, answer = self.identity.epoch, None
+        if tracked.is_handoff and epoch is not None and tracked.generation == self.identity.generation:
             answer = answered(tracked.kept, epoch)
         if tracked.phase is Phase.LOADING:
             self._gone_loading[request.request_id] = tracked
@@ -199,6 +201,8 @@ class Scheduling:
         for request_id in output.preempted_req_ids or ():
             if (preempted := self._requests.get(request_id)) is not None:
                 self._preempted(preempted, plan)
+        if self._siblings.have_loaded_in(output):
+            self._stop_saving()  # also what this step saves: its requests may stand on each other's blocks
         epoch = self.identity.epoch if self._may_save else None
         scheduled, requests = output.num_scheduled_tokens, self._requests
         for new in output.scheduled_new_reqs:
@@ -247,7 +251,7 @@ class Scheduling:
             if tracked.phase is not Phase.LOADING:
                 self._let_go(tracked)
         is_clean = self._has_free_cache()
-        self._may_save = is_clean and self._setup.saves and self._setup.config.save != "none"
+        self._may_save = is_clean and self._saves
         if not is_clean:
             self.figures.count("resets_incomplete")
             log.warning("KV of before the reset is still in use: nothing is saved until the next reset")
@@ -273,8 +277,19 @@ class Scheduling:
     def _ask(self, tracked: Tracked) -> None:
         request, config = tracked.request, self._setup.config
         is_loading = self._loads_of(tracked)
+        if not (is_loading or self._saves or tracked.is_handoff):
+            tracked.phase = Phase.OVER
+            return
         at_least = announced(request.kv_transfer_params, self.identity.epoch) if is_loading else 0
         at_least = min(at_least, request.num_tokens) // self._block * self._block
+        if tracked.has_waited:
+            at_least = 0
+        elif at_least and len(self._waiting) >= ASKED_MAX // WAITING_PART:
+            self.figures.count("handoffs_not_waited_for")
+            at_least = 0
+        elif at_least:
+            self._waiting.add(request.request_id)
+            tracked.has_waited = True
         wait_s = config.handoff_timeout_s if at_least else 0.0
         tracked.lookup = self.lookups.begin(
             Question(
@@ -304,16 +319,20 @@ class Scheduling:
         lookup = tracked.lookup
         if lookup is None or not lookup.done:
             return
+        self._waiting.discard(tracked.request.request_id)
         tracked.adapter = lookup.adapter
         if lookup.found > tracked.kept and tracked.generation == self.identity.generation:
             tracked.kept = lookup.found
-            tracked.save_at = _next_save(tracked, self._block)
+            tracked.save_at = next_save(tracked, self._block)
+        if tracked.phase is Phase.OVER and not tracked.is_handoff:
+            self._let_go(tracked)  # it wanted to know, no more: others wait for the turn
 
     def _let_go(self, tracked: Tracked, leave_for_s: float = 0.0) -> None:
         if tracked.lookup is not None:
             self.lookups.drop(tracked.lookup, leave_for_s)
-            tracked.lookup = None
+            tracked.lookup = tracked.hit = None
             self._asked -= 1
+            self._waiting.discard(tracked.request.request_id)
         tracked.phase = Phase.OVER
 
     def _preempted(self, tracked: Tracked, plan: StepPlan) -> None:
@@ -324,7 +343,7 @@ class Scheduling:
         tracked.block_ids = []
         if tracked.phase is Phase.OVER and self._loads_of(tracked):
             self._let_go(tracked)
-            tracked.phase = Phase.NEW
+            tracked.phase, tracked.give_up_at = Phase.NEW, 0.0
 
     def _failed(self, tracked: Tracked, failed_blocks: set[int]) -> None:
         blocks = tracked.block_ids[: -(-tracked.load_end // self._vllm_block)]
@@ -334,12 +353,28 @@ class Scheduling:
         self.figures.count("loads_failed")
         tracked.may_load = False  # what is broken may be found again: compute it
         tracked.kept = min(tracked.kept, at * self._vllm_block // self._block * self._block)
-        tracked.save_at = _next_save(tracked, self._block)
+        tracked.save_at = next_save(tracked, self._block)
+
+    def _stop_saving(self) -> None:
+        """Another connector loads, and vLLM's own cache mixes requests: nobody can say what KV is made of."""
+        self.figures.count("other_connector_loads")
+        if self._may_save:
+            self._may_save = False
+            log.warning(
+                "another connector of this vLLM loads KV: nothing is saved until a reset finds vLLM's cache "
+                "empty. Let one connector load, or give this one kv_role kv_consumer"
+            )
+
+    def _is_left_out(self, request: VllmRequest) -> bool:
+        reason = why_not(request)
+        if reason is not None:
+            self.figures.count(f"left_out:{reason}")
+        return reason is not None
 
     def _advance(self, tracked: Tracked, after: int, epoch: Epoch, plan: StepPlan) -> None:
         """This step computes its KV up to `after` tokens. What was drawn in steps that run ahead of the
         scheduler, and drafts, are in no `all_token_ids` yet: those blocks are saved once they are known."""
-        if tracked.generation != self.identity.generation:
+        if tracked.generation != self.identity.generation or self._is_left_out(tracked.request):
             tracked.save_at = NO_END
             return
         self._learn(tracked)
@@ -348,47 +383,11 @@ class Scheduling:
                 self.figures.count("left_out:adapter")
                 tracked.save_at = NO_END
             return
-        request, block, vllm_block = tracked.request, self._block, self._vllm_block
-        end = min(after, request.num_tokens, tracked.save_until) // block * block
+        request = tracked.request
+        end = min(after, request.num_tokens, tracked.save_until) // self._block * self._block
         if end <= tracked.kept:
             return
         if self.events is not None:
             self.events.saving(request)
-        begin, wanted = tracked.chained, tracked.kept
-        plan.saves.append(
-            Save(
-                request.request_id,
-                epoch,
-                begin,
-                wanted,
-                end,
-                np.array(request.all_token_ids[begin:end], dtype="<u4").tobytes(),
-                tuple(tracked.block_ids[wanted // vllm_block : -(-end // vllm_block)]),
-                request.cache_salt or "",
-                tracked.adapter,
-                self._setup.config.handoff_timeout_s if tracked.is_handoff else None,
-            )
-        )
-        self.figures.count("saved_tokens", end - wanted)
-        tracked.chained = tracked.kept = end
-        tracked.save_at = _next_save(tracked, block)
-
-
-def _next_save(tracked: Tracked, block: int) -> int:
-    at = (tracked.kept // block + 1) * block
-    return at if at <= tracked.save_until else NO_END
-
-
-def _why_not(request: VllmRequest) -> str | None:
-    """Why a request stays out of the store: tokens do not say what its KV is made of."""
-    if request.mm_features:
-        return "multimodal"
-    return "prompt_embeds" if request.prompt_embeds is not None else None
-
-
-def _by_tier(run: Sequence[PinnedBlock], begin: int, end: int, block: int) -> dict[Tier, int]:
-    tokens: dict[Tier, int] = {}
-    for index in range(begin // block, -(-end // block)):
-        part = min(end, (index + 1) * block) - max(begin, index * block)
-        tokens[run[index].tier] = tokens.get(run[index].tier, 0) + part
-    return tokens
+        self.figures.count("saved_tokens", end - tracked.kept)
+        plan.saves.append(save_of(tracked, tracked.adapter, epoch, end, self._setup))

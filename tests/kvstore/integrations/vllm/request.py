@@ -48,5 +48,9 @@ class FakeRequest:
     def num_tokens(self) -> int:
         return len(self.all_token_ids)
 
+    @property
+    def num_computed_tokens(self) -> int:
+        return self.computed
+
     def salted(self) -> str:
         return self.cache_salt or ""

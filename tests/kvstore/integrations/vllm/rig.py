@@ -184,7 +184,7 @@ class Rig:
     ) -> None:
         first, last = begin // self.frames.block_tokens, -(-end // self.frames.block_tokens)
         runs = ((),) * self.setup.rank + (run[first:last],)
-        load = Load(request, EPOCH, begin, end, runs, ((),) * len(runs), tuple(block_ids))
+        load = Load(request, EPOCH, begin, end, runs, tuple(block_ids))
         self.worker.start(StepPlan(loads=[load]))
 
     def loaded(self, until: Callable[[StepReport], bool] = lambda report: bool(report.loaded)) -> StepReport:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvstore.clock import ManualClock
+from kvstore.errors import Unavailable
 from kvstore.nouns import Epoch, WeightsDigest
 from tests.kvstore.integrations.vllm.parts import (
     PROMPT,
@@ -158,3 +159,27 @@ def test_a_lookup_of_before_a_reset_is_not_used_after_it(store: LocalStore, seed
     assert two.workers.saves == []
     one.close()
     two.close()
+
+
+def test_with_epoch_store_a_shard_that_does_not_answer_is_waited_for(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be the one that was told of newer weights: what the others say may be old."""
+
+    async def refuse(*_: object, **__: object) -> None:
+        raise Unavailable("gone")
+
+    publish(store, 1, W1)
+    newer = Epoch(2, WeightsDigest(W2))
+    on_loop(store.drivers[0].register_epoch("m", newer, timeout_s=5.0))
+    on_loop(store.drivers[0].advance_epoch("m", 2, timeout_s=5.0))
+    clock = ManualClock()
+    with monkeypatch.context() as patch:
+        patch.setattr(store.drivers[0], "epochs", refuse)
+        engine = engine_of(store, W2, setup=setup_of(epoch="store"), clock=clock)
+        serve(engine, PROMPT, "a")
+        assert engine.workers.saves == []
+    clock.advance(60.0)
+    serve(engine, PROMPT, "b")
+    assert engine.scheduling.identity.epoch == newer
+    engine.close()

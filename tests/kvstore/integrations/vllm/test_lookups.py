@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +11,11 @@ import numpy as np
 import pytest
 
 from kvstore.clock import ManualClock
+from kvstore.errors import Unavailable
 from kvstore.integrations.vllm.adapters import Adapters
 from kvstore.integrations.vllm.lookups import Lookup, Question
+from kvstore.nouns import Tier
+from kvstore.session import StoreSession
 from tests.kvstore.integrations.vllm.engine import FakeEngine, Output
 from tests.kvstore.integrations.vllm.parts import PROMPT, counted, engine_of, serve, setup_of
 from tests.kvstore.integrations.vllm.request import FakeRequest
@@ -174,3 +178,119 @@ async def test_an_adapter_whose_files_change_has_no_name(tmp_path: Path, deed: s
     assert await adapters.name_of(lora) is None, "vLLM may have either"
     again = SimpleNamespace(lora_int_id=2, lora_path=str(tmp_path), load_inplace=False)
     assert await Adapters().name_of(again) is not None
+
+
+def lose(engine: FakeEngine, name: str) -> None:
+    """Its lease, as when a shard restarts."""
+    tracked = engine.scheduling._requests[name]
+    assert tracked.lookup is not None
+    hit = tracked.lookup.hit
+    assert hit is not None
+    on_loop(hit.session.release(tuple(lease for of_rank in hit.leases for lease in of_rank)))
+    on_loop(engine.scheduling.lookups.renew())
+    assert tracked.lookup.hit is None
+
+
+def test_a_lease_lost_between_a_hit_and_its_blocks_is_loaded_all_the_same(
+    store: LocalStore, engine: FakeEngine
+) -> None:
+    """vLLM waits for a load that it was promised: one that finds nothing ends it, none at all would not."""
+    request = FakeRequest("again", list(PROMPT))
+    engine.scheduling.on_new_request(request)
+    engine.side.settle()
+    assert engine.scheduling.matched(request, 0) == (36, True)
+    lose(engine, "again")
+    engine.scheduling.allocated("again", list(range(9)), 36)
+    assert [load.end for load in engine.scheduling.plan(Output()).loads] == [36]
+    engine.scheduling.loaded(["again"], set())
+    engine.scheduling.finished(request)
+    engine.close()
+
+
+class Fading:
+    """A look-up whose lease is lost as soon as it was looked at."""
+
+    def __init__(self, lookup: Lookup) -> None:
+        self._lookup, self._reads = lookup, 0
+
+    @property
+    def hit(self) -> object:
+        self._reads += 1
+        return self._lookup.hit if self._reads == 1 else None
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._lookup, name)
+
+
+def test_a_lease_lost_while_vllm_looks_raises_nothing(store: LocalStore, engine: FakeEngine) -> None:
+    request = FakeRequest("again", list(PROMPT))
+    engine.scheduling.on_new_request(request)
+    engine.side.settle()
+    tracked = engine.scheduling._requests["again"]
+    lookup = tracked.lookup
+    assert lookup is not None
+    tracked.lookup = Fading(lookup)  # type: ignore[assignment]
+    assert engine.scheduling.matched(request, 0) == (36, True)
+    assert engine.scheduling.sources("again", 36) == {Tier.HOST: 36}
+    tracked.lookup = lookup
+    engine.scheduling.finished(request)
+    engine.close()
+
+
+def test_leases_are_renewed_side_by_side(
+    store: LocalStore, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A silent shard costs each its bound, not each the sum."""
+    lookups = [looked_up(engine) for _ in range(3)]
+    meeting = asyncio.Barrier(len(lookups))
+
+    async def renew(*_: object) -> bool:
+        async with asyncio.timeout(5.0):
+            await meeting.wait()
+        return True
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreSession, "renew", renew)
+        on_loop(engine.scheduling.lookups.renew())
+    assert engine.scheduling.lookups.held == 3
+    for lookup in lookups:
+        engine.scheduling.lookups.drop(lookup)
+    engine.close()
+
+
+@pytest.mark.parametrize("what", ["store", "shards", "epoch"])
+def test_a_handoff_is_not_waited_for_where_nobody_can_see_it(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """No clock ticks here: who waits waits for ever."""
+
+    async def refuse(*_: object, **__: object) -> None:
+        raise Unavailable("gone")
+
+    decode = engine_of(store, setup=setup_of(epoch="store" if what == "epoch" else "weights"))
+    assert decode.side.settle()
+    if what == "store":
+        decode.side._client, store.is_down = None, True
+    elif what == "shards":
+        assert looked_up(decode).hit is None
+        for driver in store.drivers:
+            monkeypatch.setattr(driver, "match", refuse)
+    lookup = looked_up(decode, at_least=36, wait_s=20.0)
+    assert lookup.hit is None
+    assert counted(decode)["handoffs_incomplete"] == 1
+    decode.close()
+
+
+def test_a_prefill_of_before_a_reset_announces_nothing(store: LocalStore) -> None:
+    prefill = engine_of(store, setup=setup_of(loads=False))
+    request = FakeRequest("p", list(PROMPT), 30, kv_transfer_params={"do_remote_decode": True})
+    prefill.add(request)
+    for _ in range(8):
+        prefill.side.settle()
+        prefill.step()
+    assert prefill.workers.saves != []
+    prefill.reset(b"9" * 16)
+    prefill.run()
+    assert prefill.finished["p"] is None, "its KV is of weights that are gone"
+    store.expire(31.0)
+    prefill.close()

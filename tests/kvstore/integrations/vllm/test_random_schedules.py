@@ -11,7 +11,7 @@ import random
 import pytest
 
 from tests.kvstore.integrations.vllm.engine import FakeEngine
-from tests.kvstore.integrations.vllm.parts import W1, engine_of, setup_of
+from tests.kvstore.integrations.vllm.parts import W1, counted, engine_of, setup_of
 from tests.kvstore.integrations.vllm.request import FakeRequest
 from tests.kvstore.integrations.vllm.store import LocalStore
 
@@ -67,7 +67,9 @@ def test_nothing_is_wrong_and_nothing_is_left(store: LocalStore, seed: int) -> N
         assert engine.side.settle()
         assert (store.leases(), engine.scheduling.lookups.held) == (0, 0)
         assert (engine.scheduling._requests, engine.scheduling._gone_loading) == ({}, {})
-        assert engine.scheduling._asked == 0
+        assert (engine.scheduling._asked, engine.scheduling._waiting) == (0, set())
+        assert engine.scheduling._siblings._accounted == {}
+        assert counted(engine).get("other_connector_loads", 0) == 0, "nobody else loads here"
         engine.step()
         assert engine.workers.chains == {}
         assert not any(engine.users)

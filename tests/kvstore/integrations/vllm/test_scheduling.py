@@ -243,22 +243,6 @@ def test_a_preempted_request_finds_what_it_saved(store: LocalStore) -> None:
     engine.close()
 
 
-def test_more_requests_than_may_ask_at_once_take_turns(
-    store: LocalStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("kvstore.integrations.vllm.scheduling.ASKED_MAX", 2)
-    serve(one := engine_of(store), PROMPT)
-    two = engine_of(store, pool_blocks=200)
-    requests = [FakeRequest(f"r{number}", [*PROMPT, number], max_tokens=4) for number in range(9)]
-    for request in requests:
-        two.add(request)
-    assert two.scheduling._asked == 2
-    two.run()
-    assert sum(request.loaded > 0 for request in requests) >= 1
-    one.close()
-    two.close()
-
-
 def test_a_store_that_is_down_costs_nothing_but_misses(store: LocalStore) -> None:
     clock = ManualClock()
     store.is_down = True
@@ -300,3 +284,26 @@ def test_an_adapter_is_a_namespace_of_its_files(store: LocalStore, tmp_path: Pat
     assert counted(four)["miss:adapter_unknown"] == 1
     for engine in (one, two, three, four):
         engine.close()
+
+
+def test_an_image_that_is_streamed_behind_text_leaves_the_rest_out(store: LocalStore) -> None:
+    """vLLM extends the request it has: nobody is told of a new one."""
+    engine = engine_of(store)
+    request = FakeRequest("r", list(PROMPT), max_tokens=30)
+    engine.add(request)
+    while request not in engine.running:
+        engine.side.settle()
+        engine.step()
+    request.mm_features = ("an image",)
+    saved = len(engine.workers.saves)
+    assert saved > 0
+    for _ in range(12):
+        engine.step()
+    assert len(engine.workers.saves) == saved
+    engine.cached.clear()
+    engine.cached_as.clear()
+    engine.preempt(request)
+    engine.run()
+    assert (request.loaded, len(engine.workers.saves)) == (0, saved)
+    assert counted(engine)["left_out:multimodal"] >= 1
+    engine.close()

@@ -176,6 +176,7 @@ def test_what_finds_no_room_is_dropped_with_the_rest_of_its_request() -> None:
         report = worker.worker.report()
         assert report.counters["saved_blocks"] == 3
         assert report.counters["dropped_blocks:room"] == 1
+        assert report.counters["dropped_blocks:chain"] == 4, "behind it, and counted"
         assert report.stored == [("r", 0, 96)]
         assert len(worker.match(tokens)) == 3
         worker.worker.start(StepPlan(ended=["r"]))
@@ -202,6 +203,7 @@ def test_a_store_that_refuses_costs_the_rest_of_the_request_and_no_more(method: 
         worker.settle()
         report = worker.worker.report()
         assert report.counters["refused_blocks:shard_unavailable"] == 4
+        assert report.counters["dropped_blocks:chain"] == 4
         assert report.counters["saved_blocks"] == 8, (
             "of the other request: nobody could reach the rest of this"
         )
@@ -238,7 +240,7 @@ def test_a_copy_that_fails_raises_nothing_into_vllm(monkeypatch: pytest.MonkeyPa
 
 
 def load_over(worker: Rig, *runs: tuple[PinnedBlock, ...]) -> None:
-    load = Load("r", EPOCH, 0, TOKENS, runs, ((),) * len(runs), tuple(OTHERS))
+    load = Load("r", EPOCH, 0, TOKENS, runs, tuple(OTHERS))
     worker.worker.start(StepPlan(loads=[load]))
     assert worker.loaded().failed_blocks == set()
 
