@@ -15,9 +15,8 @@ from typing import Final
 
 from kvstore.errors import ConfigError
 from kvstore.hashing import digest16
-from kvstore.nouns import WeightsDigest
 
-__all__ = ["adapter_digest", "adapter_signature", "tokenizer_digest", "weight_files", "weights_digest"]
+__all__ = ["adapter_digest", "adapter_signature", "files_digest", "tokenizer_digest", "weight_files"]
 
 THREADS_MAX: Final = 4
 _TOKENIZER_FILES: Final = (
@@ -28,16 +27,13 @@ _TOKENIZER_FILES: Final = (
 _ADAPTER_FILES: Final = ("adapter_config.json", "adapter_model.safetensors", "new_embeddings.safetensors")
 
 
-def weights_digest(folder: Path, *how: str) -> WeightsDigest:
-    """Of the safetensors files and config.json, and of `how` the engine runs them: dtype, quantization.
-
-    Raises ConfigError where there is no such folder or no safetensors in it.
-    """
-    return digest16("kvstrata.vllm.weights.1", *how, *_named(weight_files(folder)))
+def files_digest(files: Iterable[Path]) -> bytes:
+    """16 bytes over a model's files, as `weight_files` has them, each by its name. Raises OSError."""
+    return digest16("kvstrata.vllm.files.1", *_named(files))
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """What `weights_digest` is of. Raises as it does."""
+    """The safetensors and config.json. Raises ConfigError where there is no such folder or none in it."""
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     if not files:
         raise ConfigError(
