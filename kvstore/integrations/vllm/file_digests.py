@@ -16,7 +16,17 @@ from typing import Final
 from kvstore.errors import ConfigError
 from kvstore.hashing import digest16
 
-__all__ = ["adapter_digest", "adapter_signature", "files_digest", "tokenizer_digest", "weight_files"]
+__all__ = [
+    "Signature",
+    "adapter_digest",
+    "adapter_files",
+    "adapter_signature",
+    "files_digest",
+    "tokenizer_digest",
+    "weight_files",
+]
+
+Signature = tuple[tuple[str, int, int, int, int], ...]
 
 THREADS_MAX: Final = 4
 _TOKENIZER_FILES: Final = (
@@ -57,19 +67,21 @@ def tokenizer_digest(folder: Path) -> bytes:
 
 def adapter_digest(folder: Path) -> str:
     """32 hex digits. Raises OSError, and FileNotFoundError for a folder without an adapter's tensors."""
-    files = _adapter_files(folder)
+    files = adapter_files(folder)
     if not any(path.suffix == ".safetensors" for path in files):
         raise FileNotFoundError(f"{folder} holds no adapter_model.safetensors")
     return digest16("kvstrata.vllm.adapter.1", *_named(files)).hex()
 
 
-def adapter_signature(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """Name, size and time of change of an adapter's files: cheap, and another one when they were written."""
-    stats = [(path.name, path.stat()) for path in _adapter_files(folder)]
-    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+def adapter_signature(folder: Path) -> Signature:
+    """Of an adapter's files: cheap, and another one when they were written, replaced or linked anew."""
+    stats = [(path.name, path.stat()) for path in adapter_files(folder)]
+    return tuple(
+        (name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats
+    )
 
 
-def _adapter_files(folder: Path) -> list[Path]:
+def adapter_files(folder: Path) -> list[Path]:
     return [path for name in _ADAPTER_FILES if (path := folder / name).is_file()]
 
 
