@@ -74,13 +74,13 @@ def refuse(facts: EngineFacts, config: ConnectorConfig) -> None:
     """Raises ConfigError with every reason why KV of this engine cannot be shared."""
     ours, theirs = config.block_tokens, facts.block_tokens
     reasons = {
-        "its layers are of several cache groups (hybrid models): only models with one kind of attention": (
+        "its layers are of several cache groups (hybrid models): only models with one kind of attention; "
+        "where the others are sliding windows, --disable-hybrid-kv-cache-manager makes it one": (
             facts.groups != 1
         ),
         f"its cache is a {facts.attention} (MLA, sliding windows that drop blocks, state spaces): only full "
-        "attention; a model with sliding windows needs --disable-hybrid-kv-cache-manager": (
-            facts.groups == 1 and facts.attention != FULL_ATTENTION
-        ),
+        "attention; layers with windows among others of full attention keep all their blocks under "
+        "--disable-hybrid-kv-cache-manager": (facts.groups == 1 and facts.attention != FULL_ATTENTION),
         "its KV cache is quantised: leave --kv-cache-dtype at auto": facts.is_quantised,
         f"its KV is {facts.dtype}: run it in {', '.join(sorted(DTYPE_NBYTES))}": (
             not facts.is_quantised and facts.dtype not in DTYPE_NBYTES

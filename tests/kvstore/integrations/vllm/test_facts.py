@@ -68,6 +68,7 @@ def spec(kind: str = "FullAttentionSpec", **fields: Any) -> Any:
         ({"groups": 2}, "several cache groups"),
         ({"spec": spec("MLAAttentionSpec")}, "MLAAttentionSpec"),
         ({"spec": spec("SlidingWindowSpec")}, "--disable-hybrid-kv-cache-manager"),
+        ({"groups": 2}, "--disable-hybrid-kv-cache-manager makes it one"),
         ({"cache_dtype": "fp8"}, "leave --kv-cache-dtype at auto"),
         ({"spec": spec(kv_quant_mode=1)}, "quantised"),
         ({"spec": spec(dtype="torch.float64")}, "run it in bfloat16, float16, float32"),
@@ -90,6 +91,10 @@ def test_what_cannot_be_shared_is_refused_with_the_cure(changes: dict[str, Any],
 def test_what_can_be_shared_is_not(block: int, method: str | None) -> None:
     speculative = SimpleNamespace(method=method) if method else None
     refuse(read_facts(*engine(spec=spec(block_size=block), speculative=speculative)), read_config({}))
+
+
+def test_windows_among_full_attention_are_shared_where_vllm_keeps_their_blocks() -> None:
+    refuse(read_facts(*engine(spec=spec(sliding_window=4096))), read_config({}))
 
 
 def test_every_reason_is_said_at_once() -> None:
