@@ -39,7 +39,7 @@ def weights_of(vllm_config: Any, config: ConnectorConfig) -> Callable[[], Weight
     where the files are not those of `files_digest`.
     """
     model, load = vllm_config.model_config, vllm_config.load_config
-    how, is_plain = _how_they_run(model, str(getattr(load.load_format, "value", load.load_format)))
+    how, is_plain = _how_they_run(model, str(load.load_format))
     given = bytes.fromhex(config.weights_digest) if config.weights_digest is not None else None
     if given is None:
         _refuse_unnamed(model, load, config)
