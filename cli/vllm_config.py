@@ -1,7 +1,8 @@
 """`kvstrata vllm-config`: what vLLM must be told so that it shares KV with our engines of the same model.
 
-The identities are those that our own engine computes for the folder; it reads the weights once (a second a
-GB). Needs no vLLM, and no running store.
+The identities are those that our own engine computes for the folder; it reads the weights twice (two
+seconds a GB), once for a digest of the files, by which vLLM's connector knows others. Needs no vLLM, and no
+running store.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Identity:
     vocabulary: int
     tokenizer_digest: bytes
     weights_digest: bytes
+    files_digest: bytes  # of the files that weights_digest was made of
 
     def spec(self) -> NamespaceSpec:
         """The namespace of an engine in one process, with blocks of the usual size."""
@@ -112,6 +114,7 @@ def identity_of(folder: Path, dtype: str, model_id: str) -> Identity:
     from engine.models.config import ModelConfig
     from engine.tokenizer import Tokenizer
     from engine.weights import DTYPES, weights_digest
+    from kvstore.integrations.vllm.file_digests import files_digest, weight_files
 
     config = ModelConfig.from_folder(folder)
     return Identity(
@@ -123,6 +126,7 @@ def identity_of(folder: Path, dtype: str, model_id: str) -> Identity:
         vocabulary=config.vocab_size,
         tokenizer_digest=Tokenizer.from_folder(folder).digest,
         weights_digest=weights_digest(folder, config, DTYPES[dtype]),
+        files_digest=files_digest(weight_files(folder)),
     )
 
 
@@ -134,6 +138,7 @@ def transfer_config(identity: Identity, role: str, options: Mapping[str, Any]) -
     named = {
         "model_id": identity.model_id,
         "weights_digest": identity.weights_digest.hex(),
+        "files_digest": identity.files_digest.hex(),
         "tokenizer_digest": identity.tokenizer_digest.hex(),
     }
     return {

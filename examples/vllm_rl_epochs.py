@@ -5,8 +5,10 @@
 
 Each round draws rollouts of prompts that share a long beginning, changes the weights in place, as a trainer
 that writes into vLLM's memory does, and says so in three calls: register the new weights' digest, advance the
-model's epoch, reset vLLM's caches. From then on KV of the old weights is not seen. It stays where it is: an
-engine that still serves the old weights hits it, and its room is taken when somebody needs it.
+model's epoch, reset vLLM's caches. No request may run between the change and the reset: it would save new KV
+as old. Here none does, between two rounds; a server is paused before, and resumed after. From then on KV of
+the old weights is not seen. It stays where it is: an engine that still serves the old weights hits it, and
+its room is taken when somebody needs it.
 
 What is checked: the first rollouts after a change hit nothing; they say what they say with a salt that nobody
 else has, which no cache can answer; and once vLLM has forgotten them, they come from the store.
@@ -114,6 +116,7 @@ def run(said: argparse.Namespace, store: StoreClient) -> int:
     stale = 0
     print("epoch  weights   hit at first  hit from the store  says what no cache says  blocks in the store")
     for step in range(said.rounds):
+        # Nothing is in flight. A server is paused here, and resumed after the reset.
         digest = train(llm, step)
         number = announce(store, said.model_id, digest)
         llm.reset_prefix_cache(reset_connector=True)  # vLLM's own cache, and the connector's epoch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -48,6 +49,19 @@ def test_the_connector_takes_what_is_printed(folder: Path, tmp_path: Path) -> No
     config = read_config(document["kv_connector_extra_config"])
     assert config.addresses == ["10.0.0.7:7400", "10.0.0.8:7400"]
     assert (config.token_file, config.model_id) == (tmp_path / "t", "mine")
+
+
+def test_the_files_are_named_too_so_that_others_are_not_taken_for_them(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "tiny")
+    first, again = (json.loads(printed(str(folder), "--json")) for _ in range(2))
+    named = first["kv_connector_extra_config"]["files_digest"]
+    assert read_config(first["kv_connector_extra_config"]).files_digest == named
+    assert again == first
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    other = json.loads(printed(str(folder), "--json"))
+    assert other["kv_connector_extra_config"]["files_digest"] != named
 
 
 def test_two_lines_to_paste(folder: Path) -> None:

@@ -25,6 +25,8 @@ PAGE = REPO / "docs" / "vllm.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 CODE = Path(inspect.getfile(config)).parent
 ROW = re.compile(r"^\| (`.+?) \| (.+?) \| (.+) \|$", re.MULTILINE)
+EXAMPLE = (REPO / "examples/vllm_rl_epochs.py").read_text(encoding="utf-8").split("for step in range")[1]
+CALLS = re.compile(r"([\w.]+)\(")
 NAMED = re.compile(r"`([^`]+)`")
 
 
@@ -110,6 +112,19 @@ def test_log_lines_to_look_for_are_in_the_code() -> None:
     assert len(lines) >= 8
     missing = [line for line in lines if not any(line in text for text in known)]
     assert missing == []
+
+
+def test_weights_change_while_nothing_is_in_flight_and_before_anybody_is_told() -> None:
+    """Else KV of new weights is saved as of the old ones."""
+    steps = re.findall(r"^\d\. (.+)", section("When weights change"), re.MULTILINE)
+    assert [step.split()[0] for step in steps] == ["pause", "change", "tell", "tell", "resume:"]
+    assert "nothing stay in flight" in steps[0]
+    assert "the store" in steps[2]
+    assert "reset_prefix_cache(reset_connector=True)" in steps[3]
+    told = [
+        call for call in CALLS.findall(EXAMPLE) if call in ("train", "announce", "llm.reset_prefix_cache")
+    ]
+    assert told[:3] == ["train", "announce", "llm.reset_prefix_cache"]
 
 
 def test_versions_are_those_that_are_let_in() -> None:

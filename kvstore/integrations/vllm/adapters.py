@@ -2,7 +2,12 @@
 
 vLLM may keep an adapter loaded while its files change, and read them again when it likes: from then on nobody
 can say which of both it computes with. So an adapter whose files change, or that is loaded in place, has no
-name any more, and its requests stay out of the store. So do those of an adapter that cannot be read.
+name any more, and its requests stay out of the store: those that come, and those that are under way, which
+`still_named` is asked of before each save. So do those of an adapter that cannot be read, and of one whose
+files changed after this process was started: vLLM may have read it before we did.
+
+What remains: a request that has loaded KV by an adapter's name just before vLLM reads its files again goes on
+over it, as vLLM's own requests under way do; nothing that it computes from then on is saved.
 """
 
 from __future__ import annotations
@@ -13,11 +18,20 @@ from typing import Final, Protocol
 
 import structlog
 
-from kvstore.integrations.vllm.file_digests import adapter_digest, adapter_signature
+from kvstore.integrations.vllm.file_digests import (
+    Signature,
+    adapter_digest,
+    adapter_files,
+    adapter_signature,
+)
+from kvstore.integrations.vllm.file_times import newer_than_process
 
 __all__ = ["Adapters", "LoraRequest"]
 
 ADAPTERS_MAX: Final = 4_096
+
+_Known = tuple[str, Signature, str | None]
+"""Path, its files then, and the name."""
 
 log = structlog.get_logger(__name__)
 
@@ -31,10 +45,10 @@ class LoraRequest(Protocol):
 
 
 class Adapters:
-    """One event loop's."""
+    """One event loop's; `still_named` may be asked from any thread."""
 
     def __init__(self) -> None:
-        self._names: dict[int, tuple[str, tuple[tuple[str, int, int], ...], str | None]] = {}
+        self._names: dict[int, _Known] = {}
         self._asking = asyncio.Lock()
 
     async def name_of(self, lora: LoraRequest | None) -> str | None:
@@ -52,9 +66,21 @@ class Adapters:
                 return None
             return name
 
-    async def _read(
-        self, lora: LoraRequest, known: tuple[str, tuple[tuple[str, int, int], ...], str | None] | None
-    ) -> str | None:
+    def still_named(self, lora: LoraRequest | None) -> bool:
+        """Whether what this adapter was called is what vLLM computes with. Costs two stats for each of three
+        files, which a dead network file system may hold up."""
+        known = self._names.get(lora.lora_int_id) if lora is not None else None
+        if lora is None or known is None:
+            return lora is None
+        path, signature, name = known
+        if name is None or lora.lora_path != path:
+            return False
+        try:
+            return adapter_signature(Path(path)) == signature
+        except OSError:
+            return False  # gone, or out of reach: then nobody can say
+
+    async def _read(self, lora: LoraRequest, known: _Known | None) -> str | None:
         if not lora.lora_path:
             raise FileNotFoundError("an adapter without a path")
         folder = Path(lora.lora_path)
@@ -67,8 +93,8 @@ class Adapters:
             name = None
         else:
             name = await asyncio.to_thread(adapter_digest, folder)
-            if adapter_signature(folder) != signature:
-                name = None  # it changed while it was read
+            if adapter_signature(folder) != signature or newer_than_process(adapter_files(folder)):
+                name = None  # it changed while it was read, or vLLM may have read it before
         if name is None:
             log.warning("nobody can say which files an adapter is of: not shared", adapter=lora.lora_path)
         if len(self._names) < ADAPTERS_MAX:

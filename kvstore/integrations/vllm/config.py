@@ -61,6 +61,11 @@ class ConnectorConfig(BaseModel):
         description="32 hex digits that stand for the weights (`kvstrata vllm-config` prints our engine's). "
         "None: made of the model's files",
     )
+    files_digest: str | None = Field(
+        None,
+        description="32 hex digits over the model's files (`kvstrata vllm-config` prints them): with other "
+        "files nothing is shared. None: weights_digest is believed",
+    )
     tokenizer_digest: str | None = Field(
         None, description="32 hex digits that stand for the tokenizer. None: made of its files"
     )
@@ -97,7 +102,7 @@ class ConnectorConfig(BaseModel):
     )
     any_vllm_version: bool = Field(False, description="Run with a vLLM that this was never tried with")
 
-    @field_validator("weights_digest", "tokenizer_digest")
+    @field_validator("weights_digest", "files_digest", "tokenizer_digest")
     @classmethod
     def _is_a_digest(cls, text: str | None) -> str | None:
         if text is None:

@@ -31,11 +31,12 @@ except ImportError as error:
 
 from kvstore.integrations.vllm.config import read_config
 from kvstore.integrations.vllm.events import StoredEvent
-from kvstore.integrations.vllm.facts import read_facts, refuse, setup_of, weights_of
+from kvstore.integrations.vllm.facts import read_facts, refuse, setup_of
 from kvstore.integrations.vllm.plans import StepReport
 from kvstore.integrations.vllm.scheduling import Scheduling
 from kvstore.integrations.vllm.store_side import StoreSide
 from kvstore.integrations.vllm.versions import check_version
+from kvstore.integrations.vllm.weights import weights_of
 from kvstore.integrations.vllm.working import Worker
 from kvstore.nouns import Tier
 

@@ -6,20 +6,18 @@ be wrong or useless later: every message says why, and what to do.
 
 from __future__ import annotations
 
-import importlib
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from kvstore.errors import ConfigError
 from kvstore.integrations.vllm.config import ConnectorConfig
-from kvstore.integrations.vllm.file_digests import tokenizer_digest, weight_files, weights_digest
+from kvstore.integrations.vllm.file_digests import tokenizer_digest
+from kvstore.integrations.vllm.model_folder import folder_of
 from kvstore.integrations.vllm.setup import Setup, head_range
-from kvstore.nouns import DTYPE_NBYTES, KVLayout, NamespaceSpec, WeightsDigest
+from kvstore.nouns import DTYPE_NBYTES, KVLayout, NamespaceSpec
 
-__all__ = ["EngineFacts", "read_facts", "refuse", "setup_of", "weights_of"]
+__all__ = ["EngineFacts", "read_facts", "refuse", "setup_of"]
 
 FULL_ATTENTION: Final = "FullAttentionSpec"
 DRAFTS_WITHOUT_KV: Final = frozenset({"ngram", "ngram_gpu", "suffix", "medusa", "mlp_speculator"})
@@ -76,13 +74,13 @@ def refuse(facts: EngineFacts, config: ConnectorConfig) -> None:
     """Raises ConfigError with every reason why KV of this engine cannot be shared."""
     ours, theirs = config.block_tokens, facts.block_tokens
     reasons = {
-        "its layers are of several cache groups (hybrid models): only models with one kind of attention": (
+        "its layers are of several cache groups (hybrid models): only models with one kind of attention; "
+        "where the others are sliding windows, --disable-hybrid-kv-cache-manager makes it one": (
             facts.groups != 1
         ),
         f"its cache is a {facts.attention} (MLA, sliding windows that drop blocks, state spaces): only full "
-        "attention; a model with sliding windows needs --disable-hybrid-kv-cache-manager": (
-            facts.groups == 1 and facts.attention != FULL_ATTENTION
-        ),
+        "attention; layers with windows among others of full attention keep all their blocks under "
+        "--disable-hybrid-kv-cache-manager": (facts.groups == 1 and facts.attention != FULL_ATTENTION),
         "its KV cache is quantised: leave --kv-cache-dtype at auto": facts.is_quantised,
         f"its KV is {facts.dtype}: run it in {', '.join(sorted(DTYPE_NBYTES))}": (
             not facts.is_quantised and facts.dtype not in DTYPE_NBYTES
@@ -112,7 +110,7 @@ def setup_of(vllm_config: Any, facts: EngineFacts, config: ConnectorConfig, rank
     if config.tokenizer_digest is not None:
         tokenizer = bytes.fromhex(config.tokenizer_digest)
     else:
-        tokenizer = tokenizer_digest(_folder(str(model.tokenizer or model.model), model.tokenizer_revision))
+        tokenizer = tokenizer_digest(folder_of(str(model.tokenizer or model.model), model.tokenizer_revision))
     model_id = config.model_id or Path(str(model.model)).name
     specs = tuple(
         NamespaceSpec(
@@ -138,52 +136,6 @@ def setup_of(vllm_config: Any, facts: EngineFacts, config: ConnectorConfig, rank
     )
 
 
-def weights_of(vllm_config: Any, config: ConnectorConfig) -> Callable[[], WeightsDigest]:
-    """What makes the digest of the engine's weights, which may take a second a gigabyte.
-
-    Raises ConfigError at once where nobody but the user can say what they are.
-    """
-    if config.weights_digest is not None:
-        given = WeightsDigest(bytes.fromhex(config.weights_digest))
-        return lambda: given
-    model, load = vllm_config.model_config, vllm_config.load_config
-    overrides = getattr(model, "hf_overrides", None) or {}
-    why = None
-    if str(load.load_format) == "dummy":
-        why = "the weights are dummies, whose files do not say what they are"
-    elif callable(overrides):
-        why = "hf_overrides is a function"
-    if why is not None and config.epoch == "weights":
-        raise ConfigError(
-            f"{why}: give weights_digest (32 hex digits) in kv_connector_extra_config, another one for other "
-            "weights"
-        )
-    how = (
-        str(model.dtype).removeprefix("torch."),
-        str(model.quantization or ""),
-        json.dumps({} if callable(overrides) else overrides, sort_keys=True, default=str),
-    )
-    folder = _folder(str(model.model), model.revision)
-    if config.epoch == "weights":
-        weight_files(folder)  # refused now, and not when somebody asks
-    return lambda: weights_digest(folder, *how)
-
-
 def _is_quantised(cache_dtype: str, spec: Any) -> bool:
     mode = getattr(spec, "kv_quant_mode", None)
     return str(cache_dtype) not in {"auto", *DTYPE_NBYTES} or (mode is not None and int(mode) != 0)
-
-
-def _folder(model: str, revision: str | None) -> Path:
-    """Where a model's files lie: a folder, or what was fetched of a hub's repository before."""
-    path = Path(model)
-    if path.is_dir():
-        return path
-    try:
-        hub = importlib.import_module("huggingface_hub")
-        return Path(hub.snapshot_download(model, revision=revision, local_files_only=True))
-    except (ImportError, OSError, ValueError) as error:
-        raise ConfigError(
-            f"{model} is no folder and not in the hub's cache ({error}): give weights_digest and "
-            "tokenizer_digest in kv_connector_extra_config, or the model's folder"
-        ) from None

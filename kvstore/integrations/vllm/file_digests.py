@@ -15,9 +15,18 @@ from typing import Final
 
 from kvstore.errors import ConfigError
 from kvstore.hashing import digest16
-from kvstore.nouns import WeightsDigest
 
-__all__ = ["adapter_digest", "adapter_signature", "tokenizer_digest", "weight_files", "weights_digest"]
+__all__ = [
+    "Signature",
+    "adapter_digest",
+    "adapter_files",
+    "adapter_signature",
+    "files_digest",
+    "tokenizer_digest",
+    "weight_files",
+]
+
+Signature = tuple[tuple[str, int, int, int, int], ...]
 
 THREADS_MAX: Final = 4
 _TOKENIZER_FILES: Final = (
@@ -28,16 +37,13 @@ _TOKENIZER_FILES: Final = (
 _ADAPTER_FILES: Final = ("adapter_config.json", "adapter_model.safetensors", "new_embeddings.safetensors")
 
 
-def weights_digest(folder: Path, *how: str) -> WeightsDigest:
-    """Of the safetensors files and config.json, and of `how` the engine runs them: dtype, quantization.
-
-    Raises ConfigError where there is no such folder or no safetensors in it.
-    """
-    return digest16("kvstrata.vllm.weights.1", *how, *_named(weight_files(folder)))
+def files_digest(files: Iterable[Path]) -> bytes:
+    """16 bytes over a model's files, as `weight_files` has them, each by its name. Raises OSError."""
+    return digest16("kvstrata.vllm.files.1", *_named(files))
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """What `weights_digest` is of. Raises as it does."""
+    """The safetensors and config.json. Raises ConfigError where there is no such folder or none in it."""
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     if not files:
         raise ConfigError(
@@ -61,19 +67,21 @@ def tokenizer_digest(folder: Path) -> bytes:
 
 def adapter_digest(folder: Path) -> str:
     """32 hex digits. Raises OSError, and FileNotFoundError for a folder without an adapter's tensors."""
-    files = _adapter_files(folder)
+    files = adapter_files(folder)
     if not any(path.suffix == ".safetensors" for path in files):
         raise FileNotFoundError(f"{folder} holds no adapter_model.safetensors")
     return digest16("kvstrata.vllm.adapter.1", *_named(files)).hex()
 
 
-def adapter_signature(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """Name, size and time of change of an adapter's files: cheap, and another one when they were written."""
-    stats = [(path.name, path.stat()) for path in _adapter_files(folder)]
-    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+def adapter_signature(folder: Path) -> Signature:
+    """Of an adapter's files: cheap, and another one when they were written, replaced or linked anew."""
+    stats = [(path.name, path.stat()) for path in adapter_files(folder)]
+    return tuple(
+        (name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats
+    )
 
 
-def _adapter_files(folder: Path) -> list[Path]:
+def adapter_files(folder: Path) -> list[Path]:
     return [path for name in _ADAPTER_FILES if (path := folder / name).is_file()]
 
 

@@ -107,14 +107,15 @@ class Identity:
 
     async def _find(self, generation: int) -> Epoch | None:
         config = self._setup.config
+        # At start, whether there is a store or not: the longer it waits, the more may have changed the files.
+        digest = None if config.epoch == "store" else await self._digest_in(generation)
         client = await self._side.client()
         if client is None:
             return None
-        if config.epoch == "store":
+        if digest is None:
             return self._current(
                 await client.epochs(self._setup.model_id, timeout_s=config.connect_timeout_s)
             )
-        digest = await self._digest_in(generation)
         for _ in range(ATTEMPTS_MAX):
             epoch = _bound_or_next(await self._registered(client), digest)
             try:

@@ -133,7 +133,11 @@ def by_index(names: Sequence[str]) -> list[str]:
 def probe_all(
     caches: Mapping[str, torch.Tensor], layers: Mapping[str, AttentionLayer], block_tokens: int
 ) -> BlockLayout:
-    """The layout that all layers of a pool have. Raises ConfigError when they do not agree."""
+    """The layout that all layers of a pool have. Raises ConfigError when they do not agree.
+
+    A layer may look back through a window only: whether its blocks stay is a matter of the cache group's
+    spec, which is refused at start where they do not (facts.py).
+    """
     found: dict[object, BlockLayout] = {}
     for name, cache in caches.items():
         layer = layers.get(name)
@@ -143,8 +147,6 @@ def probe_all(
             type(layer.impl), layer.num_kv_heads, layer.head_size, cache.shape, cache.stride(), cache.dtype,
             getattr(layer, "isa", None),
         )  # fmt: skip
-        if getattr(layer, "sliding_window", None) is not None:
-            raise ConfigError(f"layer {name!r} keeps a sliding window: its blocks do not stay")
         if kind not in found:
             found[kind] = probe(layer, cache, block_tokens)
     layouts = set(found.values())

@@ -93,7 +93,7 @@ class Lookups:
         self._setup = setup
         self._identity = identity
         self._figures = figures
-        self._adapters = Adapters()
+        self.adapters = Adapters()
         self._turns = asyncio.Semaphore(AT_ONCE_MAX)
         self._held: set[Lookup] = set()
         self._renewing: asyncio.Task[None] | None = None
@@ -184,7 +184,7 @@ class Lookups:
     async def _matched(self, lookup: Lookup) -> tuple[Hit | None, bool]:
         """What is there now, and whether asking again soon may find more: not of a store that is away."""
         question = lookup.question
-        lookup.adapter = await self._adapters.name_of(question.lora)
+        lookup.adapter = await self.adapters.name_of(question.lora)
         if lookup.adapter is None:
             self._figures.count("miss:adapter_unknown")
             return None, False

@@ -378,6 +378,8 @@ class Scheduling:
             tracked.save_at = NO_END
             return
         self._learn(tracked)
+        if tracked.adapter and not self.lookups.adapters.still_named(tracked.request.lora_request):
+            tracked.adapter = None
         if tracked.adapter is None:
             if tracked.lookup is None or tracked.lookup.done:
                 self.figures.count("left_out:adapter")

@@ -77,7 +77,12 @@ class Pages:
                     )  # fmt: skip
 
     def _there(self, offsets: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(offsets)).to(self._device)
+        """On the device, in the current stream's order, without waiting for what it has to do before."""
+        host = torch.from_numpy(np.ascontiguousarray(offsets))
+        if self._device.type == "cuda":
+            # Torch takes pinned memory back once the copies out of it are done: nothing to keep here.
+            host = host.pin_memory()
+        return host.to(self._device, non_blocking=True)
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import pytest
 
 from kvstore.errors import ConfigError
 from kvstore.integrations.vllm.config import read_config
-from kvstore.integrations.vllm.facts import read_facts, refuse, setup_of, weights_of
+from kvstore.integrations.vllm.facts import read_facts, refuse, setup_of
 from kvstore.integrations.vllm.setup import head_range
 from kvstore.integrations.vllm.versions import check_version
 
@@ -41,8 +41,11 @@ def engine(folder: Path | str = "/models/tiny", **changes: Any) -> tuple[Any, An
         dtype="torch.bfloat16",
         quantization=None,
         hf_overrides=changes.get("overrides", {}),
+        hf_config=SimpleNamespace(to_dict=lambda: changes.get("resolved", {"rope_theta": 1e4})),
+        max_model_len=changes.get("max_model_len", 4096),
         get_total_num_kv_heads=lambda: 8,
     )
+    vars(model).update(changes.get("model", {}))
     config = SimpleNamespace(
         parallel_config=parallel,
         model_config=model,
@@ -65,6 +68,7 @@ def spec(kind: str = "FullAttentionSpec", **fields: Any) -> Any:
         ({"groups": 2}, "several cache groups"),
         ({"spec": spec("MLAAttentionSpec")}, "MLAAttentionSpec"),
         ({"spec": spec("SlidingWindowSpec")}, "--disable-hybrid-kv-cache-manager"),
+        ({"groups": 2}, "--disable-hybrid-kv-cache-manager makes it one"),
         ({"cache_dtype": "fp8"}, "leave --kv-cache-dtype at auto"),
         ({"spec": spec(kv_quant_mode=1)}, "quantised"),
         ({"spec": spec(dtype="torch.float64")}, "run it in bfloat16, float16, float32"),
@@ -87,6 +91,10 @@ def test_what_cannot_be_shared_is_refused_with_the_cure(changes: dict[str, Any],
 def test_what_can_be_shared_is_not(block: int, method: str | None) -> None:
     speculative = SimpleNamespace(method=method) if method else None
     refuse(read_facts(*engine(spec=spec(block_size=block), speculative=speculative)), read_config({}))
+
+
+def test_windows_among_full_attention_are_shared_where_vllm_keeps_their_blocks() -> None:
+    refuse(read_facts(*engine(spec=spec(sliding_window=4096))), read_config({}))
 
 
 def test_every_reason_is_said_at_once() -> None:
@@ -114,36 +122,15 @@ def test_ranks_have_namespaces_of_their_heads(tmp_path: Path) -> None:
         setup_of(config, odd, read_config({}), 0)
 
 
-def test_ranges_of_heads_cover_the_model() -> None:
-    assert [head_range(rank, 2, 8) for rank in range(2)] == [(0, 4), (4, 8)]
-    assert [head_range(rank, 4, 2) for rank in range(4)] == [(0, 1), (0, 1), (1, 2), (1, 2)]
-
-
-def test_weights_are_named_by_their_bytes_and_how_they_are_run(tmp_path: Path) -> None:
-    folder = model_folder(tmp_path)
-    plain = weights_of(engine(folder)[0], read_config({}))()
-    assert plain == weights_of(engine(folder)[0], read_config({}))()
-    scaled = weights_of(engine(folder, overrides={"rope_theta": 1.0})[0], read_config({}))()
-    (folder / "model.safetensors").write_bytes(b"other")
-    other = weights_of(engine(folder)[0], read_config({}))()
-    assert len({plain, scaled, other}) == 3
-    given = weights_of(engine(folder)[0], read_config({"weights_digest": "ab" * 16}))()
-    assert given == bytes.fromhex("ab" * 16)
-
-
-def test_weights_that_nobody_can_name_must_be_named_by_the_user(tmp_path: Path) -> None:
-    for config in (
-        engine(tmp_path, load_format="dummy")[0],
-        engine(tmp_path, overrides=lambda config: config)[0],
-    ):
-        with pytest.raises(ConfigError, match="give weights_digest"):
-            weights_of(config, read_config({}))
-    with pytest.raises(ConfigError, match="no safetensors"):
-        weights_of(engine(tmp_path)[0], read_config({}))
-    weights_of(engine(tmp_path)[0], read_config({"epoch": "store"}))
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     config, cache = engine(tmp_path)
     with pytest.raises(ConfigError, match="no tokenizer's files"):
         setup_of(config, read_facts(config, cache), read_config({}), 0)
+
+
+def test_ranges_of_heads_cover_the_model() -> None:
+    assert [head_range(rank, 2, 8) for rank in range(2)] == [(0, 4), (4, 8)]
+    assert [head_range(rank, 4, 2) for rank in range(4)] == [(0, 1), (0, 1), (1, 2), (1, 2)]
 
 
 def test_a_version_that_was_never_tried_is_refused() -> None:

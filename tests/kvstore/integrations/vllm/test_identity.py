@@ -6,6 +6,7 @@ import pytest
 
 from kvstore.clock import ManualClock
 from kvstore.errors import Unavailable
+from kvstore.integrations.vllm.identity import Identity
 from kvstore.nouns import Epoch, WeightsDigest
 from tests.kvstore.integrations.vllm.parts import (
     PROMPT,
@@ -36,6 +37,28 @@ def test_weights_get_the_number_that_the_store_has_for_them_or_the_next(store: L
     assert [epoch and epoch.number for epoch in known] == [5, 4, 6, 5]
     for engine in engines:
         engine.close()
+
+
+def test_the_weights_are_named_at_start_also_without_a_store(store: LocalStore) -> None:
+    """Later their files may be others."""
+    setup, clock, asked = setup_of(), ManualClock(), []
+    store.is_down = True
+    side = store.side(setup.config, clock)
+
+    def weights() -> WeightsDigest:
+        asked.append(clock.now())
+        return WeightsDigest(W1)
+
+    identity = Identity(side, setup, weights)
+    identity.begin()
+    assert side.settle()
+    assert (asked, identity.epoch) == ([0.0], None)
+    store.is_down = False
+    clock.advance(3600.0)
+    epoch = on_loop(identity.known())
+    assert epoch is not None
+    assert (epoch.weights_digest, len(asked)) == (W1, 1)
+    side.close()
 
 
 def test_two_that_ask_at_once_for_a_number_get_two(store: LocalStore) -> None:

@@ -79,9 +79,16 @@ def test_all_layers_have_one_layout_or_none_is_served() -> None:
     assert probe_all(caches, layers, 16) == probe(
         layers["model.layers.0.attn"], caches["model.layers.0.attn"], 16
     )
+
+
+def test_a_layer_that_looks_through_a_window_has_its_blocks_in_a_group_of_full_attention() -> None:
+    """vLLM keeps them all there, and the layer its window: --disable-hybrid-kv-cache-manager."""
+    backend = BACKENDS[0]
+    layers = {f"model.layers.{i}.attn": layer_of(backend, 16, HEADS, DIM) for i in range(2)}
+    caches = {name: backend.make(4, 16, HEADS, DIM, torch.float32) for name in layers}
+    full = probe_all(caches, layers, 16)
     layers["model.layers.1.attn"].sliding_window = 128
-    with pytest.raises(ConfigError, match="sliding window"):
-        probe_all(caches, layers, 16)
+    assert probe_all(caches, layers, 16) == full
 
 
 def test_layers_stand_in_the_order_of_their_numbers() -> None:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from kvstore.clock import ManualClock
 from kvstore.errors import Unavailable
-from kvstore.integrations.vllm.adapters import Adapters
 from kvstore.integrations.vllm.lookups import Lookup, Question
 from kvstore.nouns import Tier
 from kvstore.session import StoreSession
@@ -154,30 +150,6 @@ def test_what_prefill_found_stays_pinned_for_decode(store: LocalStore) -> None:
     assert store.leases() == 0
     first.close()
     prefill.close()
-
-
-@pytest.mark.parametrize("deed", ["touch", "replace", "in_place"])
-async def test_an_adapter_whose_files_change_has_no_name(tmp_path: Path, deed: str) -> None:
-    file = tmp_path / "adapter_model.safetensors"
-    file.write_bytes(b"tensors")
-    adapters = Adapters()
-    lora = SimpleNamespace(lora_int_id=1, lora_path=str(tmp_path), load_inplace=False)
-    name = await adapters.name_of(lora)
-    assert name is not None
-    assert len(name) == 32
-    assert await adapters.name_of(lora) == name
-    assert await adapters.name_of(None) == ""
-    if deed == "replace":
-        file.write_bytes(b"other tensors")
-    elif deed == "touch":
-        os.utime(file, ns=(1, 1))
-    else:
-        lora.load_inplace = True
-    assert await adapters.name_of(lora) is None
-    lora.load_inplace = False
-    assert await adapters.name_of(lora) is None, "vLLM may have either"
-    again = SimpleNamespace(lora_int_id=2, lora_path=str(tmp_path), load_inplace=False)
-    assert await Adapters().name_of(again) is not None
 
 
 def lose(engine: FakeEngine, name: str) -> None:
