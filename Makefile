@@ -31,9 +31,10 @@ test: setup  ## run the tests (offline once set up)
 	$(BIN)/python -m pytest -m "not vllm"
 
 .PHONY: test-vllm
-test-vllm: setup  ## the connector under real vLLM, installed if it can be (3 GB)
+test-vllm: setup  ## the connector under real vLLM, installed if it can be (3 GB); what fails is run twice
 	@if $(BIN)/python -m cli.bench.peers.vllm_environment; \
-	then $(BIN)/python -m pytest -m vllm tests/vllm; \
+	then $(BIN)/python -m pytest -m vllm tests/vllm \
+	|| $(BIN)/python -m pytest -m vllm tests/vllm --last-failed --last-failed-no-failures none; \
 	else echo "test-vllm: nothing was run, for the reason above"; fi
 
 $(PACKAGES): pyproject.toml constraints.txt
