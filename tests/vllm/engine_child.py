@@ -6,18 +6,16 @@ one by one. Nothing here knows our connector: it comes by the transfer configura
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
 from typing import Any
 
 from cli.bench.jsonlines import answer
+from cli.bench.peers.vllm_cpu import prepare_vllm
 
-_version = importlib.metadata.version
 _llm: list[Any] = []
 
 
 def start(folder: str, transfer: dict[str, Any] | None, options: dict[str, Any]) -> dict[str, Any]:
-    setattr(importlib.metadata, "version", _version_of)  # noqa: B010 - read when vLLM is imported
+    prepare_vllm()
     from vllm import LLM
     from vllm.config import KVTransferConfig
 
@@ -29,11 +27,6 @@ def start(folder: str, transfer: dict[str, Any] | None, options: dict[str, Any])
     _llm[:] = [llm]
     cache = llm.llm_engine.vllm_config.cache_config
     return {"block_size": cache.block_size, "blocks": cache.num_gpu_blocks}
-
-
-def _version_of(name: str) -> str:
-    """The CPU build is a distribution named vllm-cpu; vLLM asks for `vllm`, and reads the device from it."""
-    return f"{_version('vllm-cpu')}+cpu" if name == "vllm" else _version(name)
 
 
 def add(requests: list[dict[str, Any]]) -> dict[str, Any]:
@@ -154,10 +147,5 @@ def _engine() -> Any:
 
 
 if __name__ == "__main__":
-    os.environ.update(
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_NO_USAGE_STATS="1",
-        HF_HUB_OFFLINE="1",
-    )
     handlers = (start, add, step, idle, abort, reset, perturb, reload, counters, held)
     answer({handler.__name__: handler for handler in handlers})

@@ -6,16 +6,14 @@ Its engine runs in this process, stepped as vLLM's own loop steps it: where a st
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
 import time
 from typing import Any, Final
 
 from cli.bench.engines.plan import prompts
 from cli.bench.jsonlines import answer
+from cli.bench.peers.vllm_cpu import prepare_vllm
 
 _YIELD_S: Final = 0.001
-_version = importlib.metadata.version
 _engine: list[Any] = []
 _asked = [0]
 
@@ -24,15 +22,9 @@ def start(
     folder: str, dtype: str, threads: int, context_max: int, step_tokens: int, transfer: dict[str, Any] | None
 ) -> dict[str, Any]:
     """`transfer`: fields of vLLM's KVTransferConfig; None: without a connector."""
-    os.environ.update(
-        OMP_NUM_THREADS=str(threads),
-        VLLM_CPU_KVCACHE_SPACE="1",
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_LOGGING_LEVEL="WARNING",
-        VLLM_NO_USAGE_STATS="1",
-        HF_HUB_OFFLINE="1",
+    version = prepare_vllm(
+        OMP_NUM_THREADS=str(threads), VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="WARNING"
     )
-    setattr(importlib.metadata, "version", _version_of)  # noqa: B010 - read when vLLM is imported
     from vllm import LLM
     from vllm.config import KVTransferConfig
 
@@ -42,12 +34,7 @@ def start(
         kv_transfer_config=KVTransferConfig(**transfer) if transfer else None,
     )  # fmt: skip
     _engine[:] = [llm.llm_engine]
-    return {"what": f"vllm-cpu {_version('vllm-cpu')}, eager, {step_tokens:,} tokens a step"}
-
-
-def _version_of(name: str) -> str:
-    """The CPU build is a distribution named vllm-cpu; vLLM asks for `vllm`, and reads the device from it."""
-    return f"{_version('vllm-cpu')}+cpu" if name == "vllm" else _version(name)
+    return {"what": f"vllm-cpu {version}, eager, {step_tokens:,} tokens a step"}
 
 
 def first_token(tokens: int, seed: int, vocabulary: int) -> dict[str, Any]:

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
 import time
 from typing import Any
 
 from cli.bench.engines.plan import prompts
 from cli.bench.jsonlines import answer
+from cli.bench.peers.vllm_cpu import prepare_vllm
 
-_version = importlib.metadata.version
 _engine: list[Any] = []
 
 
 def start(folder: str, dtype: str, threads: int, context_max: int, sequences: int) -> dict[str, Any]:
-    os.environ.update(
-        OMP_NUM_THREADS=str(threads),
-        VLLM_CPU_KVCACHE_SPACE="3",
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine in this process, so that its steps can be timed
-        VLLM_LOGGING_LEVEL="ERROR",
-        VLLM_NO_USAGE_STATS="1",
-        HF_HUB_OFFLINE="1",
+    version = prepare_vllm(
+        OMP_NUM_THREADS=str(threads), VLLM_CPU_KVCACHE_SPACE="3", VLLM_LOGGING_LEVEL="ERROR"
     )
-    setattr(importlib.metadata, "version", _version_of)  # noqa: B010 - read when vLLM is imported
     from vllm import LLM
 
     llm = LLM(
@@ -31,12 +23,7 @@ def start(folder: str, dtype: str, threads: int, context_max: int, sequences: in
         enable_prefix_caching=False, disable_log_stats=True,
     )  # fmt: skip
     _engine[:] = [llm.llm_engine]
-    return {"what": f"vllm-cpu {_version('vllm-cpu')}, eager"}
-
-
-def _version_of(name: str) -> str:
-    """The CPU build is a distribution named vllm-cpu; vLLM asks for `vllm`, and reads the device from it."""
-    return f"{_version('vllm-cpu')}+cpu" if name == "vllm" else _version(name)
+    return {"what": f"vllm-cpu {version}, eager"}
 
 
 def prefill(tokens: int, seed: int, vocabulary: int) -> dict[str, float]:
